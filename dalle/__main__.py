@@ -1,0 +1,9 @@
+"""``python -m dalle`` is the ``dalle`` command."""
+
+from __future__ import annotations
+
+import sys
+
+from dalle.cli import main
+
+sys.exit(main())
