@@ -1,0 +1,268 @@
+"""Files that outlive a crash: atomic writes, model folders and training checkpoints.
+
+A *model folder* holds what sampling needs, and describes itself:
+
+- ``dvae.json``, ``dvae.safetensors``: the stage-1 model, its config, and the SHA-256 of its weights file;
+- ``dalle.json``, ``dalle.safetensors``, ``tokenizer.json``: the stage-2 model, absent after stage 1 alone. ``dalle.json``
+  also holds the SHA-256 of the dVAE that made its image tokens and of its tokenizer, checked on loading.
+
+Weights may be stored in 16 bit; they are loaded as float32. Everything is written to a temporary name, synced, then renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from dalle.config import DALLEConfig, DVAEConfig
+from dalle.errors import UserError
+
+if TYPE_CHECKING:
+    from dalle.dvae import DVAE
+    from dalle.tokenizer import Tokenizer
+    from dalle.transformer import DALLE
+
+FORMAT = 1
+_SHIPPED = Path(__file__).parent / "checkpoints"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a crash or a full disk leaves either the old file or the new one, never a part.
+
+    A failure (no space, no permission, no such folder) is a UserError and removes the temporary file.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_synced(temporary, data)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; nothing that was there before is lost") from error
+
+
+def atomic_write_folder(folder: str | Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder of ``files`` (name to content) that appears under its name only when it is complete and synced."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, data in files.items():
+            _write_synced(temporary / name, data)
+        _sync_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write {folder}: {error.strerror}; nothing that was there before is lost") from error
+
+
+def to_json(value: Any) -> bytes:
+    """Readable JSON with a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object; a missing or broken file is a UserError that says ``what`` was expected there."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} holds no {what}: {path.name} is missing") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: expected the JSON of a {what}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: expected the JSON of a {what}")
+    return value
+
+
+def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
+    """Read a safetensors file; a missing, truncated or foreign one is a UserError."""
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} holds no {what}: {path.name} is missing") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}); fetch or train it again") from None
+
+
+def to_safetensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> bytes:
+    """Serialize tensors, in ``dtype`` where they are floating and one is given."""
+    stored = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in tensors.items()
+    }
+    return safetensors.torch.save(stored)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        name = sorted(set(expected.items()) ^ set(found.items()))[0][0]
+        raise UserError(
+            f"{path} does not fit its config: {name} is expected as {expected.get(name, 'absent')}, "
+            f"got {found.get(name, 'absent')}"
+        )
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+
+
+def _description(path: Path, kind: str) -> dict[str, Any]:
+    description = read_json(path, f"{kind} model")
+    if description.get("format") != FORMAT or description.get("kind") != kind or "config" not in description:
+        raise UserError(
+            f"{path}: expected the description of a {kind} model in format {FORMAT}, "
+            f"got kind {description.get('kind')!r} in format {description.get('format')!r}"
+        )
+    return description
+
+
+def _checked_sha256(path: Path, expected: str | None) -> None:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; the model folder is incomplete") from None
+    if sha256(data) != expected:
+        raise UserError(f"{path} is truncated or was changed: its SHA-256 differs from the recorded one; restore the file")
+
+
+def dvae_files(dvae: DVAE, dtype: torch.dtype = torch.float32, note: dict[str, Any] | None = None) -> dict[str, bytes]:
+    """The files of a model folder that hold a dVAE; ``note`` is free-form (data, training time, credits)."""
+    weights = to_safetensors(dvae.state_dict(), dtype)
+    description = {"format": FORMAT, "kind": "dvae", "config": dvae.config.to_dict(), "sha256": sha256(weights)}
+    return {"dvae.json": to_json({**description, "note": note or {}}), "dvae.safetensors": weights}
+
+
+def save_dvae(folder: str | Path, dvae: DVAE, dtype: torch.dtype = torch.float32, note: dict[str, Any] | None = None) -> None:
+    """Write a dVAE as a model folder."""
+    atomic_write_folder(folder, dvae_files(dvae, dtype, note))
+
+
+def dvae_sha256(folder: str | Path) -> str:
+    """The SHA-256 of a model folder's dVAE weights: the identity that a transformer is bound to."""
+    return _description(Path(folder) / "dvae.json", "dvae")["sha256"]
+
+
+def load_dvae(folder: str | Path) -> DVAE:
+    """Read the dVAE of a model folder, in float32 and eval mode.
+
+    Raises UserError when the folder, its description or its weights are missing, truncated or do not fit each other.
+    """
+    from dalle.dvae import DVAE
+
+    folder = _existing(folder)
+    description = _description(folder / "dvae.json", "dvae")
+    path = folder / "dvae.safetensors"
+    _checked_sha256(path, description.get("sha256"))
+    dvae = DVAE(DVAEConfig.from_dict(description["config"], str(folder / "dvae.json")))
+    _load_weights(dvae, read_tensors(path, "dVAE weights"), path)
+    return dvae.eval()
+
+
+def dalle_files(
+    model: DALLE,
+    tokenizer: Tokenizer,
+    dvae_folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    note: dict[str, Any] | None = None,
+) -> dict[str, bytes]:
+    """The files of a model folder that hold a transformer, its tokenizer, and a copy of the dVAE of ``dvae_folder``."""
+    dvae_folder = Path(dvae_folder)
+    weights = to_safetensors(model.state_dict(), dtype)
+    tokenizer_json = tokenizer.to_json().encode()
+    description = {
+        "format": FORMAT,
+        "kind": "dalle",
+        "config": model.config.to_dict(),
+        "sha256": sha256(weights),
+        "dvae_sha256": dvae_sha256(dvae_folder),
+        "tokenizer_sha256": sha256(tokenizer_json),
+        "note": note or {},
+    }
+    return {
+        "dalle.json": to_json(description),
+        "dalle.safetensors": weights,
+        "tokenizer.json": tokenizer_json,
+        **{name: (dvae_folder / name).read_bytes() for name in ("dvae.json", "dvae.safetensors")},
+    }
+
+
+def load_dalle(folder: str | Path) -> tuple[DALLE, Tokenizer]:
+    """Read the transformer and the tokenizer of a model folder, in float32 and eval mode.
+
+    Raises UserError when a file is missing, truncated or changed, or the folder's dVAE is not the transformer's own.
+    """
+    from dalle.tokenizer import Tokenizer
+    from dalle.transformer import DALLE
+
+    folder = _existing(folder)
+    description = _description(folder / "dalle.json", "dalle")
+    if (folder / "dvae.json").exists():
+        check_dvae(folder, folder)
+    path = folder / "dalle.safetensors"
+    _checked_sha256(path, description.get("sha256"))
+    _checked_sha256(folder / "tokenizer.json", description.get("tokenizer_sha256"))
+    model = DALLE(DALLEConfig.from_dict(description["config"], str(folder / "dalle.json")))
+    _load_weights(model, read_tensors(path, "transformer weights"), path)
+    return model.eval(), Tokenizer.load(folder / "tokenizer.json")
+
+
+def check_dvae(dalle_folder: str | Path, dvae_folder: str | Path) -> None:
+    """Raise UserError unless ``dvae_folder`` holds the very dVAE that made the transformer's image tokens."""
+    expected = _description(Path(dalle_folder) / "dalle.json", "dalle").get("dvae_sha256")
+    found = dvae_sha256(dvae_folder)
+    if found != expected:
+        raise UserError(
+            f"wrong dVAE for this transformer: {dalle_folder} was trained on tokens of the dVAE {str(expected)[:12]}, "
+            f"{dvae_folder} holds {found[:12]}; give the dVAE that it was trained with"
+        )
+
+
+def _existing(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint at {folder}: expected a folder with dvae.json or dalle.json in it")
+    return folder
+
+
+def shipped(name: str = "emoji") -> Path:
+    """The folder of a model that comes with the package."""
+    folder = _SHIPPED / name
+    if not folder.is_dir():
+        names = sorted(path.name for path in _SHIPPED.iterdir() if path.is_dir()) if _SHIPPED.is_dir() else []
+        raise UserError(f"no shipped checkpoint named {name!r}; expected one of: {', '.join(names) or 'none in this build'}")
+    return folder
