@@ -1,9 +1,9 @@
 """Captions to text tokens: byte-pair encoding trained on captions, with BPE dropout and a padding token per position.
 
-Section 2.2 of the paper: lowercased captions, byte-pair encoding (vocabulary 16,384), at most 256 tokens, 10 % BPE dropout
-in training, and a padding token of its own for every position that holds no text. Where the paper is silent: text is
-normalized by NFKC, lowercased, stripped and its runs of white space become one space; the encoding works on UTF-8 bytes
-(as GPT-2's does), so every text can be encoded and there is no unknown token.
+Section 2.2 of the paper: lowercased captions, byte-pair encoding (vocabulary 16,384), at most 256 tokens, 10 % BPE
+dropout in training, and a padding token of its own for every position that holds no text. Where the paper is silent:
+text is normalized by NFKC, lowercased, stripped and its runs of white space become one space; the encoding works on
+UTF-8 bytes (as GPT-2's does), so every text can be encoded and there is no unknown token.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ BYTES = 256
 
 
 class Tokenizer:
-    """Byte-level BPE with ``vocab_size`` text tokens; ids from ``vocab_size`` on are the padding tokens of the positions.
+    """Byte-level BPE with ``vocab_size`` text tokens; ids from ``vocab_size`` on are the padding tokens of the
+    positions.
 
-    ``vocabulary`` lists the tokens in the order of their ids and ``merges`` the pairs of tokens in the order in which they
-    are merged. A small set of captions may teach fewer tokens than ``vocab_size``: the ids in between are then unused, so
-    that the padding ids depend on the model's configuration alone. ``library`` is the ``tokenizers.Tokenizer`` behind it.
+    ``vocabulary`` lists the tokens in the order of their ids and ``merges`` the pairs of tokens in the order in which
+    they are merged. A small set of captions may teach fewer tokens than ``vocab_size``: the ids in between are then
+    unused, so that the padding ids depend on the model's configuration alone. ``library`` is the
+    ``tokenizers.Tokenizer`` behind it.
     """
 
     def __init__(self, vocabulary: Sequence[str], merges: Sequence[tuple[str, str]], vocab_size: int):
         if not BYTES <= len(vocabulary) <= vocab_size:
             raise UserError(
-                f"expected a vocabulary of {BYTES} (the bytes) to {vocab_size} (vocab_size) tokens, got {len(vocabulary)}"
+                f"expected a vocabulary of {BYTES} (the bytes) to vocab_size={vocab_size} tokens, got {len(vocabulary)}"
             )
         self.vocab_size = vocab_size
         self._ids = {token: index for index, token in enumerate(vocabulary)}
@@ -58,7 +60,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = 16384) -> Tokenizer:
-        """Learn the merges from captions; pairs of tokens seen only once are not merged. The same captions give the same."""
+        """Learn the merges from captions, always the same from the same; a pair seen only once is not merged."""
         if vocab_size < BYTES:
             raise UserError(
                 f"expected a vocabulary of at least {BYTES} tokens (the bytes), got vocab_size={vocab_size}"
@@ -74,7 +76,7 @@ class Tokenizer:
         )
 
     def normalize(self, text: str) -> str:
-        """The text as it is encoded: NFKC, lowercased, stripped, white space collapsed. It is what :meth:`decode` returns."""
+        """The text as it is encoded and as :meth:`decode` returns it: NFKC, lowercased, white space collapsed."""
         if not isinstance(text, str):
             raise UserError(f"expected a text (str), got {type(text).__name__}")
         try:
@@ -87,8 +89,8 @@ class Tokenizer:
         """The text's token ids, without padding.
 
         ``dropout`` in [0, 1) is the probability with which a possible merge is passed over at each step (BPE dropout:
-        Provilkov et al. 2020); the paper trains with 0.1. ``generator`` makes it reproducible; without one it is seeded by
-        the system. Raises :class:`UserError` when nothing is left of the text after normalization.
+        Provilkov et al. 2020); the paper trains with 0.1. ``generator`` makes it reproducible; without one it is
+        seeded by the system. Raises :class:`UserError` when nothing is left of the text after normalization.
         """
         if not 0 <= dropout < 1:
             raise UserError(f"expected a BPE dropout in [0, 1), got {dropout}")
@@ -129,7 +131,8 @@ class Tokenizer:
     ) -> torch.Tensor:
         """Token ids int64 ``[len(texts), text_len]``; position i holds ``vocab_size + i`` where the text has ended.
 
-        A text of more than ``text_len`` tokens raises :class:`UserError`, or is cut off with ``truncate`` (training data).
+        A text of more than ``text_len`` tokens raises :class:`UserError`, or is cut off with ``truncate`` (training
+        data).
         """
         padding = range(self.vocab_size, self.vocab_size + text_len)
         rows = []
