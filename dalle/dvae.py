@@ -1,7 +1,8 @@
 """The discrete VAE of stage 1 (paper 2.1, A.1 to A.3): an image becomes a grid of tokens, and a grid an image.
 
 The parameters carry the names and shapes of the public ``dall_e`` release: ``blocks.input.{w,b}``,
-``blocks.group_G.block_I.{id_path,res_path.conv_J}.{w,b}`` and ``blocks.output.conv.{w,b}``, in ``encoder`` and ``decoder``.
+``blocks.group_G.block_I.{id_path,res_path.conv_J}.{w,b}`` and ``blocks.output.conv.{w,b}``, in ``encoder`` and in
+``decoder``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def map_pixels(images: Tensor) -> Tensor:
-    """phi of paper A.3, for pixels in [0, 1]: ``(1 - 2e) x + e`` with e = 0.1, so that the result lies in [0.1, 0.9]."""
+    """phi of paper A.3, for pixels in [0, 1]: ``(1 - 2e) x + e`` with e = 0.1, so the result lies in [0.1, 0.9]."""
     return (1 - 2 * PIXEL_MARGIN) * images + PIXEL_MARGIN
 
 
@@ -63,7 +64,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """``id_path(x) + post_gain * res_path(x)``: four convolutions, each after a ReLU, with a quarter of the width inside.
+    """``id_path(x) + post_gain * res_path(x)``: four convolutions, each after a ReLU, a quarter of the width inside.
 
     ``post_gain = 1 / n_layers²`` with ``n_layers`` the number of blocks in the whole network. ``id_path`` is a 1x1
     convolution where the widths differ. With ``upsample`` the block computes what it would of the nearest-neighbour x2
@@ -154,7 +155,7 @@ class Decoder(nn.Module):
     """Embedded codes to the parameters of the pixels' distribution; ``group_count - 1`` times enlarged by 2 in between.
 
     Input [B, n_init, H, W], the output of the release's first layer, ``blocks.input``: that layer is a 1x1 convolution
-    of one-hot (or relaxed) codes, so its columns are the codebook and :class:`DVAE` looks codes up instead of multiplying.
+    of one-hot (or relaxed) codes, so its columns are the codebook, and :class:`DVAE` looks codes up instead.
     Output [B, 6, H * factor, W * factor]: three channels of mu, three of ln b.
     """
 
@@ -201,8 +202,8 @@ class DVAEOutput:
 
     ``reconstruction``: the negative log-likelihood of the pixels under the logit-Laplace distribution (paper A.3), in
     nats, averaged over the batch and over the ``values_per_image = 3 * S * S`` values of an image.
-    ``kl``: the divergence of the encoder's distribution from the uniform prior, in nats, summed over the token positions
-    of an image and averaged over the batch.
+    ``kl``: the divergence of the encoder's distribution from the uniform prior, in nats, summed over the token
+    positions of an image and averaged over the batch.
     """
 
     reconstruction: Tensor
@@ -210,7 +211,7 @@ class DVAEOutput:
     values_per_image: int
 
     def loss(self, beta: float | Tensor) -> Tensor:
-        """The paper's loss (A.2), ``(sum of reconstruction + beta * sum of KL) / (3 * S * S)``, averaged over the batch.
+        """The paper's loss (A.2), ``(sum of reconstruction + beta * sum of KL) / (3 * S * S)``, averaged over images.
 
         That is ``reconstruction + beta * kl / (3 * S * S)``; with 256x256 images and 32x32 tokens, KL averaged over
         positions would weigh beta / 192.
@@ -221,8 +222,8 @@ class DVAEOutput:
 class DVAE(nn.Module):
     """The discrete VAE: ``encoder`` (phi) and ``decoder`` (theta) around a grid of tokens.
 
-    Images are floating point RGB in [0, 1], [B, 3, H, W], of the parameters' dtype and device (values outside [0, 1] are
-    not looked for: they cost a pass over the pixels). Tokens are int64 in [0, vocab_size), [B, H / factor, W / factor].
+    Images are floating point RGB in [0, 1], [B, 3, H, W], of the parameters' dtype and device (values outside [0, 1]
+    are not looked for: they cost a pass over the pixels). Tokens are int64 in [0, vocab_size), [B, H / factor, W / factor].
     Encoding and decoding work on any height and width that the factor divides; training on squares of
     ``config.image_size``. Mistakes raise :class:`dalle.errors.UserError`.
     """
