@@ -1,0 +1,1 @@
+"""Image-text data: the emoji set, WebDataset-style shards, folders of captioned images, and the paper's augmentations."""
