@@ -1,0 +1,133 @@
+"""The operators ``sparse_attention`` and ``sparse_attention_backward``, their checks and their providers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .._dispatch import Op
+from . import reference
+from .pattern import AttentionPattern
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_HEAD_DIM = 256
+
+_PATTERN_SCHEMA = "str kind, int text_len, int height, int width, int kernel_size, float scale"
+
+
+def _forward_fake(q, k, v, kind, text_len, height, width, kernel_size, scale):
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return reference.empty_heads(q), q.new_empty(q.shape[:3], dtype=statistics)
+
+
+def _backward_fake(grad_out, q, k, v, out, lse, kind, text_len, height, width, kernel_size, scale):
+    return reference.empty_heads(q), reference.empty_heads(k), reference.empty_heads(v)
+
+
+_forward = Op(
+    f"sparse_attention(Tensor q, Tensor k, Tensor v, {_PATTERN_SCHEMA}) -> (Tensor out, Tensor lse)", _forward_fake
+)
+_backward = Op(
+    "sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_PATTERN_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _backward_fake,
+)
+_forward.provide("reference", reference.sparse_attention)
+_backward.provide("reference", reference.sparse_attention_backward)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, *ctx.pattern = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _gradients(ctx, grad_out, _grad_lse):
+    # Autograd hands over expanded gradients (of a sum, say); kernels read rows with a unit stride.
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    return (*_backward(grad_out, *ctx.saved_tensors, *ctx.pattern), *[None] * len(ctx.pattern))
+
+
+_forward.register_autograd(_gradients, _setup_context)
+
+
+def check_heads(**tensors: torch.Tensor) -> None:
+    """Raise one clear sentence unless the named tensors are alike, ``[batch, heads, seq, head_dim]`` and of a served dtype."""
+    names = list(tensors)
+    first = tensors[names[0]]
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"expected {name} of shape [batch, heads, seq, head_dim], got {list(tensor.shape)}")
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"expected {name} of the same shape as {names[0]}, {list(first.shape)}, got {list(tensor.shape)}"
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"expected {name} of the same dtype as {names[0]}, {first.dtype}, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"expected {name} on the same device as {names[0]}, {first.device}, got {tensor.device}")
+    if first.dtype not in DTYPES:
+        raise TypeError(f"expected {names[0]} of dtype float32, bfloat16, float16 or float64, got {first.dtype}")
+    if not 1 <= first.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"expected a head_dim between 1 and {MAX_HEAD_DIM}, got {first.shape[-1]}")
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """``scale`` as a float, by default ``head_dim ** -0.5``."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"expected scale to be a finite number or None, got {scale!r}")
+    return float(scale)
+
+
+def checked_pattern(pattern: AttentionPattern) -> AttentionPattern:
+    if not isinstance(pattern, AttentionPattern):
+        raise TypeError(f"expected pattern to be an AttentionPattern, got {type(pattern).__name__}")
+    return pattern
+
+
+def sparse_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern, scale: float | None = None
+) -> torch.Tensor:
+    """Softmax attention in which each query sees the keys that ``pattern`` allows (paper section 2).
+
+    ``out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]`` over the visible ``j``: one softmax over text and image keys
+    together. Dot products and softmax statistics are accumulated in float32 (float64 for float64 inputs). Differentiable
+    once in ``q``, ``k`` and ``v``; the gradient is deterministic.
+
+    Args:
+        q, k, v: ``[batch, heads, seq, head_dim]`` of float32, bfloat16, float16 or float64, on one device, of one shape;
+            any strides with a unit last one. ``seq`` may be any prefix of ``pattern.seq_len``; head_dim is 1 to 256.
+        pattern: which keys a query sees.
+        scale: factor on the dot products, by default ``head_dim ** -0.5``.
+
+    Returns:
+        ``[batch, heads, seq, head_dim]`` of the inputs' dtype, stored as ``[batch, seq, heads, head_dim]``, so that
+        ``out.transpose(1, 2).flatten(2)`` moves no memory. A hidden key has no influence as long as it is finite.
+
+    Raises:
+        ValueError, TypeError: for arguments outside these bounds; nothing is copied or converted silently.
+    """
+    checked_pattern(pattern)
+    check_heads(q=q, k=k, v=v)
+    if q.shape[2] > pattern.seq_len:
+        raise ValueError(
+            f"expected at most the pattern's {pattern.seq_len} tokens ({pattern.text_len} text and a "
+            f"{pattern.grid[0]}x{pattern.grid[1]} grid), got a sequence of {q.shape[2]}"
+        )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"expected {name} with a unit stride in its last dimension, got strides {tuple(tensor.stride())}; "
+                f"pass {name}.contiguous()"
+            )
+    out, _ = _forward(
+        q, k, v, pattern.kind, pattern.text_len, *pattern.grid, pattern.kernel_size, checked_scale(scale, q.shape[-1])
+    )
+    return out

@@ -1,0 +1,77 @@
+"""Masked softmax attention in plain PyTorch: it defines the op, and is the oracle of every other provider."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from .pattern import AttentionPattern, cached_pattern
+
+
+@lru_cache(maxsize=32)
+def _mask(pattern: AttentionPattern, seq_len: int, device: torch.device) -> torch.Tensor:
+    # A tensor made under inference mode could not be used by a later training step.
+    with torch.inference_mode(False):
+        return pattern.mask(seq_len, device)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = (q @ k.transpose(-2, -1)) * scale
+    scores = scores.masked_fill(~_mask(pattern, q.shape[-2], q.device), -torch.inf)
+    return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_heads(like: torch.Tensor) -> torch.Tensor:
+    """An uninitialized ``[batch, heads, seq, head_dim]`` tensor stored as ``[batch, seq, heads, head_dim]``.
+
+    Joining the heads of such a tensor for the output projection moves no memory.
+    """
+    batch, heads, seq, head_dim = like.shape
+    return like.new_empty(batch, seq, heads, head_dim).transpose(1, 2)
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kind: str,
+    text_len: int,
+    height: int,
+    width: int,
+    kernel_size: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pattern = cached_pattern(kind, text_len, height, width, kernel_size)
+    dtype = _statistics_dtype(q.dtype)
+    out, lse = _attend(q.to(dtype), k.to(dtype), v.to(dtype), pattern, scale)
+    return empty_heads(q).copy_(out), lse
+
+
+def sparse_attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    kind: str,
+    text_len: int,
+    height: int,
+    width: int,
+    kernel_size: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    pattern = cached_pattern(kind, text_len, height, width, kernel_size)
+    dtype = _statistics_dtype(q.dtype)
+    with torch.enable_grad():
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        result, _ = _attend(*inputs, pattern, scale)
+    dq, dk, dv = torch.autograd.grad(result, inputs, grad_out.to(dtype))
+    return empty_heads(q).copy_(dq), empty_heads(k).copy_(dk), empty_heads(v).copy_(dv)
