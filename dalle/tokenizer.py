@@ -8,6 +8,7 @@ UTF-8 bytes (as GPT-2's does), so every text can be encoded and there is no unkn
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -112,7 +113,7 @@ class Tokenizer:
         tokens = list(word)
         while True:
             candidates = []
-            for index, pair in enumerate(zip(tokens, tokens[1:], strict=False)):
+            for index, pair in enumerate(itertools.pairwise(tokens)):
                 rank = self._ranks.get(pair)
                 if rank is not None and generator.random() >= dropout:
                     candidates.append((rank, index))

@@ -1,0 +1,280 @@
+"""Stage 2: the autoregressive sparse transformer over one stream of text and image tokens (paper 2.2, B.1, B.2).
+
+The stream is a start token, ``text_len`` text tokens and the image tokens in raster order; position i predicts the next
+token, so every text token (its padding too) and every image token is predicted. Each layer is an attention resblock
+and an MLP resblock of width 4 x dim.
+
+The paper does not publish everything. Chosen here, as in the GPT-2 and GPT-3 that it builds on: LayerNorm before each
+resblock's matrices and one after the last resblock, GELU, biases everywhere but in the unembeddings, weights drawn
+with a standard deviation of 0.02, divided by sqrt(2 x layers) in the matrix that ends a resblock, no dropout. Padding
+tokens are predicted like other text tokens: the text unembedding has ``text_vocab_size + text_len`` classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle.config import DALLEConfig
+from dalle.errors import UserError
+from dalle_kernels import AttentionPattern, KVCache, decode_attention, linear_cross_entropy, sparse_attention
+
+TEXT_WEIGHT = 1 / 8
+IMAGE_WEIGHT = 7 / 8
+INIT_STD = 0.02
+
+
+class DALLELoss(NamedTuple):
+    """Cross-entropies in nats a token, fp32 scalars: ``loss = text_loss / 8 + 7 / 8 * image_loss`` (paper 2.2)."""
+
+    loss: torch.Tensor
+    text_loss: torch.Tensor
+    image_loss: torch.Tensor
+
+
+def mask_schedule(layers: int) -> list[str]:
+    """The kind of attention mask of each layer (paper B.1, Fig. 11).
+
+    Counting layers from 1, layer i is "column" where (i - 2) mod 4 = 0 and else "row"; the last is "conv". So 64 layers
+    are row, column, row, row, row, column, ..., conv.
+    """
+    return ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, layers)] + ["conv"]
+
+
+class AttentionBlock(nn.Module):
+    """The branch of an attention resblock: LayerNorm, sparse self-attention, projection."""
+
+    def __init__(self, config: DALLEConfig, pattern: AttentionPattern):
+        super().__init__()
+        self.pattern = pattern
+        self.heads, self.head_dim = config.heads, config.head_dim
+        self.norm = nn.LayerNorm(config.dim)
+        self.query_key_value = nn.Linear(config.dim, 3 * config.heads * config.head_dim)
+        self.projection = nn.Linear(config.heads * config.head_dim, config.dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, N, dim]`` to ``[B, N, dim]``; N may be any prefix of the pattern's stream."""
+        q, k, v = self._query_key_value(x)
+        return self._project(sparse_attention(q, k, v, self.pattern))
+
+    def prefill(self, x: torch.Tensor, samples_per_prompt: int) -> tuple[torch.Tensor, KVCache]:
+        """As :meth:`forward` on the first tokens of the stream; their keys and values are returned in a cache."""
+        q, k, v = self._query_key_value(x)
+        cache = KVCache(self.pattern, len(x), self.heads, self.head_dim, k.dtype, k.device, samples_per_prompt)
+        cache.prefill(k, v)
+        return self._project(sparse_attention(q, k, v, self.pattern)), cache
+
+    def decode(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """As :meth:`forward` on one more token ``[B, 1, dim]``, whose key and value are added to the cache."""
+        q, k, v = self._query_key_value(x)
+        return self._project(decode_attention(q, k, v, cache))
+
+    def _query_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch, length, _ = x.shape
+        joint = self.query_key_value(self.norm(x)).view(batch, length, 3, self.heads, self.head_dim)
+        return joint.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _project(self, out: torch.Tensor) -> torch.Tensor:
+        return self.projection(out.transpose(1, 2).flatten(2))
+
+
+class MLPBlock(nn.Module):
+    """The branch of an MLP resblock: LayerNorm, dim to 4 x dim, GELU, back to dim."""
+
+    def __init__(self, config: DALLEConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim)
+        self.expansion = nn.Linear(config.dim, 4 * config.dim)
+        self.projection = nn.Linear(4 * config.dim, config.dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, N, dim]`` to ``[B, N, dim]``."""
+        return self.projection(F.gelu(self.expansion(self.norm(x))))
+
+
+class Layer(nn.Module):
+    """One layer: the attention resblock ``x + attention(x)``, then the MLP resblock ``x + mlp(x)``."""
+
+    def __init__(self, config: DALLEConfig, pattern: AttentionPattern):
+        super().__init__()
+        self.attention = AttentionBlock(config, pattern)
+        self.mlp = MLPBlock(config)
+        self.checkpoint_activations = config.checkpoint_activations
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self._branch(self.attention, x)
+        return x + self._branch(self.mlp, x)
+
+    def _branch(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+
+@dataclass
+class Decoding:
+    """What :meth:`DALLE.prefill` starts and :meth:`DALLE.decode_step` goes on with: one key-value cache a layer.
+
+    ``position`` counts the image tokens that the caches hold.
+    """
+
+    caches: list[KVCache]
+    image_positions: torch.Tensor
+    position: int = 0
+
+
+class DALLE(nn.Module):
+    """The transformer of stage 2.
+
+    ``forward(text, image_tokens)`` gives the training loss, ``logits`` the predictions, ``prefill`` and
+    ``decode_step`` draw image tokens one at a time with a key-value cache. ``text`` is int64 ``[B, text_len]`` as
+    :class:`dalle.Tokenizer` pads it: position i without text holds ``text_vocab_size + i``. ``image_tokens`` is int64
+    ``[B, H*W]`` in raster order.
+
+    It is written to run under ``torch.autocast``: the residual stream, the embeddings and the logits stay in the
+    parameters' dtype (fp32), the resblocks' matrices and the attention take autocast's.
+    """
+
+    def __init__(self, config: DALLEConfig):
+        super().__init__()
+        self.config = config
+        height, width = config.grid
+        self.start = nn.Parameter(torch.empty(config.dim))
+        self.text_embedding = nn.Embedding(config.text_vocab_size + config.text_len, config.dim)
+        self.text_position_embedding = nn.Embedding(config.text_len, config.dim)
+        self.image_embedding = nn.Embedding(config.image_vocab_size, config.dim)
+        self.row_embedding = nn.Embedding(height, config.dim)
+        self.column_embedding = nn.Embedding(width, config.dim)
+        self.layers = nn.ModuleList(
+            Layer(config, AttentionPattern(kind, config.text_len + 1, config.grid, config.kernel_size))
+            for kind in mask_schedule(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.dim)
+        self.text_unembedding = nn.Linear(config.dim, config.text_vocab_size + config.text_len, bias=False)
+        self.image_unembedding = nn.Linear(config.dim, config.image_vocab_size, bias=False)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        residual_std = INIT_STD / (2 * self.config.layers) ** 0.5
+        nn.init.normal_(self.start, std=INIT_STD)
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=residual_std if name.endswith("projection") else INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, text: torch.Tensor, image_tokens: torch.Tensor) -> DALLELoss:
+        """The training loss of a batch; raises :class:`UserError` for a wrong shape, dtype, device or token."""
+        text_hidden, image_hidden = self._hidden(text, image_tokens)
+        text_loss = linear_cross_entropy(text_hidden, self.text_unembedding.weight, text.flatten())
+        image_loss = linear_cross_entropy(image_hidden, self.image_unembedding.weight, image_tokens.flatten())
+        return DALLELoss(TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss, text_loss, image_loss)
+
+    def logits(self, text: torch.Tensor, image_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits that predict each token from those before it.
+
+        Returns text logits ``[B, text_len, text_vocab_size + text_len]`` and image logits ``[B, H*W,
+        image_vocab_size]``.
+        """
+        text_hidden, image_hidden = self._hidden(text, image_tokens)
+        text_logits = self._unembed(text_hidden, self.text_unembedding)
+        image_logits = self._unembed(image_hidden, self.image_unembedding)
+        return text_logits.unflatten(0, (len(text), -1)), image_logits.unflatten(0, (len(text), -1))
+
+    def _hidden(self, text: torch.Tensor, image_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last hidden states that predict the text ``[B*text_len, dim]`` and the image ``[B*H*W, dim]``."""
+        config = self.config
+        self._check("text", text, config.text_len, config.text_vocab_size + config.text_len)
+        self._check("image_tokens", image_tokens, config.image_len, config.image_vocab_size)
+        if len(text) != len(image_tokens):
+            raise UserError(f"expected as many texts as images, got {len(text)} texts and {len(image_tokens)} images")
+        # The last image token predicts nothing, so it is no input.
+        image = self.image_embedding(image_tokens[:, :-1]) + self._image_positions()[:-1]
+        x = torch.cat((self._embed_text(text), image), dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        text_hidden, image_hidden = self.norm(x).split((config.text_len, config.image_len), dim=1)
+        return text_hidden.flatten(0, 1), image_hidden.flatten(0, 1)
+
+    def _embed_text(self, text: torch.Tensor) -> torch.Tensor:
+        """The start token and the text: ``[B, text_len + 1, dim]``."""
+        embedded = self.text_embedding(text) + self.text_position_embedding.weight
+        return torch.cat((self.start.expand(len(text), 1, -1), embedded), dim=1)
+
+    def _image_positions(self) -> torch.Tensor:
+        """Row plus column embedding of every image token: ``[H*W, dim]``."""
+        return (self.row_embedding.weight[:, None] + self.column_embedding.weight).flatten(0, 1)
+
+    def _unembed(self, hidden: torch.Tensor, unembedding: nn.Linear) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = unembedding.weight
+            dtype = torch.promote_types(weight.dtype, torch.float32)  # the paper keeps the logits in 32 bit
+            return F.linear(hidden.to(dtype), weight.to(dtype))
+
+    def _check(self, name: str, tokens: torch.Tensor, length: int, vocab_size: int) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] != length:
+            raise UserError(f"expected {name} of shape [batch, {length}], got {list(tokens.shape)}")
+        _check_tokens(name, tokens, vocab_size, self.start.device)
+
+    def prefill(
+        self, text: torch.Tensor, samples_per_prompt: int = 1, prime: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Decoding]:
+        """Read the prompts once and start to draw ``samples_per_prompt`` images for each.
+
+        ``prime``, int64 ``[B, n]`` with n < H*W, gives the first n image tokens of every sample. Returns the logits
+        of the next image token, fp32 ``[B * samples_per_prompt, image_vocab_size]`` with a prompt's samples next to
+        each other, and the state for :meth:`decode_step`. The samples of a prompt share its keys and values.
+        """
+        config = self.config
+        self._check("text", text, config.text_len, config.text_vocab_size + config.text_len)
+        x = self._embed_text(text)
+        image_positions = self._image_positions()
+        length = 0
+        if prime is not None:
+            length = prime.shape[-1]
+            if prime.dim() != 2 or len(prime) != len(text) or length >= config.image_len:
+                raise UserError(
+                    f"expected prime of shape [{len(text)}, n] with n < {config.image_len}, got {list(prime.shape)}"
+                )
+            _check_tokens("prime", prime, config.image_vocab_size, self.start.device)
+            x = torch.cat((x, self.image_embedding(prime) + image_positions[:length]), dim=1)
+        caches = []
+        for layer in self.layers:
+            out, cache = layer.attention.prefill(x, samples_per_prompt)
+            caches.append(cache)
+            x = x + out
+            x = x + layer.mlp(x)
+        logits = self._unembed(self.norm(x[:, -1]), self.image_unembedding)
+        return logits.repeat_interleave(samples_per_prompt, dim=0), Decoding(caches, image_positions, length)
+
+    def decode_step(self, tokens: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+        """Give the next image token of every row, int64 ``[rows]``, and get the logits of the one after it.
+
+        The logits are fp32 ``[rows, image_vocab_size]``. ``decoding`` moves on by one token.
+        """
+        if decoding.position >= self.config.image_len - 1:
+            raise UserError(f"expected at most {self.config.image_len - 1} decode steps: the image is complete")
+        x = (self.image_embedding(tokens) + decoding.image_positions[decoding.position]).unsqueeze(1)
+        for layer, cache in zip(self.layers, decoding.caches, strict=True):
+            x = x + layer.attention.decode(x, cache)
+            x = x + layer.mlp(x)
+        decoding.position += 1
+        return self._unembed(self.norm(x.squeeze(1)), self.image_unembedding)
+
+
+def _check_tokens(name: str, tokens: torch.Tensor, vocab_size: int, device: torch.device) -> None:
+    if tokens.dtype != torch.int64:
+        raise UserError(f"expected {name} of dtype torch.int64, got {tokens.dtype}")
+    if tokens.device != device:
+        raise UserError(f"expected {name} on the model's device {device}, got {tokens.device}")
+    # On a GPU reading the values back would make the host wait; there the embedding's own assertion stops the kernel.
+    if device.type != "cpu" or torch.compiler.is_compiling() or tokens.numel() == 0:
+        return
+    lowest, highest = (int(bound) for bound in tokens.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        raise UserError(f"expected {name} in 0..{vocab_size - 1}, got values from {lowest} to {highest}")

@@ -1,0 +1,250 @@
+"""The transformer: its schedule, size, loss and errors; no token sees a later one; decoding equals the full forward."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dalle.config import DALLEConfig
+from dalle.errors import UserError
+from dalle.transformer import DALLE, INIT_STD, mask_schedule
+
+# Not square, not a multiple of anything, heads * head_dim different from dim.
+CONFIG = DALLEConfig(
+    text_len=5,
+    text_vocab_size=30,
+    grid=(4, 3),
+    image_vocab_size=20,
+    dim=24,
+    heads=3,
+    head_dim=10,
+    layers=6,
+    kernel_size=3,
+)
+
+
+def build(config: DALLEConfig = CONFIG, dtype: torch.dtype = torch.float64, seed: int = 0) -> DALLE:
+    torch.manual_seed(seed)
+    model = DALLE(config).to(dtype)
+    with torch.no_grad():  # larger weights than at the start of a training, so that every path matters
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def draw(config: DALLEConfig = CONFIG, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(config.text_vocab_size, (batch, config.text_len), generator=generator)
+    padding = config.text_vocab_size + torch.arange(config.text_len)
+    lengths = torch.randint(1, config.text_len + 1, (batch, 1), generator=generator)
+    text = torch.where(torch.arange(config.text_len) < lengths, text, padding)
+    return text, torch.randint(config.image_vocab_size, (batch, config.image_len), generator=generator)
+
+
+def test_mask_schedule_of_64_layers():
+    kinds = mask_schedule(64)
+    assert kinds[:6] == ["row", "column", "row", "row", "row", "column"]
+    assert kinds[-1] == "conv" and kinds.count("conv") == 1
+    assert [i for i, kind in enumerate(kinds, 1) if kind == "column"] == list(range(2, 63, 4))
+    assert mask_schedule(1) == ["conv"]
+
+
+def test_the_12b_preset_has_12_billion_parameters():
+    with torch.device("meta"):
+        model = DALLE(DALLEConfig.preset("12b"))
+    assert 12.0e9 <= sum(parameter.numel() for parameter in model.parameters()) <= 12.4e9
+
+
+def test_initial_weights_are_small_and_smaller_in_front_of_the_residual():
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, dim=128, layers=8)
+    model = DALLE(config)
+    layer = model.layers[3]
+    for weight in (layer.attention.query_key_value.weight, layer.mlp.expansion.weight, model.image_unembedding.weight):
+        assert weight.std().item() == pytest.approx(INIT_STD, rel=0.1)
+    for weight in (layer.attention.projection.weight, layer.mlp.projection.weight):
+        assert weight.std().item() == pytest.approx(INIT_STD / 4, rel=0.1)
+    _, text_loss, image_loss = model(*draw(config))
+    assert text_loss.item() == pytest.approx(torch.tensor(35.0).log().item(), rel=0.05)
+    assert image_loss.item() == pytest.approx(torch.tensor(20.0).log().item(), rel=0.05)
+
+
+def test_loss_is_the_weighted_cross_entropy_of_the_logits():
+    model, (text, image) = build(), draw(batch=3)
+    text_logits, image_logits = model.logits(text, image)
+    assert text_logits.shape == (3, 5, 35) and image_logits.shape == (3, 12, 20)
+    loss = model(text, image)
+    text_loss = F.cross_entropy(text_logits.flatten(0, 1), text.flatten())
+    image_loss = F.cross_entropy(image_logits.flatten(0, 1), image.flatten())
+    torch.testing.assert_close(loss.text_loss, text_loss)
+    torch.testing.assert_close(loss.image_loss, image_loss)
+    torch.testing.assert_close(loss.loss, text_loss / 8 + 7 * image_loss / 8)
+
+
+@pytest.mark.parametrize("position", range(17))
+def test_a_token_changes_no_earlier_logit_and_some_later_one(position):
+    model, (text, image) = build(), draw()
+    with torch.no_grad():
+        before = model.logits(text, image)
+        if position < CONFIG.text_len:
+            text[:, position] = (text[:, position] + 1) % CONFIG.text_vocab_size
+        else:
+            token = position - CONFIG.text_len
+            image[:, token] = (image[:, token] + 1) % CONFIG.image_vocab_size
+        after = model.logits(text, image)
+    changed = torch.cat([(a != b).any(-1).any(0) for a, b in zip(before, after, strict=True)])
+    # Logit i predicts token i, so token `position` may change the logits from position + 1 on.
+    assert not changed[: position + 1].any()
+    if position < 16:
+        assert changed[position + 1]
+
+
+def test_every_image_token_is_predicted_from_the_text_alone_at_first():
+    model, (text, image) = build(), draw()
+    other = draw(seed=7)[1]
+    with torch.no_grad():
+        first, second = model.logits(text, image)[1], model.logits(text, other)[1]
+    assert torch.equal(first[:, 0], second[:, 0])
+    assert not torch.equal(first[:, 1], second[:, 1])
+
+
+def test_padding_tokens_have_embeddings_and_classes_of_their_own():
+    model, (text, image) = build(), draw(batch=1)
+    padding = CONFIG.text_vocab_size + torch.arange(CONFIG.text_len)
+    text[0, 2:] = padding[2:]
+    model(text, image).loss.backward()
+    used = model.text_embedding.weight.grad.abs().sum(1) > 0
+    assert used[padding[2:]].all() and not used[padding[:2]].any()
+    assert model.text_unembedding.weight.shape[0] == CONFIG.text_vocab_size + CONFIG.text_len
+
+
+def test_every_parameter_gets_a_gradient_that_finite_differences_confirm():
+    model, (text, image) = build(), draw()
+    model(text, image).loss.backward()
+    generator = torch.Generator().manual_seed(3)
+    step = 1e-5
+    for name, parameter in model.named_parameters():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            parameter.add_(direction, alpha=step)
+            above = model(text, image).loss
+            parameter.sub_(direction, alpha=2 * step)
+            below = model(text, image).loss
+            parameter.add_(direction, alpha=step)
+        expected = (above - below) / (2 * step)
+        torch.testing.assert_close((parameter.grad * direction).sum(), expected, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    text, image = draw()
+    plain = build(dtype=torch.float32)
+    checkpointed = build(dataclasses.replace(CONFIG, checkpoint_activations=True), dtype=torch.float32)
+    for model in (plain, checkpointed):
+        model(text, image).loss.backward()
+    for expected, found in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(expected.grad, found.grad)
+
+
+def test_a_few_steps_overfit_a_batch():
+    torch.manual_seed(0)
+    model, (text, image) = DALLE(CONFIG), draw(batch=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    first = model(text, image).loss.item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(text, image).loss
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.2 * first
+
+
+def test_autocast_keeps_the_losses_in_fp32_and_close():
+    model, (text, image) = build(dtype=torch.float32), draw()
+    expected = model(text, image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(text, image)
+        logits = model.logits(text, image)[1]
+    assert found.loss.dtype == torch.float32 and logits.dtype == torch.float32
+    torch.testing.assert_close(found.loss, expected.loss, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("samples_per_prompt", [1, 3])
+@pytest.mark.parametrize("grid", [(4, 3), (2, 5)])
+def test_decoding_equals_the_full_forward_at_every_position(samples_per_prompt, grid):
+    config = dataclasses.replace(CONFIG, grid=grid)
+    model = build(config)
+    text, _ = draw(config)
+    rows = len(text) * samples_per_prompt
+    image = draw(config, batch=rows)[1]
+    with torch.inference_mode():
+        expected = model.logits(text.repeat_interleave(samples_per_prompt, 0), image)[1]
+        logits, decoding = model.prefill(text, samples_per_prompt)
+        torch.testing.assert_close(logits, expected[:, 0])
+        for position in range(config.image_len - 1):
+            logits = model.decode_step(image[:, position], decoding)
+            torch.testing.assert_close(logits, expected[:, position + 1])
+        with pytest.raises(UserError, match="complete"):
+            model.decode_step(image[:, -1], decoding)
+
+
+@pytest.mark.parametrize("length", [0, 1, 6, 11])
+def test_given_image_tokens_continue_as_if_they_had_been_drawn(length):
+    model, (text, image) = build(), draw()
+    with torch.inference_mode():
+        expected = model.logits(text, image)[1].repeat_interleave(2, 0)
+        logits, decoding = model.prefill(text, 2, image[:, :length])
+        torch.testing.assert_close(logits, expected[:, length])
+        for position in range(length, CONFIG.image_len - 1):
+            logits = model.decode_step(image[:, position].repeat_interleave(2), decoding)
+            torch.testing.assert_close(logits, expected[:, position + 1])
+
+
+def test_given_image_tokens_are_checked():
+    model, (text, image) = build(), draw()
+    for prime, message in [
+        (image, r"\[2, n\] with n < 12, got \[2, 12\]"),
+        (image[:1, :3], r"\[2, n\]"),
+        (image[0], r"\[2, n\]"),
+        (image[:, :3] + 20, r"prime in 0\.\.19"),
+        (image[:, :3].int(), "prime of dtype"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            model.prefill(text, prime=prime)
+
+
+def test_a_half_precision_model_decodes_to_fp32_logits():
+    model = build(dtype=torch.bfloat16)
+    text, image = draw()
+    with torch.inference_mode():
+        expected = model.logits(text, image)[1]
+        logits, decoding = model.prefill(text)
+        after = model.decode_step(image[:, 0], decoding)
+    assert logits.dtype == after.dtype == torch.float32
+    torch.testing.assert_close(logits, expected[:, 0], rtol=0.05, atol=0.5)
+    torch.testing.assert_close(after, expected[:, 1], rtol=0.05, atol=0.5)
+
+
+TEXT, IMAGE = draw()
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "message"),
+    [
+        (TEXT[0], IMAGE, r"text of shape \[batch, 5\], got \[5\]"),
+        (TEXT[:, :3], IMAGE, r"text of shape \[batch, 5\], got \[2, 3\]"),
+        (TEXT, IMAGE.view(2, 4, 3), r"image_tokens of shape \[batch, 12\], got \[2, 4, 3\]"),
+        (TEXT, IMAGE[:, :9], r"image_tokens of shape \[batch, 12\], got \[2, 9\]"),
+        (TEXT.int(), IMAGE, "text of dtype torch.int64, got torch.int32"),
+        (TEXT, IMAGE.float(), "image_tokens of dtype torch.int64, got torch.float32"),
+        (TEXT.to("meta"), IMAGE, "text on the model's device cpu, got meta"),
+        (TEXT + 30, IMAGE, r"text in 0..34, got values from \d+ to \d+"),
+        (TEXT, IMAGE - 20, r"image_tokens in 0..19, got values from -\d+ to -\d+"),
+        (TEXT[:1], IMAGE, "as many texts as images, got 1 texts and 2 images"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(text, image, message):
+    with pytest.raises(UserError, match=message):
+        build()(text, image)
