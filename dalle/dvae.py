@@ -223,9 +223,9 @@ class DVAE(nn.Module):
     """The discrete VAE: ``encoder`` (phi) and ``decoder`` (theta) around a grid of tokens.
 
     Images are floating point RGB in [0, 1], [B, 3, H, W], of the parameters' dtype and device (values outside [0, 1]
-    are not looked for: they cost a pass over the pixels). Tokens are int64 in [0, vocab_size), [B, H / factor, W / factor].
-    Encoding and decoding work on any height and width that the factor divides; training on squares of
-    ``config.image_size``. Mistakes raise :class:`dalle.errors.UserError`.
+    are not looked for: they cost a pass over the pixels). Tokens are int64 in [0, vocab_size), of shape
+    [B, H / factor, W / factor]. Encoding and decoding work on any height and width that the factor divides; training on
+    squares of ``config.image_size``. Mistakes raise :class:`dalle.errors.UserError`.
     """
 
     def __init__(self, config: DVAEConfig):
