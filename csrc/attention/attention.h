@@ -1,0 +1,57 @@
+// Family attention: softmax attention over text and image tokens under a sparse causal pattern (arXiv 2102.12092, B.1).
+//
+// out[i] = sum_j p_ij v[j], p_i = softmax over the visible j of scale * q[i] . k[j]. Which keys are visible is said once, in
+// dalle_kernels/attention/pattern.py (the mask) and plan.cpp (the same, as tiles).
+//
+// Floor: 4 * head_dim operations a visible pair forward and 10 * head_dim backward; memory is small beside them on a CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace dalle {
+
+// The numbers are those that dalle_kernels/attention/ops.py passes: the order of pattern.KINDS.
+enum class PatternKind : int { causal = 0, row = 1, column = 2, conv = 3, axial_row = 4, conv_corner = 5 };
+
+// `seq` tokens, a prefix of text_len text tokens and a height x width grid in raster order.
+struct Pattern {
+  PatternKind kind;
+  int64_t seq, text_len, height, width, kernel_size;
+};
+
+// One tensor [batch, heads, seq, head_dim]: strides in elements, the last one being 1.
+struct Heads {
+  void* data;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+struct SparseAttention {
+  Dtype dtype;  // of q, k, v and out: any but float64
+  int64_t batch, heads, head_dim;
+  Pattern pattern;
+  float scale;
+  Heads q, k, v;
+  Heads out;   // written in full
+  float* lse;  // [batch, heads, seq], contiguous, written in full: log of the sum of exp(scale * q . k), natural
+  int threads;
+};
+
+// The softmax statistics are computed again rather than from lse: with logits of 1e4, lse in float32 is off by up to 5e-4,
+// which would be the relative error of every probability.
+struct SparseAttentionBackward {
+  Dtype dtype;  // of all tensors: any but float64
+  int64_t batch, heads, head_dim;
+  Pattern pattern;
+  float scale;
+  Heads grad_out, q, k, v, out;
+  Heads dq, dk, dv;  // written in full
+  int threads;
+};
+
+DALLE_DECLARE_CPU_KERNEL(sparse_attention, SparseAttention)
+DALLE_DECLARE_CPU_KERNEL(sparse_attention_backward, SparseAttentionBackward)
+
+}  // namespace dalle
