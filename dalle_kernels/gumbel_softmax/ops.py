@@ -1,0 +1,189 @@
+"""Gumbel-softmax ops: checks, operators and public functions (paper section 2.1, relaxation of the dVAE's codes).
+
+The operators ``dalle_kernels::gumbel_softmax``, ``gumbel_softmax_kl`` and ``gumbel_codebook`` take the noise's seed and
+offset as int64 scalar tensors (``dalle_kernels.philox`` says what they mean). The public functions draw a fresh seed for
+each call and pass offset 0; a caller that splits a batch and wants the noise of the whole calls the operators with one
+seed and, as offset, the number of rows before the part.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dalle_kernels._dispatch import Op
+from dalle_kernels.gumbel_softmax import reference
+from dalle_kernels.philox import new_seed
+
+_SAMPLE = "Tensor logits, Tensor seed, Tensor offset, float tau, bool hard, int dim"
+_SAMPLE_BACKWARD = "Tensor logits, Tensor y, Tensor seed, Tensor offset, float tau, bool hard, int dim"
+_CODEBOOK = "Tensor logits, Tensor codebook, Tensor seed, Tensor offset, float tau, int dim"
+
+
+def _fake_logits(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _fake_kl(logits: Tensor, dim: int) -> Tensor:
+    return logits.new_empty(reference.kl_shape(logits, dim), dtype=reference.compute_dtype(logits.dtype))
+
+
+def _fake_codebook(logits, codebook, seed, offset, tau, dim):
+    return codebook.new_empty(reference.embedding_shape(logits, codebook, dim)), _fake_kl(logits, dim)
+
+
+gumbel_softmax_op = Op(
+    f"gumbel_softmax({_SAMPLE}) -> Tensor",
+    lambda logits, seed, offset, tau, hard, dim: _fake_logits(logits),
+)
+gumbel_softmax_backward_op = Op(
+    f"gumbel_softmax_backward(Tensor grad_y, {_SAMPLE_BACKWARD}) -> Tensor",
+    lambda grad_y, logits, *rest: _fake_logits(logits),
+)
+gumbel_softmax_kl_op = Op(
+    f"gumbel_softmax_kl({_SAMPLE}) -> (Tensor, Tensor)",
+    lambda logits, seed, offset, tau, hard, dim: (_fake_logits(logits), _fake_kl(logits, dim)),
+)
+gumbel_softmax_kl_backward_op = Op(
+    f"gumbel_softmax_kl_backward(Tensor grad_y, Tensor grad_kl, {_SAMPLE_BACKWARD}) -> Tensor",
+    lambda grad_y, grad_kl, logits, *rest: _fake_logits(logits),
+)
+gumbel_codebook_op = Op(f"gumbel_codebook({_CODEBOOK}) -> (Tensor, Tensor)", _fake_codebook)
+gumbel_codebook_backward_op = Op(
+    f"gumbel_codebook_backward(Tensor grad_embedding, Tensor grad_kl, {_CODEBOOK}) -> (Tensor, Tensor)",
+    lambda grad_embedding, grad_kl, logits, codebook, *rest: (_fake_logits(logits), torch.empty_like(codebook)),
+)
+
+gumbel_softmax_op.provide("reference", reference.gumbel_softmax)
+gumbel_softmax_backward_op.provide("reference", reference.gumbel_softmax_backward)
+gumbel_softmax_kl_op.provide("reference", reference.gumbel_softmax_kl)
+gumbel_softmax_kl_backward_op.provide("reference", reference.gumbel_softmax_kl_backward)
+gumbel_codebook_op.provide("reference", reference.gumbel_codebook)
+gumbel_codebook_backward_op.provide("reference", reference.gumbel_codebook_backward)
+
+
+def _save_sample(ctx, inputs, output) -> None:
+    logits, seed, offset, ctx.tau, ctx.hard, ctx.dim = inputs
+    y = output[0] if isinstance(output, tuple) else output
+    ctx.save_for_backward(logits, y, seed, offset)
+
+
+def _sample_gradient(ctx, grad_y):
+    grad = gumbel_softmax_backward_op(grad_y, *ctx.saved_tensors, ctx.tau, ctx.hard, ctx.dim)
+    return grad, None, None, None, None, None
+
+
+def _sample_kl_gradient(ctx, grad_y, grad_kl):
+    grad = gumbel_softmax_kl_backward_op(grad_y, grad_kl, *ctx.saved_tensors, ctx.tau, ctx.hard, ctx.dim)
+    return grad, None, None, None, None, None
+
+
+def _save_codebook(ctx, inputs, output) -> None:
+    logits, codebook, seed, offset, ctx.tau, ctx.dim = inputs
+    ctx.save_for_backward(logits, codebook, seed, offset)
+
+
+def _codebook_gradient(ctx, grad_embedding, grad_kl):
+    grads = gumbel_codebook_backward_op(grad_embedding, grad_kl, *ctx.saved_tensors, ctx.tau, ctx.dim)
+    return *grads, None, None, None, None
+
+
+gumbel_softmax_op.register_autograd(_sample_gradient, _save_sample)
+gumbel_softmax_kl_op.register_autograd(_sample_kl_gradient, _save_sample)
+gumbel_codebook_op.register_autograd(_codebook_gradient, _save_codebook)
+
+
+def _check(logits: Tensor, tau: float, dim: int) -> None:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"expected logits as a floating-point tensor, got {got}; convert it with logits.float()")
+    if logits.dim() == 0:
+        raise ValueError("expected logits with at least one dimension, got a scalar; give it the codes' dimension")
+    if not -logits.dim() <= dim < logits.dim():
+        raise ValueError(
+            f"expected dim between {-logits.dim()} and {logits.dim() - 1} for logits of shape {tuple(logits.shape)}, got {dim}"
+        )
+    if logits.shape[dim] == 0:
+        raise ValueError(f"expected at least one code along dim {dim}, got logits of shape {tuple(logits.shape)}")
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"expected a finite temperature tau above 0, got {tau}; for a one-hot sample pass hard=True")
+
+
+def _noise(logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    return new_seed(logits.device, generator), torch.zeros((), dtype=torch.int64, device=logits.device)
+
+
+def gumbel_softmax(
+    logits: Tensor, tau: float = 1.0, hard: bool = False, dim: int = -1, generator: torch.Generator | None = None
+) -> Tensor:
+    """Sample ``softmax((logits + gumbel) / tau)`` along ``dim`` (paper section 2.1), as ``F.gumbel_softmax`` does.
+
+    Args:
+        logits: floating tensor of any shape and strides, K codes along ``dim``. ``-inf`` excludes a code.
+        tau: temperature, above 0.
+        hard: give the one-hot of the largest noisy logit (exact zeros and ones), with the gradient of the soft sample.
+        dim: the dimension of the codes.
+        generator: source of the call's seed, on the logits' device; None takes the device's default, and then the call
+            can be captured whole by ``torch.compile``.
+
+    Returns:
+        y, contiguous, of the logits' shape and dtype; computed in float32 (float64 for float64). A row that holds NaN or
+        ``+inf``, or nothing but ``-inf``, is NaN, in y and in the gradient; other rows are not touched.
+
+    Raises:
+        TypeError, ValueError: logits not floating or without a code, dim out of range, tau not above 0, or a generator
+            on another device.
+    """
+    _check(logits, tau, dim)
+    return gumbel_softmax_op(logits, *_noise(logits, generator), float(tau), hard, dim)
+
+
+def gumbel_softmax_kl(
+    logits: Tensor, tau: float = 1.0, hard: bool = False, dim: int = -1, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`gumbel_softmax` together with the KL of the codes' posterior to the uniform prior.
+
+    The posterior is ``q = softmax(logits)``, without noise and temperature; ``kl = sum q·ln q + ln K`` in nats, one number
+    per row: the logits' shape without ``dim``, float32 (float64 for float64 logits), 0 <= kl <= ln K. Arguments, y and
+    errors are those of :func:`gumbel_softmax`. Both outputs carry gradients to the logits.
+    """
+    _check(logits, tau, dim)
+    return gumbel_softmax_kl_op(logits, *_noise(logits, generator), float(tau), hard, dim)
+
+
+def gumbel_codebook(
+    logits: Tensor, codebook: Tensor, tau: float = 1.0, dim: int = -1, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """The relaxed code vectors: a soft Gumbel sample times the codebook, without keeping the sample.
+
+    Args:
+        logits: floating tensor with K codes along ``dim``.
+        codebook: ``[K, D]`` floating tensor on the same device, the vector of each code; its dtype may differ.
+        tau, dim, generator: as in :func:`gumbel_softmax`.
+
+    Returns:
+        (embedding, kl): the embedding has the logits' shape with D in place of K, and the codebook's dtype; kl is that of
+        :func:`gumbel_softmax_kl`. Products are summed in float32 (float64 for float64 logits). Gradients go to the logits
+        and to the codebook; the backward draws the noise again from the same seed.
+
+    Raises:
+        TypeError, ValueError: as :func:`gumbel_softmax`, or a codebook that is not ``[K, D]`` on the logits' device.
+    """
+    _check(logits, tau, dim)
+    if not isinstance(codebook, Tensor) or not codebook.is_floating_point():
+        got = codebook.dtype if isinstance(codebook, Tensor) else type(codebook).__name__
+        raise TypeError(
+            f"expected the codebook as a floating-point tensor, got {got}; convert it with codebook.float()"
+        )
+    if codebook.dim() != 2 or codebook.shape[0] != logits.shape[dim]:
+        raise ValueError(
+            f"expected a codebook of shape [{logits.shape[dim]}, D], one row per code along dim {dim} of the logits, "
+            f"got {tuple(codebook.shape)}"
+        )
+    if codebook.device != logits.device:
+        raise ValueError(
+            f"expected the codebook on the logits' device {logits.device}, got {codebook.device}; move it with .to()"
+        )
+    return gumbel_codebook_op(logits, codebook, *_noise(logits, generator), float(tau), dim)
