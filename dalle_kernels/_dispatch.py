@@ -105,7 +105,9 @@ class Op:
         raise ProviderError(f"{self.name}: no provider can serve this call; see dalle_kernels.explain({self.name!r})")
 
     def _run(self, *args):
-        return self.choose(args).run(*args)
+        # An op's dtypes are its own contract: autocast must not reach the matrix products inside a provider.
+        with torch.autocast(_device_type(args), enabled=False):
+            return self.choose(args).run(*args)
 
 
 def _device_type(args: tuple) -> str:
