@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import multiprocessing
-import os
 import re
 import shutil
 import tempfile
@@ -24,53 +23,50 @@ import numpy as np
 from PIL import Image
 
 from dalle.data import npm
-from dalle.data.shards import FORMAT, MANIFEST, EncodedSample, read_manifest, write_manifest, write_shards
+from dalle.data.shards import FORMAT, EncodedSample, read_manifest, write_manifest, write_shards
 from dalle.errors import UserError
 
 SCOPE = "@iconify-json/"
 OBJECT_CATEGORIES = frozenset(
-    ("activities", "animals nature", "food drink", "objects", "smileys emotion", "travel places", "food", "nature", "travel")
+    {"activities", "animals nature", "food drink", "objects", "smileys emotion", "travel places"}
+    | {"food", "nature", "travel"}  # emojione's names
 )
 BLANK_TOLERANCE = 8
 MAX_ICON_CHARACTERS = 4 * 2**20
-SAMPLES_PER_SHARD = 1000
 
 
 @dataclass(frozen=True)
 class EmojiPackage:
-    """One icon package on npm: ``@iconify-json/<name>`` at ``version``, drawing in ``style`` (the word in the captions).
+    """One icon package on npm: ``@iconify-json/<name>`` at ``version``, drawing in ``style``, a word of the captions.
 
-    ``sha256`` is the digest of the published archive, checked when given. ``categories_from`` names the package whose
-    metadata sorts the icons of one that carries none.
+    ``categories_from`` names the package whose metadata sorts the icons of one that carries none. ``sha256`` is the
+    digest of the published archive, checked when given.
     """
 
     name: str
     version: str
     style: str
-    sha256: str | None = None
     categories_from: str | None = None
+    sha256: str | None = None
 
 
-PACKAGES = {
-    package.name: package
-    for package in (
-        EmojiPackage("noto", "1.2.9", "noto", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
-        EmojiPackage("noto-v1", "1.2.5", "blob", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
-        EmojiPackage(
-            "fluent-emoji",
-            "1.2.7",
-            "fluent",
-            "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
-            categories_from="fluent-emoji-flat",
-        ),
-        EmojiPackage(
-            "fluent-emoji-flat", "1.2.6", "flat", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
-        ),
-        EmojiPackage("twemoji", "1.2.5", "twemoji", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
-        EmojiPackage("emojione", "1.2.3", "emojione", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
-        EmojiPackage("openmoji", "1.2.29", "openmoji", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"),
-    )
-}
+_PINNED = (
+    # name, version, style, categories from, sha256 of the published archive
+    ("noto", "1.2.9", "noto", None, "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
+    ("noto-v1", "1.2.5", "blob", None, "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
+    (
+        "fluent-emoji",
+        "1.2.7",
+        "fluent",
+        "fluent-emoji-flat",
+        "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
+    ),
+    ("fluent-emoji-flat", "1.2.6", "flat", None, "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+    ("twemoji", "1.2.5", "twemoji", None, "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
+    ("emojione", "1.2.3", "emojione", None, "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
+    ("openmoji", "1.2.29", "openmoji", None, "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"),
+)
+PACKAGES = {row[0]: EmojiPackage(*row) for row in _PINNED}
 # The last three ask for attribution (CC-BY, CC-BY-SA), so they are taken only when named.
 DEFAULT_PACKAGES = ("noto", "noto-v1", "fluent-emoji", "fluent-emoji-flat")
 
@@ -85,8 +81,10 @@ def select_packages(specifiers: Sequence[str]) -> list[EmojiPackage]:
         package = PACKAGES[name]
         if version and version != package.version:
             if not re.fullmatch(r"\d+\.\d+\.\d+", version):
-                raise UserError(f"{specifier!r} asks for version {version!r}: expected a version such as {package.version}")
-            package = EmojiPackage(name, version, package.style, None, package.categories_from)
+                raise UserError(
+                    f"{specifier!r} asks for version {version!r}: expected a version such as {package.version}"
+                )
+            package = EmojiPackage(name, version, package.style, package.categories_from)
         selected.append(package)
     if not selected or len({package.name for package in selected}) < len(selected):
         raise UserError(f"expected one or more different emoji packages, got {' '.join(specifiers) or 'none'}")
@@ -206,9 +204,7 @@ def render(svg: str, size: int) -> bytes | None:
     """
     import resvg_py
 
-    drawn = resvg_py.svg_to_bytes(
-        svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
-    )
+    drawn = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
     image = Image.open(io.BytesIO(drawn)).convert("RGB")
     if 255 - int(np.asarray(image).min()) < BLANK_TOLERANCE:
         return None
@@ -249,9 +245,9 @@ def _render_all(icons: Sequence[Icon], size: int, jobs: int, progress: bool) -> 
 def held_out_cells(cells: Iterable[tuple[str, str]], fraction: float) -> set[tuple[str, str]]:
     """The (concept, style) cells to hold out: about ``fraction`` of those that can be.
 
-    A cell is a candidate when a hash of its concept and style falls below ``fraction``, so the choice does not depend on
-    the other cells, on order or on chance. A candidate is held out while its concept keeps at least two other styles in
-    the training split, and its style at least one other concept.
+    A cell is a candidate when a hash of its concept and style falls below ``fraction``, so the choice does not depend
+    on the other cells, on order or on chance. A candidate is held out while its concept keeps at least two other styles
+    in the training split, and its style at least one other concept.
     """
     styles_left, concepts_left, candidates = Counter(), Counter(), []
     for concept, style in set(cells):
@@ -289,9 +285,9 @@ def build(
 ) -> dict:
     """Make the emoji data set in the folder ``out`` and return its manifest.
 
-    Shards ``train-*.tar`` and ``heldout-*.tar`` and ``manifest.json`` appear together, when all is done: until then they
-    lie in a temporary folder beside ``out``, which is removed on failure. The same packages and options give the same
-    bytes. The encoded pictures are held in memory (about 4 kB each at 64 × 64).
+    Shards ``train-*.tar`` and ``heldout-*.tar`` and ``manifest.json`` appear together, when all is done: until then
+    they lie in a temporary folder beside ``out``, which is removed on failure. The same packages and options give the
+    same bytes. The encoded pictures are held in memory (about 4 kB each at 64 × 64).
 
     Raises:
         UserError: an option is out of range, npm fails, a package is unusable, or ``out`` holds something else.
@@ -357,7 +353,7 @@ def _write(folder: Path, sets: list[IconSet], kept: list[tuple[Icon, bytes]], op
             **options,
             "image_format": "png",
             "splits": {
-                split: {"samples": len(samples), "shards": write_shards(folder, split, samples, SAMPLES_PER_SHARD)}
+                split: {"samples": len(samples), "shards": write_shards(folder, split, samples)}
                 for split, samples in splits.items()
             },
             "packages": [
@@ -394,14 +390,14 @@ def _replaced_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"cannot write beside {out}: {error.strerror}") from None
     try:
         yield temporary
-        os.chmod(temporary, 0o755)
+        temporary.chmod(0o755)
         if out.exists():
             old = temporary.with_name(temporary.name + ".old")
-            os.replace(out, old)
-            os.replace(temporary, out)
+            out.replace(old)
+            temporary.replace(out)
             shutil.rmtree(old)
         else:
-            os.replace(temporary, out)
+            temporary.replace(out)
     except OSError as error:
         raise UserError(f"could not write {out}: {error.strerror or error}") from None
     finally:

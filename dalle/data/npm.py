@@ -48,7 +48,7 @@ def fetch(package: str, version: str, cache: str | Path, sha256: str | None = No
                 f"the archive of {package}@{version} has sha256 {_digest(archives[0])}, expected {sha256}: "
                 "the registry does not serve the published package"
             )
-        os.replace(archives[0], target)
+        archives[0].replace(target)
     return target
 
 
@@ -60,14 +60,14 @@ def _npm_pack(specifier: str, folder: str) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
-        raise UserError(f"npm pack {specifier} did not finish within {TIMEOUT_SECONDS} s: is there a network?") from None
+        raise UserError(f"npm pack {specifier} did not finish in {TIMEOUT_SECONDS} s: is there a network?") from None
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split())[-400:] or "no message"
         raise UserError(f"npm could not fetch {specifier} (exit status {done.returncode}): {said}")
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

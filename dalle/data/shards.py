@@ -16,6 +16,7 @@ from dalle.errors import UserError
 MANIFEST = "manifest.json"
 FORMAT = "dalle-image-text-shards"
 FORMAT_VERSION = 1
+SAMPLES_PER_SHARD = 1000
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 
@@ -29,7 +30,9 @@ class EncodedSample:
     metadata: dict
 
 
-def write_shards(folder: str | Path, split: str, samples: Iterable[EncodedSample], samples_per_shard: int) -> list[dict]:
+def write_shards(
+    folder: str | Path, split: str, samples: Iterable[EncodedSample], samples_per_shard: int
+) -> list[dict]:
     """Write ``<split>-000000.tar``, ... into ``folder`` and describe each as the manifest does.
 
     The bytes depend on the samples and their order only: every member carries the same owner, mode and time.
@@ -73,7 +76,7 @@ def _shard(samples: list[EncodedSample]) -> bytes:
 
 
 def write_manifest(folder: str | Path, manifest: dict) -> dict:
-    """Write ``manifest.json``: ``manifest`` with the name and version of the format put first. Returns what was written."""
+    """Write ``manifest.json``: ``manifest`` with the name and version of the format put first. Returns it all."""
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
     _write_synced(Path(folder) / MANIFEST, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
     return content
@@ -100,7 +103,7 @@ def read_manifest(folder: str | Path) -> dict | None:
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -1,0 +1,193 @@
+"""Captioned images by number, whatever they are stored in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dalle.data.augmentation import resize_square
+from dalle.data.filters import Filters
+from dalle.data.images import DEFAULT_LIMITS, ImageError, Limits, decode_image, image_size
+from dalle.data.shards import read_manifest
+from dalle.data.sources import Found, Span, find_samples
+from dalle.errors import UserError
+
+NAMED_IN_SUMMARY = 3
+
+
+class Skipped(NamedTuple):
+    """A sample that is not used, and why: a category, and after a colon its details."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A usable sample: where its image lies, its caption, and what its .json holds."""
+
+    name: str
+    image: Span
+    caption: str
+    metadata: dict
+
+
+class ImageTextDataset:
+    """Captioned images: ``len(dataset)``, and ``dataset[i]`` as (uint8 array [H, W, 3] RGB, caption, metadata).
+
+    The order is fixed: shards and their members in order, or files sorted by path. Images are read when asked for.
+
+    Attributes:
+        samples: the usable samples.
+        skipped: those that are not, each with its reason.
+        fingerprint: a hash of names, captions and image bytes: two data sets are the same exactly when these agree.
+    """
+
+    def __init__(self, samples: list[Sample], skipped: list[Skipped], fingerprint: str, limits: Limits):
+        self.samples = samples
+        self.skipped = skipped
+        self.fingerprint = fingerprint
+        self.limits = limits
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str, dict]:
+        """One sample.
+
+        Raises:
+            UserError: the image has become unreadable, or was not checked when the data set was opened.
+        """
+        sample = self.samples[index]
+        return self.image(index), sample.caption, sample.metadata
+
+    def image(self, index: int) -> np.ndarray:
+        """The image of one sample, uint8 [H, W, 3]; raises as ``dataset[index]`` does."""
+        sample = self.samples[index]
+        try:
+            return decode_image(sample.image.read(self.limits), self.limits)
+        except ImageError as error:
+            raise UserError(
+                f"cannot read the image {sample.name} ({error}): mend or remove it and start again"
+            ) from None
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions of all samples, in order."""
+        return [sample.caption for sample in self.samples]
+
+    def summary(self) -> str:
+        """One line: how many images there are, how many were skipped, why, and the first few by name."""
+        text = f"{len(self):,} images"
+        if not self.skipped:
+            return f"{text}, none skipped"
+        names = defaultdict(list)
+        for name, reason in self.skipped:
+            names[reason.split(":")[0]].append(name)
+        parts = []
+        for category, named in sorted(names.items(), key=lambda item: (-len(item[1]), item[0])):
+            more = ", ..." if len(named) > NAMED_IN_SUMMARY else ""
+            parts.append(f"{len(named):,} {category} ({', '.join(named[:NAMED_IN_SUMMARY])}{more})")
+        return f"{text}; skipped {len(self.skipped):,}: {'; '.join(parts)}"
+
+
+def open_dataset(
+    path: str | Path,
+    split: str = "train",
+    *,
+    captions: bool = True,
+    filters: Filters | bool | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    verify: bool = True,
+    progress: bool = False,
+) -> ImageTextDataset:
+    """Open a folder of images, a folder of tar shards or one shard; ``sources.find_samples`` says how splits are found.
+
+    Every file is read once here. What cannot be used is skipped, and named in ``.skipped``: a corrupt, truncated or
+    oversized image, one without a caption, one that a filter drops.
+
+    Args:
+        split: "train" or "heldout", or whatever the shards or subfolders are named.
+        captions: whether an image needs a caption; stage 1 does without.
+        filters: the paper's filters (appendix C); by default they apply to loose files and not to shards, which are
+            taken to be chosen already. True, False or your own thresholds decide otherwise.
+        limits: bounds of file length and pixel count, checked before decoding.
+        verify: decode every image now, so that none fails later; without it only headers are checked.
+
+    Raises:
+        UserError: there is no such data set or split, a shard of the manifest is missing, or no usable sample is left.
+    """
+    _require_all_shards(Path(path))
+    samples, skipped, digest = [], [], hashlib.sha256()
+    found_samples, are_loose_files = find_samples(path, split)
+    if filters is None:
+        filters = are_loose_files
+    chosen = Filters() if filters is True else filters or None
+    if progress:
+        from tqdm import tqdm
+
+        found_samples = tqdm(found_samples, desc=f"opening {split} images", unit="image", dynamic_ncols=True)
+    for found in found_samples:
+        try:
+            sample, content = _usable(found, captions, chosen, limits, verify)
+        except ImageError as error:
+            skipped.append(Skipped(found.name, str(error)))
+            continue
+        samples.append(sample)
+        for part in (sample.name.encode(), sample.caption.encode(), content):
+            digest.update(hashlib.sha256(part).digest())
+    dataset = ImageTextDataset(samples, skipped, digest.hexdigest(), limits)
+    if not samples:
+        raise UserError(f"{path} holds no usable captioned image in split {split!r}: {dataset.summary()}")
+    return dataset
+
+
+def _usable(
+    found: Found, captions: bool, filters: Filters | None, limits: Limits, verify: bool
+) -> tuple[Sample, bytes]:
+    """The sample and the bytes of its image, or ImageError with the reason why there is none."""
+    if found.problem:
+        raise ImageError(found.problem)
+    caption, metadata = found.caption_and_metadata()
+    if captions and not caption:
+        raise ImageError("no caption")
+    problem = filters.caption_problem(caption) if filters and captions else None
+    if problem:
+        raise ImageError(problem)
+    content = found.image.read(limits)
+    size = decode_image(content, limits).shape[:2] if verify else image_size(content, limits)
+    problem = filters.shape_problem(*size) if filters else None
+    if problem:
+        raise ImageError(problem)
+    return Sample(found.name, found.image, caption or "", metadata), content
+
+
+def _require_all_shards(path: Path) -> None:
+    manifest = read_manifest(path) if path.is_dir() else None
+    for split in (manifest or {}).get("splits", {}).values():
+        for shard in split["shards"]:
+            if not (path / shard["file"]).is_file():
+                raise UserError(
+                    f"{path} lacks the shard {shard['file']} of its manifest: make or copy the data set again"
+                )
+
+
+def load_arrays(
+    path: str | Path, split: str = "train", image_size: int = 64, **options: Any
+) -> tuple[torch.Tensor, list[str], str]:
+    """A small set whole: images uint8 [N, 3, S, S], captions, and the one-line summary.
+
+    Each image is cut to its central square and resized (area) to ``image_size``. ``options`` are those of
+    :func:`open_dataset`, and the errors too.
+    """
+    dataset = open_dataset(path, split, **options: Any)
+    images = torch.empty(len(dataset), 3, image_size, image_size, dtype=torch.uint8)
+    for index in range(len(dataset)):
+        images[index] = resize_square(torch.from_numpy(dataset.image(index)).permute(2, 0, 1), image_size)
+    return images, dataset.captions, dataset.summary()
