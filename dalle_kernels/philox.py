@@ -1,12 +1,12 @@
 """Philox4x32-10, the counter-based generator behind every random number of the kernels (Salmon et al. 2011, Random123).
 
-A random number is a pure function of (seed, offset, row, column), so a sample does not depend on threads, on how a batch
-is split or on the provider that draws it. This module is plain PyTorch on any device and **defines** the noise; native
-and Triton kernels match it bit for bit up to and including :func:`complement_uniform`:
+A random number is a pure function of (seed, offset, row, column), so a sample does not depend on threads, on how a
+batch is split or on the provider that draws it. This module is plain PyTorch on any device and **defines** the noise;
+native and Triton kernels match it bit for bit up to and including :func:`complement_uniform`:
 
-1. A tensor is seen as rows of ``columns`` elements: the columns run along the op's ``dim``, the rows enumerate the other
-   dimensions in order. Row ``r`` of a call has the global row ``g = offset + r``, taken modulo 2^64. A batch that is
-   split gives the same noise when each part passes as offset the number of rows before it.
+1. A tensor is seen as rows of ``columns`` elements: the columns run along the op's ``dim``, the rows enumerate the
+   other dimensions in order. Row ``r`` of a call has the global row ``g = offset + r``, taken modulo 2^64. A batch that
+   is split gives the same noise when each part passes as offset the number of rows before it.
 2. key = (low, high) 32-bit words of the 64-bit seed.
    counter = (column // 4, low word of g, high word of g, 0). The last word numbers the use: 0 is the Gumbel noise.
 3. ``bits`` of a column is output word ``column % 4``.
@@ -32,8 +32,8 @@ WORDS = 4
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Philox4x32-10 of broadcastable int64 tensors that hold 32-bit words, 0 .. 2^32 - 1; gives four such words.
 
-    Products wrap modulo 2^64 in int64, which keeps every bit of a 32×32-bit product. Only words that are multiplied next
-    are cut to 32 bits; the two that are merely XORed later may carry a product's high bits for a round.
+    Products wrap modulo 2^64 in int64, which keeps every bit of a 32×32-bit product. Only words that are multiplied
+    next are cut to 32 bits; the two that are merely XORed later may carry a product's high bits for a round.
     """
     x0, x1, x2, x3 = counter
     key0, key1 = key
@@ -47,7 +47,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 
 def random_bits(seed: Tensor, rows: Tensor, columns: int) -> tuple[Tensor, ...]:
-    """The four words of every counter: int64 ``[outer, ceil(columns / 4), inner]`` each, for columns 4c, 4c+1, 4c+2, 4c+3.
+    """The four words of each counter c, for columns 4c .. 4c+3: int64 ``[outer, ceil(columns / 4), inner]`` each.
 
     ``seed`` is an int64 scalar tensor, ``rows`` int64 ``[outer, 1, inner]`` global row numbers (offset included).
     """
@@ -74,7 +74,7 @@ def gumbel_noise(seed: Tensor, rows: Tensor, columns: int, dtype: torch.dtype = 
 
 
 def new_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Draw an int64 scalar seed on ``device`` from ``generator``, by default the device's own; never waits for a GPU."""
+    """Draw an int64 scalar seed on ``device`` from ``generator``, by default the device's own, without waiting for it."""
     if generator is not None and generator.device.type != device.type:
         raise ValueError(
             f"expected a generator on the logits' device {device}, got one on {generator.device}; "

@@ -1,9 +1,9 @@
 """Gumbel-softmax ops: checks, operators and public functions (paper section 2.1, relaxation of the dVAE's codes).
 
 The operators ``dalle_kernels::gumbel_softmax``, ``gumbel_softmax_kl`` and ``gumbel_codebook`` take the noise's seed and
-offset as int64 scalar tensors (``dalle_kernels.philox`` says what they mean). The public functions draw a fresh seed for
-each call and pass offset 0; a caller that splits a batch and wants the noise of the whole calls the operators with one
-seed and, as offset, the number of rows before the part.
+offset as int64 scalar tensors (``dalle_kernels.philox`` says what they mean). The public functions draw a fresh seed
+for each call and pass offset 0; a caller that splits a batch and wants the noise of the whole calls the operators with
+one seed and, as offset, the number of rows before the part.
 """
 
 from __future__ import annotations
@@ -103,11 +103,14 @@ def _check(logits: Tensor, tau: float, dim: int) -> None:
         raise ValueError("expected logits with at least one dimension, got a scalar; give it the codes' dimension")
     if not -logits.dim() <= dim < logits.dim():
         raise ValueError(
-            f"expected dim between {-logits.dim()} and {logits.dim() - 1} for logits of shape {tuple(logits.shape)}, got {dim}"
+            f"expected dim between {-logits.dim()} and {logits.dim() - 1} for logits of shape {tuple(logits.shape)}, "
+            f"got {dim}; give it the codes' dimension"
         )
     if logits.shape[dim] == 0:
         raise ValueError(f"expected at least one code along dim {dim}, got logits of shape {tuple(logits.shape)}")
-    if not (math.isfinite(tau) and tau > 0):
+    if isinstance(tau, Tensor):
+        raise TypeError("expected the temperature tau as a number, got a tensor; keep the schedule on the host")
+    if not 0 < tau < math.inf:
         raise ValueError(f"expected a finite temperature tau above 0, got {tau}; for a one-hot sample pass hard=True")
 
 
@@ -129,8 +132,8 @@ def gumbel_softmax(
             can be captured whole by ``torch.compile``.
 
     Returns:
-        y, contiguous, of the logits' shape and dtype; computed in float32 (float64 for float64). A row that holds NaN or
-        ``+inf``, or nothing but ``-inf``, is NaN, in y and in the gradient; other rows are not touched.
+        y, contiguous, of the logits' shape and dtype; computed in float32 (float64 for float64). A row that holds NaN
+        or ``+inf``, or nothing but ``-inf``, is NaN, in y and in the gradient; other rows are not touched.
 
     Raises:
         TypeError, ValueError: logits not floating or without a code, dim out of range, tau not above 0, or a generator
@@ -145,9 +148,9 @@ def gumbel_softmax_kl(
 ) -> tuple[Tensor, Tensor]:
     """:func:`gumbel_softmax` together with the KL of the codes' posterior to the uniform prior.
 
-    The posterior is ``q = softmax(logits)``, without noise and temperature; ``kl = sum q·ln q + ln K`` in nats, one number
-    per row: the logits' shape without ``dim``, float32 (float64 for float64 logits), 0 <= kl <= ln K. Arguments, y and
-    errors are those of :func:`gumbel_softmax`. Both outputs carry gradients to the logits.
+    The posterior is ``q = softmax(logits)``, without noise and temperature; ``kl = sum q·ln q + ln K`` in nats, one
+    number per row: the logits' shape without ``dim``, float32 (float64 for float64 logits), 0 <= kl <= ln K.
+    Arguments, y and errors are those of :func:`gumbel_softmax`. Both outputs carry gradients to the logits.
     """
     _check(logits, tau, dim)
     return gumbel_softmax_kl_op(logits, *_noise(logits, generator), float(tau), hard, dim)
@@ -164,9 +167,9 @@ def gumbel_codebook(
         tau, dim, generator: as in :func:`gumbel_softmax`.
 
     Returns:
-        (embedding, kl): the embedding has the logits' shape with D in place of K, and the codebook's dtype; kl is that of
-        :func:`gumbel_softmax_kl`. Products are summed in float32 (float64 for float64 logits). Gradients go to the logits
-        and to the codebook; the backward draws the noise again from the same seed.
+        (embedding, kl): the embedding has the logits' shape with D in place of K, and the codebook's dtype; kl is that
+        of :func:`gumbel_softmax_kl`. Products are summed in float32 (float64 for float64 logits). Gradients go to the
+        logits and to the codebook; the backward draws the noise again from the same seed.
 
     Raises:
         TypeError, ValueError: as :func:`gumbel_softmax`, or a codebook that is not ``[K, D]`` on the logits' device.

@@ -1,7 +1,8 @@
 """Gumbel-softmax in plain PyTorch: the definition of the ops, in any floating dtype, on any device.
 
 A call is seen as ``[outer, columns, inner]``, where the columns run along ``dim``, and is worked through in chunks that
-stay in a CPU's cache. Arithmetic is float32 (float64 for float64 logits); the noise is that of ``dalle_kernels.philox``.
+stay in a CPU's cache. Arithmetic is float32 (float64 for float64 logits); the noise is that of
+``dalle_kernels.philox``.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _hard_sample(scores: Tensor, soft: Tensor) -> Tensor:
 
 
 def _posterior(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, ``log q + ln columns`` (0 where q is exactly 0, since 0·log 0 = 0) and the KL to uniform ``[outer, 1, inner]``."""
+    """q, ``log q + ln columns`` (0 where the logit is -inf, since 0·log 0 = 0) and the KL ``[outer, 1, inner]``."""
     log_q = logits - logits.logsumexp(1, keepdim=True)
     q = log_q.exp()
     log_ratio = log_q.add_(math.log(logits.shape[1])).masked_fill_(log_q == -math.inf, 0.0)

@@ -46,17 +46,18 @@ def logit_laplace_loss(x: Tensor, mu: Tensor, log_b: Tensor, reduction: str = "m
     ``-ln f(x | mu, b)`` with ``f = exp(-|logit(x) - mu| / b) / (2 b x (1 - x))`` on (0, 1).
 
     Args:
-        x: the pixels after :func:`map_pixels`, strictly inside (0, 1). They are data: no gradient reaches them. A value at
-            or outside the ends gives an infinite or NaN loss, as the density says.
+        x: the pixels after :func:`map_pixels`, strictly inside (0, 1). They are data: no gradient reaches them. A value
+            at or outside the ends gives an infinite or NaN loss, as the density says.
         mu, log_b: the decoder's location and ln b, of x's shape and on its device; any strides and floating dtypes.
         reduction: "mean" or "sum" over every value, or "none" for a loss of x's shape.
 
     Returns:
-        The loss in float32 (float64 when any input is float64), whatever the inputs' dtypes. Gradients go to mu and log_b.
+        The loss in float32 (float64 when any input is float64), whatever the inputs' dtypes. Gradients go to mu and
+        log_b.
 
     Raises:
-        TypeError, ValueError: an input that is not floating, of another shape or on another device, an unknown reduction,
-            or an x that requires a gradient.
+        TypeError, ValueError: an input that is not floating, of another shape or on another device, an unknown
+            reduction, or an x that requires a gradient.
     """
     for name, tensor in (("x", x), ("mu", mu), ("log_b", log_b)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -92,6 +93,6 @@ def map_pixels(images: Tensor, epsilon: float = 0.1) -> Tensor:
 
 
 def unmap_pixels(x: Tensor, epsilon: float = 0.1) -> Tensor:
-    """The inverse of :func:`map_pixels`, clamped to [0, 1]; a decoder's picture is ``unmap_pixels(torch.sigmoid(mu))``."""
+    """The inverse of :func:`map_pixels`, clamped to [0, 1]; a decoder's picture is ``unmap_pixels(sigmoid(mu))``."""
     _check_epsilon(epsilon)
     return ((x - epsilon) / (1 - 2 * epsilon)).clamp(0, 1)
