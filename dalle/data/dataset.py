@@ -186,7 +186,7 @@ def load_arrays(
     Each image is cut to its central square and resized (area) to ``image_size``. ``options`` are those of
     :func:`open_dataset`, and the errors too.
     """
-    dataset = open_dataset(path, split, **options: Any)
+    dataset = open_dataset(path, split, **options)
     images = torch.empty(len(dataset), 3, image_size, image_size, dtype=torch.uint8)
     for index in range(len(dataset)):
         images[index] = resize_square(torch.from_numpy(dataset.image(index)).permute(2, 0, 1), image_size)

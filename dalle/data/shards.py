@@ -31,7 +31,7 @@ class EncodedSample:
 
 
 def write_shards(
-    folder: str | Path, split: str, samples: Iterable[EncodedSample], samples_per_shard: int
+    folder: str | Path, split: str, samples: Iterable[EncodedSample], samples_per_shard: int = SAMPLES_PER_SHARD
 ) -> list[dict]:
     """Write ``<split>-000000.tar``, ... into ``folder`` and describe each as the manifest does.
 
