@@ -1,0 +1,212 @@
+"""Stage 2: train the transformer on captions and the frozen dVAE's tokens (paper 2.2, B.2)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dalle.checkpoint import atomic_write, dalle_files, dvae_sha256, load_dvae
+from dalle.config import DALLEConfig
+from dalle.data import ImageTextDataset
+from dalle.errors import UserError
+from dalle.generate import generate
+from dalle.pictures import labelled_grid, png
+from dalle.tokenizer import Tokenizer
+from dalle.train.averaging import IterateAverage
+from dalle.train.loop import Stage
+from dalle.train.sampling import EpochOrder, derived_seed
+from dalle.train.schedules import PlateauHalving, cosine, warm_up
+from dalle.train.settings import STORED_DTYPES, require_choice, require_in_range
+from dalle.train.tokens import encode_dataset
+from dalle.transformer import DALLE
+
+PICTURED_CAPTIONS = 8
+SAMPLES_PER_CAPTION = 4
+
+
+@dataclass(frozen=True)
+class DALLETraining:
+    """Settings of stage 2. The defaults are the paper's; ``warm_up_fraction`` and ``plateau_fraction`` scale with ``updates``.
+
+    ``schedule`` is what follows the warm-up: "plateau" halves the step size each time the training loss, averaged over windows
+    of ``plateau_fraction`` of the run, stops falling (the paper's, five times at most); "cosine" goes down to
+    ``final_learning_rate``, the better choice for a short run. ``crops`` is how many augmented crops of each image are encoded
+    once and cached. Weight decay spares gains, biases and embeddings. ``stored_dtype`` is the precision of the final model
+    folder, not of training.
+    """
+
+    updates: int = 430_000
+    batch_size: int = 1024
+    seed: int = 0
+    learning_rate: float = 4.5e-4
+    final_learning_rate: float = 0.0
+    schedule: str = "plateau"
+    warm_up_fraction: float = 5_000 / 430_000
+    plateau_fraction: float = 0.02
+    weight_decay: float = 4.5e-2
+    clip_norm: float = 4.0
+    average_decay: float = 0.99
+    average_every: int = 25
+    bpe_dropout: float = 0.1
+    crops: int = 1
+    stored_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch_size", "average_every", "crops"):
+            require_in_range(self, name, 1, math.inf, whole=True)
+        require_in_range(self, "seed", 0, 2**63, whole=True)
+        for name in ("warm_up_fraction", "plateau_fraction", "average_decay"):
+            require_in_range(self, name, 0, 1)
+        require_in_range(self, "bpe_dropout", 0, 0.99)
+        for name in ("learning_rate", "clip_norm"):
+            require_in_range(self, name, 1e-12, math.inf)
+        for name in ("final_learning_rate", "weight_decay"):
+            require_in_range(self, name, 0, math.inf)
+        require_choice(self, "schedule", ("plateau", "cosine"))
+        require_choice(self, "stored_dtype", STORED_DTYPES)
+
+    @property
+    def warm_up_updates(self) -> int:
+        return round(self.updates * self.warm_up_fraction)
+
+
+class DALLEStage(Stage):
+    """Stage 2 as the loop drives it: batches of (caption, cached image tokens), the weighted cross-entropy, sample grids.
+
+    ``images`` and ``held_out`` are encoded once by the dVAE of the model folder ``dvae_folder``; the tokens are cached in
+    ``cache``. The tokenizer is trained on the captions unless one is given.
+    """
+
+    def __init__(
+        self,
+        config: DALLEConfig,
+        training: DALLETraining,
+        images: ImageTextDataset,
+        dvae_folder: str | Path,
+        cache: str | Path,
+        held_out: ImageTextDataset | None = None,
+        tokenizer: Tokenizer | None = None,
+        device: str = "cpu",
+    ):
+        if len(images) == 0:
+            raise UserError("no image to train on: the data set is empty")
+        self.config = config
+        self.training = training
+        self.updates = training.updates
+        self.clip_norm = training.clip_norm
+        self.device = device
+        self.dvae_folder = Path(dvae_folder)
+        self.dvae = load_dvae(dvae_folder).to(device)
+        self._check_fit()
+        self.tokenizer = tokenizer or Tokenizer.train(images.captions, config.text_vocab_size)
+        self.captions = list(images.captions)
+        self.fingerprint = images.fingerprint
+        self.tokens = encode_dataset(self.dvae, dvae_folder, images, training.crops, training.seed, cache, device)
+        self.held_out_captions, self.held_out_tokens = self._held_out(held_out, cache)
+        self.order = EpochOrder(len(images), training.seed)
+        torch.manual_seed(derived_seed(training.seed, "dalle"))
+        self.model = DALLE(config).to(device)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, training.weight_decay), betas=(0.9, 0.96), eps=1e-8, fused=True
+        )
+        self.average = IterateAverage(self.model, training.average_decay, training.average_every)
+        self.plateau = PlateauHalving(window=max(1, round(training.updates * training.plateau_fraction)))
+
+    def _check_fit(self) -> None:
+        made, expected = self.dvae.config, self.config
+        if made.grid != expected.grid or made.vocab_size != expected.image_vocab_size:
+            raise UserError(
+                f"wrong dVAE for this transformer: expected a grid of {expected.grid} and {expected.image_vocab_size} codes, "
+                f"the dVAE of {self.dvae_folder} makes {made.grid} and {made.vocab_size}"
+            )
+
+    def _held_out(self, held_out: ImageTextDataset | None, cache: str | Path) -> tuple[list[str], torch.Tensor]:
+        if held_out is None or len(held_out) == 0:
+            return [], self.tokens[:0, 0]
+        tokens = encode_dataset(self.dvae, self.dvae_folder, held_out, 1, self.training.seed, cache, self.device)
+        return list(held_out.captions), tokens[:, 0]
+
+    def learning_rate(self, update: int) -> float:
+        settings = self.training
+        rate = warm_up(settings.learning_rate, settings.warm_up_updates, update)
+        if settings.schedule == "plateau":
+            return rate * self.plateau.factor
+        since = max(0, update - settings.warm_up_updates)
+        length = settings.updates - settings.warm_up_updates
+        return min(rate, cosine(settings.learning_rate, settings.final_learning_rate, length, since))
+
+    def observe(self, loss: float) -> None:
+        if self.training.schedule == "plateau":
+            self.plateau.observe(loss)
+
+    def _encode_captions(self, captions: Sequence[str], dropout: float, *key: int | str) -> torch.Tensor:
+        draw = random.Random(derived_seed(self.training.seed, "captions", *key))
+        text = self.tokenizer.encode_batch(captions, self.config.text_len, dropout, truncate=True, generator=draw)
+        return text.to(self.device)
+
+    def loss(self, update: int) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
+        settings = self.training
+        samples = self.order.batch(update, settings.batch_size)
+        text = self._encode_captions([self.captions[i] for _, i in samples], settings.bpe_dropout, update)
+        rows = torch.tensor([i for _, i in samples])
+        crops = torch.tensor([epoch % settings.crops for epoch, _ in samples])
+        output = self.model(text, self.tokens[rows, crops].long().to(self.device))
+        return output.loss, {"text_loss": output.text_loss.detach(), "image_loss": output.image_loss.detach()}
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "stage": "dalle",
+            "config": self.config.to_dict(),
+            "training": asdict(self.training),
+            "data": self.fingerprint,
+            "dvae_sha256": dvae_sha256(self.dvae_folder),
+        }
+
+    def extra_files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self.tokenizer.to_json().encode()}
+
+    def state(self) -> dict[str, Any]:
+        return {"plateau": self.plateau.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.plateau.load_state_dict(state["plateau"])
+
+    @torch.no_grad()
+    def draw_pictures(self, update: int, folder: Path) -> dict[str, float]:
+        model = self.average.model
+        half = PICTURED_CAPTIONS // 2
+        seen = self.captions[:: max(1, len(self.captions) // half)][:half]
+        held_out = self.held_out_captions[:: max(1, len(self.held_out_captions) // half)][:half]
+        prompts = [*seen, *held_out]
+        drawn = generate(model, self.dvae, self.tokenizer, prompts, samples_per_prompt=SAMPLES_PER_CAPTION, seed=0)
+        labels = [*seen, *(f"{caption} (held out)" for caption in held_out)]
+        atomic_write(folder / f"samples-{update:08d}.png", png(labelled_grid(drawn.images, labels)))
+        if not self.held_out_captions:
+            return {}
+        text = self._encode_captions(self.held_out_captions[:256], 0.0, "held out")
+        output = model(text, self.held_out_tokens[:256].long().to(self.device))
+        return {"held_out_text_loss": float(output.text_loss), "held_out_image_loss": float(output.image_loss)}
+
+    def model_files(self, updates: int, seconds: float) -> dict[str, bytes]:
+        note = {"training": asdict(self.training), "data": self.fingerprint, "seconds": round(seconds)}
+        dtype = STORED_DTYPES[self.training.stored_dtype]
+        return dalle_files(self.average.model, self.tokenizer, self.dvae_folder, dtype, note)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups: the weights of linear layers decay; gains, biases, embeddings and learned tokens do not."""
+    decayed = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module.weight.requires_grad
+    }
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,285 @@
+"""The training loop both stages share: log, pictures, averaging, checkpoints, interruption and exact resumption.
+
+A run lives in one folder: ``log.jsonl`` (a JSON object a line), ``pictures/``, ``checkpoints/update-XXXXXXXX/`` (the last
+few) and at the end ``model/``, the model folder to sample from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dalle.checkpoint import (
+    FORMAT,
+    atomic_write,
+    atomic_write_folder,
+    read_json,
+    read_tensors,
+    sha256,
+    to_json,
+    to_safetensors,
+)
+from dalle.errors import UserError
+from dalle.train.averaging import IterateAverage
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run is driven. None of these changes the numbers, so a resumed run may choose anew.
+
+    ``log_every``, ``picture_every`` and ``checkpoint_every`` count updates; 0 pictures means none.
+    """
+
+    log_every: int = 20
+    picture_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name == "picture_every" else 1
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"{field.name}: expected a whole number of at least {least}, got {value!r}")
+
+
+class Stage(ABC):
+    """What the loop needs to know of a stage. ``updates`` is the run's length."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: IterateAverage
+    updates: int
+    clip_norm: float = math.inf
+
+    @abstractmethod
+    def loss(self, update: int) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
+        """The scalar loss of one update, all its randomness derived from ``update``, and what to log beside it."""
+
+    @abstractmethod
+    def learning_rate(self, update: int) -> float:
+        """The step size of one update."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """All that determines the run's numbers (configs, settings, data): must be equal on resumption."""
+
+    @abstractmethod
+    def draw_pictures(self, update: int, folder: Path) -> dict[str, float]:
+        """Write pictures of the averaged model's work, named by ``update``; returns held-out figures to log."""
+
+    @abstractmethod
+    def model_files(self, updates: int, seconds: float) -> dict[str, bytes]:
+        """The files of the model folder that the averaged parameters make."""
+
+    def observe(self, loss: float) -> None:
+        """Learn the loss of an update (the plateau rule does)."""
+
+    def extra_files(self) -> dict[str, bytes]:
+        """Further files of a checkpoint (the tokenizer)."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Small JSON state beside the tensors."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+
+
+def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = False) -> Path:
+    """Train ``stage`` to its last update in the run folder ``out`` and return its model folder.
+
+    Ctrl-C finishes the update, writes a checkpoint and raises KeyboardInterrupt; ``resume=True`` goes on from the last
+    checkpoint to the same numbers, bit for bit on a CPU with the same thread count. Raises UserError when the folder already
+    holds a run and ``resume`` is false, when the run to resume was another one, or when the loss is no longer finite.
+    """
+    out = Path(out)
+    update, seconds = _start(stage, out, resume)
+    bar = tqdm(total=stage.updates, initial=update, unit="update", dynamic_ncols=True, smoothing=0.05)
+    started = time.monotonic() - seconds
+    window: list[dict[str, torch.Tensor | float]] = []
+    with bar, _interruptible() as interrupted:
+        while update < stage.updates:
+            window.append(_one_update(stage, update))
+            update += 1
+            bar.update()
+            last = update == stage.updates
+            if update % settings.log_every == 0 or last:
+                entry = {"update": update, **_averages(window), "seconds": round(time.monotonic() - started, 3)}
+                window.clear()
+                _append(out / "log.jsonl", entry)
+                bar.set_postfix(loss=f"{entry['loss']:.4f}")
+                _require_finite(entry, out)
+            if settings.picture_every and (update % settings.picture_every == 0 or last):
+                figures = stage.draw_pictures(update, out / "pictures")
+                _append(out / "log.jsonl", {"update": update, **figures})
+            if update % settings.checkpoint_every == 0 or last or interrupted():
+                _save(stage, out, update, time.monotonic() - started, settings.keep_checkpoints)
+            if interrupted():
+                tqdm.write(f"interrupted after update {update}; the same command with --resume goes on from there")
+                raise KeyboardInterrupt
+    model = out / "model"
+    atomic_write_folder(model, stage.model_files(update, time.monotonic() - started))
+    return model
+
+
+def _one_update(stage: Stage, update: int) -> dict[str, torch.Tensor | float]:
+    rate = stage.learning_rate(update)
+    for group in stage.optimizer.param_groups:
+        group["lr"] = rate
+    stage.model.train()
+    stage.optimizer.zero_grad(set_to_none=True)
+    loss, figures = stage.loss(update)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(stage.model.parameters(), stage.clip_norm)
+    stage.optimizer.step()
+    stage.average.observe(stage.model, update + 1)
+    loss = loss.detach()
+    stage.observe(float(loss))
+    return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, **figures}
+
+
+def _averages(window: list[dict[str, torch.Tensor | float]]) -> dict[str, float]:
+    return {name: sum(float(figures[name]) for figures in window) / len(window) for name in window[0]}
+
+
+def _require_finite(entry: dict[str, float], out: Path) -> None:
+    if not math.isfinite(entry["loss"]):
+        raise UserError(
+            f"the loss became {entry['loss']} by update {entry['update']}: nothing was saved since the last checkpoint in "
+            f"{out / 'checkpoints'}; lower the learning rate and start from there or anew"
+        )
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in entry.items()}
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(rounded) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is safe, resume when mended") from error
+
+
+def _start(stage: Stage, out: Path, resume: bool) -> tuple[int, float]:
+    checkpoint = latest_checkpoint(out)
+    if checkpoint and not resume:
+        raise UserError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+    try:
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+        (out / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {out}: {error.strerror}") from None
+    if not checkpoint:
+        if resume:
+            raise UserError(f"nothing to resume: {out / 'checkpoints'} holds no complete checkpoint")
+        (out / "log.jsonl").unlink(missing_ok=True)
+        return 0, 0.0
+    update, seconds = _load(stage, checkpoint)
+    _cut_log(out / "log.jsonl", update)
+    return update, seconds
+
+
+def latest_checkpoint(out: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run folder, or None."""
+    folders = sorted(Path(out).glob("checkpoints/update-*"))
+    return folders[-1] if folders else None
+
+
+def _cut_log(path: Path, update: int) -> None:
+    # Lines after the checkpoint belong to updates that will be made again.
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["update"] <= update]
+        atomic_write(path, "".join(line + "\n" for line in kept).encode())
+
+
+def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
+    tensors = {f"model.{name}": tensor for name, tensor in stage.model.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in stage.average.model.state_dict().items()}
+    for name, parameter in stage.model.named_parameters():
+        for key, value in stage.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def _save(stage: Stage, out: Path, update: int, seconds: float, keep: int) -> None:
+    data = to_safetensors(_tensors(stage))
+    description = {
+        "format": FORMAT,
+        "kind": "training",
+        "update": update,
+        "seconds": seconds,
+        "identity": stage.identity(),
+        "state": stage.state(),
+        "sha256": sha256(data),
+    }
+    files = {"training.safetensors": data, "checkpoint.json": to_json(description), **stage.extra_files()}
+    folder = out / "checkpoints" / f"update-{update:08d}"
+    atomic_write_folder(folder, files)
+    for old in sorted(folder.parent.glob("update-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _load(stage: Stage, folder: Path) -> tuple[int, float]:
+    description = read_json(folder / "checkpoint.json", "training checkpoint")
+    if description.get("format") != FORMAT or description.get("kind") != "training":
+        raise UserError(f"{folder / 'checkpoint.json'}: expected a training checkpoint in format {FORMAT}")
+    _require_same(description["identity"], json.loads(to_json(stage.identity())), folder)
+    tensors = read_tensors(folder / "training.safetensors", "training checkpoint")
+    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = tensor
+    stage.model.load_state_dict(groups["model"])
+    stage.average.model.load_state_dict(groups["average"])
+    parameters = dict(stage.model.named_parameters())
+    for name, tensor in groups["optimizer"].items():
+        parameter, _, key = name.rpartition(".")
+        stage.optimizer.state[parameters[parameter]][key] = tensor
+    stage.load_state(description["state"])
+    return description["update"], description["seconds"]
+
+
+def _require_same(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    for section in saved.keys() | current.keys():
+        old, new = saved.get(section), current.get(section)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            name = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))[0]
+            section, old, new = f"{section}.{name}", old.get(name), new.get(name)
+        raise UserError(f"cannot resume {folder}: its {section} is {old!r}, this command's is {new!r}; give the same")
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Ctrl-C sets a flag that the loop reads between updates; a second one interrupts at once."""
+    flag = []
+
+    def handler(_signal: int, _frame: Any) -> None:
+        if flag:
+            raise KeyboardInterrupt
+        flag.append(True)
+
+    try:
+        previous = signal.signal(signal.SIGINT, handler)
+    except ValueError:  # Not in the main thread: whoever runs us there handles signals.
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(flag)
+    finally:
+        signal.signal(signal.SIGINT, previous)

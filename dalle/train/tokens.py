@@ -1,0 +1,45 @@
+"""Encode a data set's images once and keep the tokens on disk (paper 2.2: argmax of the encoder, no noise)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dalle.checkpoint import atomic_write, dvae_sha256, read_tensors, sha256, to_safetensors
+from dalle.data import ImageTextDataset
+from dalle.dvae import DVAE
+from dalle.train.batches import ImageBatches
+
+
+@torch.no_grad()
+def encode_dataset(
+    dvae: DVAE,
+    dvae_folder: str | Path,
+    images: ImageTextDataset,
+    crops: int,
+    seed: int,
+    cache: str | Path,
+    device: str = "cpu",
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Image tokens of every sample, int32 [len(images), crops, H * W], in raster order.
+
+    Crop c of an image is its augmentation (paper Listing 2) of epoch c. The tokens are read from ``cache`` when it holds those
+    of the same dVAE, data, crops and seed, else encoded and written there.
+    """
+    key = sha256("/".join(map(str, (dvae_sha256(dvae_folder), images.fingerprint, crops, seed))).encode())
+    path = Path(cache) / f"tokens-{key[:16]}.safetensors"
+    if path.exists():
+        return read_tensors(path, "cached image tokens")["tokens"]
+    batches = ImageBatches(images, dvae.config.image_size, "dalle", seed)
+    pairs = [(crop, sample) for sample in range(len(images)) for crop in range(crops)]
+    encoded = []
+    for start in tqdm(range(0, len(pairs), batch_size), desc="encoding images", unit="batch", dynamic_ncols=True):
+        pixels = batches.load(pairs[start : start + batch_size]).to(device)
+        encoded.append(dvae.encode(pixels).flatten(1).to("cpu", torch.int32))
+    tokens = torch.cat(encoded).view(len(images), crops, -1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, to_safetensors({"tokens": tokens}))
+    return tokens
