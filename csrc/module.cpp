@@ -1,7 +1,7 @@
 // The Python module dalle_kernels._cpu: addresses, sizes and strides in, status out (as an exception).
 //
-// Nothing here checks tensors: dalle_kernels/<family>/ops.py does, and alone calls these functions. Each releases Python's
-// lock while its kernel runs.
+// Nothing here checks tensors: dalle_kernels/<family>/ops.py does, and alone calls these functions. Each releases
+// Python's lock while its kernel runs.
 #include <pybind11/pybind11.h>
 
 #include "common/isa.h"

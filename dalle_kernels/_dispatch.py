@@ -117,6 +117,11 @@ def _device_type(args: tuple) -> str:
     return first.device.type
 
 
+def ops() -> dict[str, Op]:
+    """Every op by its name."""
+    return dict(OPS)
+
+
 _forced: str | None = None
 
 

@@ -1,8 +1,8 @@
 """Loads the compiled libraries ``dalle_kernels._cpu`` and ``dalle_kernels._cuda``.
 
 ``import dalle_kernels`` succeeds without them; the first native use says what is missing. Environment variable
-``DALLE_KERNELS_ISA`` (portable, avx2, avx512 or avx512_bf16) forces the CPU kernels' instruction set, which is otherwise
-the widest one that is built and that this processor runs.
+``DALLE_KERNELS_ISA`` (portable, avx2, avx512 or avx512_bf16) forces the CPU kernels' instruction set, which is
+otherwise the widest one that is built and that this processor runs.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def _load(name: str) -> ModuleType | str:
     except ModuleNotFoundError:
         if name == "_cuda":
             return (
-                "the compiled CUDA library is not built; to build it, reinstall where nvcc and an NVIDIA driver are found, "
-                "or with DALLE_KERNELS_CUDA=on"
+                "the compiled CUDA library is not built; to build it, reinstall where nvcc and an NVIDIA driver are "
+                "found, or with DALLE_KERNELS_CUDA=on"
             )
         return f"the compiled CPU library is not built; {_REBUILD}"
     except ImportError as error:
@@ -55,8 +55,8 @@ def _cpu() -> ModuleType | str:
         available = module.instruction_sets_available()
         if forced_isa not in available:
             raise NativeError(
-                f"expected {ISA_ENVIRONMENT_VARIABLE} to be one of {', '.join(available)}, which are built and which this "
-                f"processor runs, got {forced_isa!r}; unset it to have the best one chosen"
+                f"expected {ISA_ENVIRONMENT_VARIABLE} to be one of {', '.join(available)}, which are built and "
+                f"which this processor runs, got {forced_isa!r}; unset it to have the best one chosen"
             )
         module.force_instruction_set(forced_isa)
     return module
@@ -97,3 +97,13 @@ def instruction_sets() -> tuple[list[str], list[str], str]:
     """Instruction sets of the CPU library: those built, those this processor runs as well, and the one used."""
     module = library("cpu")
     return module.instruction_sets_built(), module.instruction_sets_available(), module.instruction_set_used()
+
+
+def call(kernel: str, device: torch.device, **arguments) -> None:
+    """Run a compiled kernel, with torch's number of threads on CPU and on torch's current stream on CUDA."""
+    module = library(device.type)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            getattr(module, kernel)(**arguments, stream=torch.cuda.current_stream(device).cuda_stream)
+    else:
+        getattr(module, kernel)(**arguments, threads=torch.get_num_threads())

@@ -1,7 +1,7 @@
 // Instruction sets: which builds of the kernels there are, which of them this processor runs, and which one is used.
 //
-// A kernel source is compiled once per instruction set, with DALLE_ISA_NAMESPACE set to the build's name, and puts all of
-// its code into that namespace. Code outside of it could be merged by the linker with the same function from a wider
+// A kernel source is compiled once per instruction set, with DALLE_ISA_NAMESPACE set to the build's name, and puts all
+// of its code into that namespace. Code outside of it could be merged by the linker with the same function from a wider
 // build and then fault on an older processor: so kernel sources use raw loops, file-local functions and the headers of
 // this folder, and no template of the standard library that leaves a function behind.
 #pragma once
@@ -26,8 +26,8 @@ Kernel* isa_choose(Kernel* const (&builds)[ISA_COUNT]) {
 
 }  // namespace dalle
 
-// In a family's header: declares the kernel `const char* name(const Params&)` of every build. A kernel returns nullptr, or
-// a sentence that says why it did nothing.
+// In a family's header: declares the kernel `const char* name(const Params&)` of every build. A kernel returns nullptr,
+// or a sentence that says why it did nothing.
 #define DALLE_DECLARE_CPU_KERNEL(name, Params)                  \
   namespace portable {                                          \
   const char* name(const Params&);                              \

@@ -1,11 +1,12 @@
 // Threads without an OpenMP runtime of our own.
 //
-// A process with two OpenMP runtimes has two thread pools, which compete for the cores, and torch brings one already: its
-// wheels carry a libgomp of their own (under names that have changed between releases), other distributions an Intel or
-// LLVM runtime. Linking one here, or compiling with -fopenmp, could load a second. Instead the entry point that all of these
-// runtimes export on Linux, GOMP_parallel, is looked up among the libraries in the process: `import torch` (which comes
-// first, see dalle_kernels/_native.py) has put its runtime there. So torch and these kernels share one pool of threads, and
-// a build needs no OpenMP at all. Where none is found (macOS, a torch without OpenMP) the loops run on the calling thread.
+// A process with two OpenMP runtimes has two thread pools, which compete for the cores, and torch brings one already:
+// its wheels carry a libgomp of their own (under names that have changed between releases), other distributions an
+// Intel or LLVM runtime. Linking one here, or compiling with -fopenmp, could load a second. Instead the entry point
+// that all of these runtimes export on Linux, GOMP_parallel, is looked up among the libraries in the process: `import
+// torch` (which comes first, see dalle_kernels/_native.py) has put its runtime there. So torch and these kernels share
+// one pool of threads, and a build needs no OpenMP at all. Where none is found (macOS, a torch without OpenMP) the
+// loops run on the calling thread.
 #include "common/parallel.h"
 
 #include <dlfcn.h>

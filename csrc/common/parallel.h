@@ -7,8 +7,8 @@
 
 namespace dalle {
 
-// Calls body(context, thread, team) on each thread of a team of at most `threads`, the caller being one of them, and returns
-// when all are done. The team may be smaller than asked for; a body must divide its work by `team`.
+// Calls body(context, thread, team) on each thread of a team of at most `threads`, the caller being one of them, and
+// returns when all are done. The team may be smaller than asked for; a body must divide its work by `team`.
 void run_team(int threads, void (*body)(void* context, int thread, int team), void* context);
 
 // "GOMP_parallel" in torch's runtime was found; without it every loop runs on the calling thread.
@@ -19,8 +19,8 @@ bool has_openmp();
 #if defined(DALLE_ISA_NAMESPACE)
 namespace dalle::DALLE_ISA_NAMESPACE {
 
-// Calls body(begin, end) over disjoint pieces of [0, count), one contiguous piece a thread, none shorter than `grain` items
-// (the last excepted). For work that is even and should touch memory in order.
+// Calls body(begin, end) over disjoint pieces of [0, count), one contiguous piece a thread, none shorter than `grain`
+// items (the last excepted). For work that is even and should touch memory in order.
 template <class Body>
 inline void parallel_for(int64_t count, int64_t grain, int threads, const Body& body) {
   if (count <= 0) return;
@@ -43,8 +43,8 @@ inline void parallel_for(int64_t count, int64_t grain, int threads, const Body& 
       &context);
 }
 
-// Calls body(item, thread) for every item of [0, count), each taken in order by the next free thread; 0 <= thread < threads
-// tells scratch memory apart. For items of uneven cost: start the dearest first.
+// Calls body(item, thread) for every item of [0, count), each taken in order by the next free thread; 0 <= thread <
+// threads tells scratch memory apart. For items of uneven cost: start the dearest first.
 template <class Body>
 inline void parallel_items(int64_t count, int threads, const Body& body) {
   if (count <= 0) return;

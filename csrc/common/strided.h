@@ -40,8 +40,8 @@ DALLE_INLINE int64_t row_offset(const Strided& shape, int64_t row) {
 
 DALLE_INLINE bool is_contiguous(const Strided& shape) { return shape.dims == 1 && shape.strides[0] == 1; }
 
-// The same elements in the same order in as few dimensions as possible: size 1 goes, neighbours that follow each other in
-// memory join. A contiguous tensor of any rank comes out as one dimension of stride 1.
+// The same elements in the same order in as few dimensions as possible: size 1 goes, neighbours that follow each other
+// in memory join. A contiguous tensor of any rank comes out as one dimension of stride 1.
 DALLE_INLINE Strided merged(const Strided& shape) {
   Strided out{1, {1}, {1}};
   bool first = true;

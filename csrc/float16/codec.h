@@ -29,8 +29,8 @@ struct Float16Codec {
   static constexpr Bits half_step = Bits{1} << (shift - 1);
   static constexpr Bits rebias = Bits{Ieee<Bits>::bias - 60} << Ieee<Bits>::significand;  // exponent code 0: 2^-60
   static constexpr Bits smallest = rebias + (Bits{1} << shift);                           // code 1
-  static constexpr Bits largest = rebias + (Bits{(64 << significand) - 1} << shift);      // all exponent, significand ones
-  static constexpr uint16_t code_mask = static_cast<uint16_t>((64 << significand) - 1);
+  static constexpr Bits largest = rebias + (Bits{(64 << significand) - 1} << shift);      // all exponent, significand
+  ones static constexpr uint16_t code_mask = static_cast<uint16_t>((64 << significand) - 1);
 };
 
 template <class Bits>
@@ -39,9 +39,9 @@ DALLE_INLINE bool is_nonfinite(Bits bits) {
   return (bits & Codec::magnitude_mask) >= Codec::infinity;
 }
 
-// Half away from zero is "add half a step to the magnitude, then truncate". Comparing magnitudes as integers orders them as
-// numbers, and puts NaN beyond the largest code, where saturation turns it into the largest positive one, as the published
-// encoder does.
+// Half away from zero is "add half a step to the magnitude, then truncate". Comparing magnitudes as integers orders
+// them as numbers, and puts NaN beyond the largest code, where saturation turns it into the largest positive one, as
+// the published encoder does.
 template <Float16Format format, class Bits>
 DALLE_INLINE uint16_t encode_bits(Bits bits) {
   using Codec = Float16Codec<format, Bits>;

@@ -1,7 +1,7 @@
 // Family float16: encoding to and decoding from the 16-bit formats 1-6-9 and 0-6-10 (arXiv 2102.12092, B.2 and E.2).
 //
-// Layout, from the top bit down: sign (1-6-9 only), 6 exponent bits, significand. Exponent code e means 2^(e-60); every code
-// is a normal number save the all-zero one (sign aside), which is 0. There is no subnormal, no infinity, no NaN.
+// Layout, from the top bit down: sign (1-6-9 only), 6 exponent bits, significand. Exponent code e means 2^(e-60); every
+// code is a normal number save the all-zero one (sign aside), which is 0. There is no subnormal, no infinity, no NaN.
 //
 // Floor: bytes. float32 takes 4 + 2 bytes an element either way, a 16-bit dtype 2 + 2, float64 8 + 2; the dozen integer
 // operations an element hide behind memory from AVX2 on and on any GPU. A copy of as many bytes is the yardstick:
