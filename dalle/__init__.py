@@ -1,6 +1,7 @@
 """Text to image in two stages, after DALL·E (Ramesh et al. 2021): a thin layer over :mod:`dalle_kernels`.
 
-Stage 1 is :class:`DVAE`, stage 2 is :class:`DALLE`; ``python -m dalle`` (or the ``dalle`` command) trains and samples them.
+Stage 1 is :class:`DVAE`, stage 2 is :class:`DALLE`; ``python -m dalle`` (or the ``dalle`` command) trains and samples
+them.
 """
 
 from __future__ import annotations

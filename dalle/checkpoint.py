@@ -3,10 +3,11 @@
 A *model folder* holds what sampling needs, and describes itself:
 
 - ``dvae.json``, ``dvae.safetensors``: the stage-1 model, its config, and the SHA-256 of its weights file;
-- ``dalle.json``, ``dalle.safetensors``, ``tokenizer.json``: the stage-2 model, absent after stage 1 alone. ``dalle.json``
-  also holds the SHA-256 of the dVAE that made its image tokens and of its tokenizer, checked on loading.
+- ``dalle.json``, ``dalle.safetensors``, ``tokenizer.json``: the stage-2 model, absent after stage 1 alone.
+  ``dalle.json`` also holds the SHA-256 of the dVAE that made its image tokens and of its tokenizer, checked on loading.
 
-Weights may be stored in 16 bit; they are loaded as float32. Everything is written to a temporary name, synced, then renamed.
+Weights may be stored in 16 bit; they are loaded as float32. Everything is written to a temporary name, synced, then
+renamed.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a crash or a full disk leaves either the old file or the new one, never a part.
+    """Write ``data`` to ``path`` so that a crash or a full disk leaves either the old file or the new one, never a
+    part.
 
     A failure (no space, no permission, no such folder) is a UserError and removes the temporary file.
     """
@@ -67,7 +69,9 @@ def atomic_write(path: str | Path, data: bytes) -> None:
 
 
 def atomic_write_folder(folder: str | Path, files: Mapping[str, bytes]) -> None:
-    """Write a new folder of ``files`` (name to content) that appears under its name only when it is complete and synced."""
+    """Write a new folder of ``files`` (name to content) that appears under its name only when it is complete and
+    synced.
+    """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -157,7 +161,9 @@ def _checked_sha256(path: Path, expected: str | None) -> None:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; the model folder is incomplete") from None
     if sha256(data) != expected:
-        raise UserError(f"{path} is truncated or was changed: its SHA-256 differs from the recorded one; restore the file")
+        raise UserError(
+            f"{path} is truncated or was changed: its SHA-256 differs from the recorded one; restore the file"
+        )
 
 
 def dvae_files(dvae: DVAE, dtype: torch.dtype = torch.float32, note: dict[str, Any] | None = None) -> dict[str, bytes]:
@@ -167,7 +173,9 @@ def dvae_files(dvae: DVAE, dtype: torch.dtype = torch.float32, note: dict[str, A
     return {"dvae.json": to_json({**description, "note": note or {}}), "dvae.safetensors": weights}
 
 
-def save_dvae(folder: str | Path, dvae: DVAE, dtype: torch.dtype = torch.float32, note: dict[str, Any] | None = None) -> None:
+def save_dvae(
+    folder: str | Path, dvae: DVAE, dtype: torch.dtype = torch.float32, note: dict[str, Any] | None = None
+) -> None:
     """Write a dVAE as a model folder."""
     atomic_write_folder(folder, dvae_files(dvae, dtype, note))
 
@@ -264,5 +272,7 @@ def shipped(name: str = "emoji") -> Path:
     folder = _SHIPPED / name
     if not folder.is_dir():
         names = sorted(path.name for path in _SHIPPED.iterdir() if path.is_dir()) if _SHIPPED.is_dir() else []
-        raise UserError(f"no shipped checkpoint named {name!r}; expected one of: {', '.join(names) or 'none in this build'}")
+        raise UserError(
+            f"no shipped checkpoint named {name!r}; expected one of: {', '.join(names) or 'none in this build'}"
+        )
     return folder

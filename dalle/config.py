@@ -55,7 +55,8 @@ class DVAEConfig:
 
     ``group_count`` groups of ``n_blk_per_group`` resblocks, of widths 1, 2, 4, ... times ``n_hid``, with a 2x2 pooling
     between groups: the image shrinks by ``factor = 2**(group_count - 1)`` a side. ``n_init`` is the width of the
-    decoder's input, ``vocab_size`` the number of codes, ``image_size`` the side of the square training images in pixels.
+    decoder's input, ``vocab_size`` the number of codes, ``image_size`` the side of the square training images in
+    pixels.
     """
 
     image_size: int = 256
@@ -68,7 +69,9 @@ class DVAEConfig:
     def __post_init__(self) -> None:
         _require_positive(self, *(field.name for field in dataclasses.fields(self)))
         if self.n_hid % 4:
-            raise UserError(f"DVAEConfig.n_hid: expected a multiple of 4 (blocks use a quarter of it), got {self.n_hid}")
+            raise UserError(
+                f"DVAEConfig.n_hid: expected a multiple of 4 (blocks use a quarter of it), got {self.n_hid}"
+            )
         if self.image_size % self.factor:
             raise UserError(
                 f"DVAEConfig.image_size: expected a multiple of the downsampling factor {self.factor}, "
@@ -121,7 +124,16 @@ class DALLEConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
-        numbers = ("text_len", "text_vocab_size", "image_vocab_size", "dim", "heads", "head_dim", "layers", "kernel_size")
+        numbers = (
+            "text_len",
+            "text_vocab_size",
+            "image_vocab_size",
+            "dim",
+            "heads",
+            "head_dim",
+            "layers",
+            "kernel_size",
+        )
         _require_positive(self, *numbers)
         if len(self.grid) != 2 or not all(isinstance(side, int) and side > 0 for side in self.grid):
             raise UserError(f"DALLEConfig.grid: expected two positive whole numbers (rows, columns), got {self.grid}")

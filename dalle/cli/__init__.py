@@ -1,7 +1,7 @@
 """The ``dalle`` command: one subcommand a job, each in a module of its own.
 
-A job's module has ``NAME``, ``HELP``, ``add_arguments(parser)`` and ``run(args)``, and imports what is heavy inside ``run``,
-so that ``dalle --help`` answers at once.
+A job's module has ``NAME``, ``HELP``, ``add_arguments(parser)`` and ``run(args)``, and imports what is heavy inside
+``run``, so that ``dalle --help`` answers at once.
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--log-every", type=int, default=20, help="updates a log line (default: %(default)s)")
-    parser.add_argument("--picture-every", type=int, default=500, help="updates a picture, 0: none (default: %(default)s)")
+    parser.add_argument(
+        "--picture-every", type=int, default=500, help="updates a picture, 0: none (default: %(default)s)"
+    )
     parser.add_argument("--checkpoint-every", type=int, default=500, help="updates a checkpoint (default: %(default)s)")
     parser.add_argument("--keep-checkpoints", type=int, default=3, help="how many to keep (default: %(default)s)")
 

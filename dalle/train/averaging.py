@@ -11,8 +11,8 @@ from torch import nn
 class IterateAverage:
     """Keeps ``average = decay * average + (1 - decay) * parameters`` in a copy of ``model``, every ``every`` updates.
 
-    Early on the decay is lowered to ``(1 + n) / (10 + n)`` at the n-th averaging, so that a short run is not held back by
-    its random start; the paper's long runs never notice.
+    Early on the decay is lowered to ``(1 + n) / (10 + n)`` at the n-th averaging, so that a short run is not held back
+    by its random start; the paper's long runs never notice.
     """
 
     def __init__(self, model: nn.Module, decay: float, every: int = 1):

@@ -33,13 +33,14 @@ SAMPLES_PER_CAPTION = 4
 
 @dataclass(frozen=True)
 class DALLETraining:
-    """Settings of stage 2. The defaults are the paper's; ``warm_up_fraction`` and ``plateau_fraction`` scale with ``updates``.
+    """Settings of stage 2. The defaults are the paper's; ``warm_up_fraction`` and ``plateau_fraction`` scale with
+    ``updates``.
 
-    ``schedule`` is what follows the warm-up: "plateau" halves the step size each time the training loss, averaged over windows
-    of ``plateau_fraction`` of the run, stops falling (the paper's, five times at most); "cosine" goes down to
-    ``final_learning_rate``, the better choice for a short run. ``crops`` is how many augmented crops of each image are encoded
-    once and cached. Weight decay spares gains, biases and embeddings. ``stored_dtype`` is the precision of the final model
-    folder, not of training.
+    ``schedule`` is what follows the warm-up: "plateau" halves the step size each time the training loss, averaged over
+    windows of ``plateau_fraction`` of the run, stops falling (the paper's, five times at most); "cosine" goes down to
+    ``final_learning_rate``, the better choice for a short run. ``crops`` is how many augmented crops of each image are
+    encoded once and cached. Weight decay spares gains, biases and embeddings. ``stored_dtype`` is the precision of the
+    final model folder, not of training.
     """
 
     updates: int = 430_000
@@ -78,10 +79,11 @@ class DALLETraining:
 
 
 class DALLEStage(Stage):
-    """Stage 2 as the loop drives it: batches of (caption, cached image tokens), the weighted cross-entropy, sample grids.
+    """Stage 2 as the loop drives it: batches of (caption, cached image tokens), the weighted cross-entropy, sample
+    grids.
 
-    ``images`` and ``held_out`` are encoded once by the dVAE of the model folder ``dvae_folder``; the tokens are cached in
-    ``cache``. The tokenizer is trained on the captions unless one is given.
+    ``images`` and ``held_out`` are encoded once by the dVAE of the model folder ``dvae_folder``; the tokens are cached
+    in ``cache``. The tokenizer is trained on the captions unless one is given.
     """
 
     def __init__(
@@ -123,8 +125,8 @@ class DALLEStage(Stage):
         made, expected = self.dvae.config, self.config
         if made.grid != expected.grid or made.vocab_size != expected.image_vocab_size:
             raise UserError(
-                f"wrong dVAE for this transformer: expected a grid of {expected.grid} and {expected.image_vocab_size} codes, "
-                f"the dVAE of {self.dvae_folder} makes {made.grid} and {made.vocab_size}"
+                f"wrong dVAE for this transformer: expected a grid of {expected.grid} and "
+                f"{expected.image_vocab_size} codes, the dVAE of {self.dvae_folder} makes {made.grid} and {made.vocab_size}"
             )
 
     def _held_out(self, held_out: ImageTextDataset | None, cache: str | Path) -> tuple[list[str], torch.Tensor]:

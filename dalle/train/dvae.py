@@ -25,11 +25,11 @@ from dalle.train.settings import STORED_DTYPES, require_choice, require_in_range
 
 @dataclass(frozen=True)
 class DVAETraining:
-    """Settings of stage 1. The defaults are the paper's; a ``*_fraction`` is the part of the run a schedule lasts, so that the
-    paper's 5,000 / 150,000 / 1,200,000 of 3,000,000 updates scale with ``updates``.
+    """Settings of stage 1. The defaults are the paper's; a ``*_fraction`` is the part of the run a schedule lasts, so
+    that the paper's 5,000 / 150,000 / 1,200,000 of 3,000,000 updates scale with ``updates``.
 
-    ``kl_weight`` is beta, ``temperature`` is tau; all schedules are cosine. ``stored_dtype`` is the precision of the final
-    model folder ("float32", "float16", "bfloat16"), not of training.
+    ``kl_weight`` is beta, ``temperature`` is tau; all schedules are cosine. ``stored_dtype`` is the precision of the
+    final model folder ("float32", "float16", "bfloat16"), not of training.
     """
 
     updates: int = 3_000_000
@@ -128,7 +128,8 @@ class DVAEStage(Stage):
         reconstructions = dvae.decode(tokens)
         count = min(32, len(images))
         atomic_write(
-            folder / f"reconstructions-{update:08d}.png", png(reconstruction_grid(images[:count], reconstructions[:count]))
+            folder / f"reconstructions-{update:08d}.png",
+            png(reconstruction_grid(images[:count], reconstructions[:count])),
         )
         return {
             "held_out_mean_absolute_error": float((images - reconstructions).abs().mean()),

@@ -1,7 +1,7 @@
 """The training loop both stages share: log, pictures, averaging, checkpoints, interruption and exact resumption.
 
-A run lives in one folder: ``log.jsonl`` (a JSON object a line), ``pictures/``, ``checkpoints/update-XXXXXXXX/`` (the last
-few) and at the end ``model/``, the model folder to sample from.
+A run lives in one folder: ``log.jsonl`` (a JSON object a line), ``pictures/``, ``checkpoints/update-XXXXXXXX/`` (the
+last few) and at the end ``model/``, the model folder to sample from.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Stage(ABC):
     def model_files(self, updates: int, seconds: float) -> dict[str, bytes]:
         """The files of the model folder that the averaged parameters make."""
 
-    def observe(self, loss: float) -> None:
+    def observe(self, loss: float) -> None:  # noqa: B027 (optional)
         """Learn the loss of an update (the plateau rule does)."""
 
     def extra_files(self) -> dict[str, bytes]:
@@ -96,7 +96,7 @@ class Stage(ABC):
         """Small JSON state beside the tensors."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 (optional)
         """Take back what :meth:`state` gave."""
 
 
@@ -104,8 +104,9 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
     """Train ``stage`` to its last update in the run folder ``out`` and return its model folder.
 
     Ctrl-C finishes the update, writes a checkpoint and raises KeyboardInterrupt; ``resume=True`` goes on from the last
-    checkpoint to the same numbers, bit for bit on a CPU with the same thread count. Raises UserError when the folder already
-    holds a run and ``resume`` is false, when the run to resume was another one, or when the loss is no longer finite.
+    checkpoint to the same numbers, bit for bit on a CPU with the same thread count. Raises UserError when the folder
+    already holds a run and ``resume`` is false, when the run to resume was another one, or when the loss is no longer
+    finite.
     """
     out = Path(out)
     update, seconds = _start(stage, out, resume)
@@ -160,8 +161,8 @@ def _averages(window: list[dict[str, torch.Tensor | float]]) -> dict[str, float]
 def _require_finite(entry: dict[str, float], out: Path) -> None:
     if not math.isfinite(entry["loss"]):
         raise UserError(
-            f"the loss became {entry['loss']} by update {entry['update']}: nothing was saved since the last checkpoint in "
-            f"{out / 'checkpoints'}; lower the learning rate and start from there or anew"
+            f"the loss became {entry['loss']} by update {entry['update']}: nothing was saved since the last checkpoint "
+            f"in {out / 'checkpoints'}; lower the learning rate and start from there or anew"
         )
 
 
@@ -171,7 +172,9 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
         with open(path, "a") as file:
             file.write(json.dumps(rounded) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is safe, resume when mended") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; the last checkpoint is safe, resume when mended"
+        ) from error
 
 
 def _start(stage: Stage, out: Path, resume: bool) -> tuple[int, float]:

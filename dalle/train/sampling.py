@@ -19,7 +19,9 @@ def generator(*parts: int | str, device: str = "cpu") -> torch.Generator:
 
 
 class EpochOrder:
-    """An endless stream of sample numbers: each epoch is a fresh permutation of ``size`` samples, keyed by (seed, epoch)."""
+    """An endless stream of sample numbers: each epoch is a fresh permutation of ``size`` samples, keyed by (seed,
+    epoch).
+    """
 
     def __init__(self, size: int, seed: int):
         self.size = size

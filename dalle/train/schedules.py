@@ -22,8 +22,8 @@ def warm_up(peak: float, updates: int, update: int) -> float:
 class PlateauHalving:
     """Halve the step size each time the training loss stops falling (paper B.2: five times in the run).
 
-    The loss is averaged over windows of ``window`` updates; a window that does not improve the best average by ``threshold``
-    (relative) halves the factor, at most ``most`` times.
+    The loss is averaged over windows of ``window`` updates; a window that does not improve the best average by
+    ``threshold`` (relative) halves the factor, at most ``most`` times.
     """
 
     window: int

@@ -26,8 +26,8 @@ def encode_dataset(
 ) -> torch.Tensor:
     """Image tokens of every sample, int32 [len(images), crops, H * W], in raster order.
 
-    Crop c of an image is its augmentation (paper Listing 2) of epoch c. The tokens are read from ``cache`` when it holds those
-    of the same dVAE, data, crops and seed, else encoded and written there.
+    Crop c of an image is its augmentation (paper Listing 2) of epoch c. The tokens are read from ``cache`` when it
+    holds those of the same dVAE, data, crops and seed, else encoded and written there.
     """
     key = sha256("/".join(map(str, (dvae_sha256(dvae_folder), images.fingerprint, crops, seed))).encode())
     path = Path(cache) / f"tokens-{key[:16]}.safetensors"
