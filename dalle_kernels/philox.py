@@ -74,7 +74,7 @@ def gumbel_noise(seed: Tensor, rows: Tensor, columns: int, dtype: torch.dtype = 
 
 
 def new_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Draw an int64 scalar seed on ``device`` from ``generator``, by default the device's own, without waiting for it."""
+    """Draw an int64 scalar seed on ``device`` from ``generator`` or the device's own, without waiting for it."""
     if generator is not None and generator.device.type != device.type:
         raise ValueError(
             f"expected a generator on the logits' device {device}, got one on {generator.device}; "

@@ -1,0 +1,154 @@
+"""Linear layer and cross-entropy in one: checks, operators and the public function (the unembeddings of paper B.1).
+
+Two operators serve one public function. ``linear_cross_entropy`` gives a loss per row; its backward computes the logits
+again. ``linear_cross_entropy_with_gradient`` gives a mean or a sum and computes the gradients in the same pass, which
+saves one of four matrix products; its backward only scales them. It is taken when a gradient is wanted of a reduced
+loss, except in float16: there a loss scale must multiply the gradients before they are rounded, not after.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dalle_kernels._dispatch import Op
+from dalle_kernels.cross_entropy import reference
+
+REDUCTIONS = ("none", "mean", "sum")
+_INPUTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
+
+
+def _fake_rows(hidden, weight, target, bias, ignore_index):
+    loss = hidden.new_empty(hidden.shape[0], dtype=reference.compute_dtype(hidden, weight, bias))
+    return loss, torch.empty_like(loss)
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    grad_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), grad_bias
+
+
+def _fake_with_gradient(hidden, weight, target, bias, ignore_index, reduction):
+    loss = hidden.new_empty((), dtype=reference.compute_dtype(hidden, weight, bias))
+    return loss, *_fake_gradients(hidden, weight, bias)
+
+
+linear_cross_entropy_op = Op(f"linear_cross_entropy({_INPUTS}, int ignore_index) -> (Tensor, Tensor)", _fake_rows)
+linear_cross_entropy_backward_op = Op(
+    f"linear_cross_entropy_backward(Tensor grad_loss, {_INPUTS}, Tensor logsumexp, int ignore_index)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda grad_loss, hidden, weight, target, bias, *rest: _fake_gradients(hidden, weight, bias),
+)
+linear_cross_entropy_with_gradient_op = Op(
+    f"linear_cross_entropy_with_gradient({_INPUTS}, int ignore_index, str reduction)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_with_gradient,
+)
+linear_cross_entropy_op.provide("reference", reference.linear_cross_entropy)
+linear_cross_entropy_backward_op.provide("reference", reference.linear_cross_entropy_backward)
+linear_cross_entropy_with_gradient_op.provide("reference", reference.linear_cross_entropy_with_gradient)
+
+
+def _save_rows(ctx, inputs, output) -> None:
+    hidden, weight, target, bias, ctx.ignore_index = inputs
+    ctx.save_for_backward(hidden, weight, target, bias, output[1])
+
+
+def _rows_gradient(ctx, grad_loss: Tensor, grad_logsumexp: Tensor):
+    bias = ctx.saved_tensors[3]
+    *grads, grad_bias = linear_cross_entropy_backward_op(grad_loss, *ctx.saved_tensors, ctx.ignore_index)
+    return *grads, None, None if bias is None else grad_bias, None
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.has_bias = inputs[3] is not None
+    ctx.save_for_backward(*output[1:])
+
+
+def _scaled_gradients(ctx, grad_loss: Tensor | None, *unused):
+    if grad_loss is None:
+        return (None,) * 6
+    # The product is taken in the loss's dtype, so that a 16-bit gradient meets an unrounded factor.
+    hidden, weight, bias = (
+        (gradient.to(grad_loss.dtype) * grad_loss).to(gradient.dtype) for gradient in ctx.saved_tensors
+    )
+    return hidden, weight, None, bias if ctx.has_bias else None, None, None
+
+
+linear_cross_entropy_op.register_autograd(_rows_gradient, _save_rows)
+linear_cross_entropy_with_gradient_op.register_autograd(_scaled_gradients, _save_gradients)
+
+
+def _check(hidden, weight, target, bias, reduction: str) -> None:
+    tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"expected {name} as a floating-point tensor, got {got}; convert it with {name}.float()")
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(
+            f"expected target as an int64 tensor of class numbers, got {got}; convert it with target.long()"
+        )
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"expected hidden [..., D] and weight [V, D] with at least one class, got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}; the weight is laid out as that of torch.nn.Linear"
+        )
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"expected one target per row of hidden, shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}; "
+            "give hidden as [..., D] and target without the last dimension"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"expected a bias of shape ({weight.shape[0]},), one per class, got {tuple(bias.shape)}; "
+            "it is that of torch.nn.Linear"
+        )
+    for name, tensor in (tensors | {"target": target}).items():
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"expected {name} on hidden's device {hidden.device}, got {tensor.device}; move it with .to()"
+            )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"expected a reduction among {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of ``hidden @ weight.T + bias`` in nats; its float32 logits are never stored whole (paper B.1).
+
+    Args:
+        hidden: ``[..., D]`` floating tensor, one row per prediction, any strides.
+        weight: ``[V, D]`` floating tensor, one row per class, as in ``torch.nn.Linear``.
+        target: int64 of hidden's shape without D: the class of each row, or ``ignore_index``.
+        bias: ``[V]`` or None.
+        ignore_index: rows with this target give loss 0 and no gradient, and do not count in the mean.
+        reduction: "mean" over the rows that count (NaN when none does, as in ``F.cross_entropy``; the gradients are
+            then 0), "sum", or "none" for a loss of target's shape.
+
+    Returns:
+        The loss in float32 (float64 when any input is float64). Hidden, weight and bias may differ in dtype; products
+        are taken and summed in float32. Gradients go to all three, once.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or reduction. A target that is neither a class nor
+            ``ignore_index`` raises on the CPU; on a GPU, where looking at it would mean waiting, the loss is NaN.
+    """
+    _check(hidden, weight, target, bias, reduction)
+    rows, classes = hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() != 2 else hidden, target.reshape(-1)
+    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if wants_gradient and reduction != "none" and all(tensor.dtype != torch.float16 for tensor in inputs):
+        return linear_cross_entropy_with_gradient_op(rows, weight, classes, bias, ignore_index, reduction)[0]
+    loss, _ = linear_cross_entropy_op(rows, weight, classes, bias, ignore_index)
+    if reduction == "none":
+        return loss.view(target.shape)
+    return loss.sum() if reduction == "sum" else loss.sum() / (classes != ignore_index).sum()
