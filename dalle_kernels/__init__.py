@@ -9,6 +9,11 @@ from __future__ import annotations
 from dalle_kernels._dispatch import Explanation, ProviderError, explain, ops, use
 from dalle_kernels._native import NativeError
 from dalle_kernels._version import __version__
+from dalle_kernels.attention.cache import KVCache, decode_attention
+from dalle_kernels.attention.modules import SparseSelfAttention
+from dalle_kernels.attention.ops import sparse_attention
+from dalle_kernels.attention.pattern import AttentionPattern
+from dalle_kernels.cross_entropy.ops import linear_cross_entropy
 from dalle_kernels.float16.ops import (
     decode_fp0610,
     decode_fp169,
@@ -18,11 +23,20 @@ from dalle_kernels.float16.ops import (
     encode_fp169_checked,
 )
 
+# The function gumbel_softmax takes the place of the folder of that name as an attribute of this package; import from
+# the folder by `from dalle_kernels.gumbel_softmax.ops import ...`, which goes by sys.modules.
+from dalle_kernels.gumbel_softmax.ops import gumbel_codebook, gumbel_softmax, gumbel_softmax_kl
+from dalle_kernels.logit_laplace.ops import logit_laplace_loss, map_pixels, unmap_pixels
+
 __all__ = [
+    "AttentionPattern",
     "Explanation",
+    "KVCache",
     "NativeError",
     "ProviderError",
+    "SparseSelfAttention",
     "__version__",
+    "decode_attention",
     "decode_fp0610",
     "decode_fp169",
     "encode_fp0610",
@@ -30,6 +44,14 @@ __all__ = [
     "encode_fp169",
     "encode_fp169_checked",
     "explain",
+    "gumbel_codebook",
+    "gumbel_softmax",
+    "gumbel_softmax_kl",
+    "linear_cross_entropy",
+    "logit_laplace_loss",
+    "map_pixels",
     "ops",
+    "sparse_attention",
+    "unmap_pixels",
     "use",
 ]
