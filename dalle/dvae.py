@@ -15,25 +15,13 @@ from torch import Tensor, nn
 
 from dalle.config import DVAEConfig
 from dalle.errors import UserError
-from dalle_kernels import gumbel_codebook, logit_laplace_loss
-
-PIXEL_MARGIN = 0.1
-"""The paper's epsilon: pixels are squeezed into [0.1, 0.9], away from the ends where the logit is infinite."""
+from dalle_kernels.gumbel_softmax import gumbel_codebook
+from dalle_kernels.logit_laplace import logit_laplace_loss, map_pixels, unmap_pixels
 
 CHANNELS = 3
 _ENCODER_KERNELS = (3, 3, 3, 1)
 _DECODER_KERNELS = (1, 3, 3, 3)
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-def map_pixels(images: Tensor) -> Tensor:
-    """phi of paper A.3, for pixels in [0, 1]: ``(1 - 2e) x + e`` with e = 0.1, so the result lies in [0.1, 0.9]."""
-    return (1 - 2 * PIXEL_MARGIN) * images + PIXEL_MARGIN
-
-
-def unmap_pixels(values: Tensor) -> Tensor:
-    """The inverse of :func:`map_pixels`, clamped to [0, 1]."""
-    return ((values - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
 
 
 class Convolution(nn.Module):
@@ -118,8 +106,8 @@ class _Output(nn.Module):
 class Encoder(nn.Module):
     """Images to logits over the codebook; ``group_count - 1`` times 2x2 max-pooling in between.
 
-    Input [B, 3, H, W] with pixels mapped by :func:`map_pixels`; output [B, vocab_size, H / factor, W / factor], float32
-    at least.
+    Input [B, 3, H, W], pixels after ``dalle_kernels.logit_laplace.map_pixels``; output [B, vocab_size, H / factor,
+    W / factor], float32 at least.
     """
 
     def __init__(self, config: DVAEConfig):
@@ -246,15 +234,14 @@ class DVAE(nn.Module):
     def decode(self, tokens: Tensor) -> Tensor:
         """Images [B, 3, H * factor, W * factor] in [0, 1] of tokens [B, H, W]: ``phi^-1(sigmoid(mu))``, ln b unused."""
         self._check_tokens(tokens)
-        embedding = F.embedding(tokens, self.decoder.codebook) + self.decoder.codebook_bias
-        mu, _ = self._decode_embedding(embedding.permute(0, 3, 1, 2))
+        mu, _ = self._decode_embedding(F.embedding(tokens, self.decoder.codebook))
         return unmap_pixels(torch.sigmoid(mu))
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """``decode(encode(images))``: what survives of images [B, 3, H, W] when only their tokens are kept."""
         return self.decode(self.encode(images))
 
-    def forward(self, images: Tensor, tau: float | Tensor, generator: torch.Generator | None = None) -> DVAEOutput:
+    def forward(self, images: Tensor, tau: float, generator: torch.Generator | None = None) -> DVAEOutput:
         """The two terms of the bound for images [B, 3, S, S], S = ``config.image_size`` (paper 2.1).
 
         ``tau`` > 0 is the temperature of the Gumbel-softmax relaxation; ``generator`` seeds its noise. The relaxed
@@ -266,16 +253,17 @@ class DVAE(nn.Module):
                 f"expected training images of {side}x{side} pixels (config.image_size), got "
                 f"{images.shape[-2]}x{images.shape[-1]}; resize them, or encode and decode them without training"
             )
-        logits = self.encode_logits(images)
-        embedding, kl = gumbel_codebook(logits, self.decoder.codebook, tau=tau, dim=1, generator=generator)
-        mu, log_b = self._decode_embedding(embedding + self.decoder.codebook_bias[:, None, None])
+        # One row a position, its codes side by side in memory: that is how the channels-last encoder leaves its logits.
+        rows = self.encode_logits(images).permute(0, 2, 3, 1)
+        embedding, kl = gumbel_codebook(rows, self.decoder.codebook, tau=tau, generator=generator)
+        mu, log_b = self._decode_embedding(embedding)
         reconstruction = logit_laplace_loss(at_least_float32(map_pixels(images)), mu, log_b)
         return DVAEOutput(reconstruction, kl.sum() / images.shape[0], images[0].numel())
 
     def _decode_embedding(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and ln b, each [B, 3, H * factor, W * factor] and float32 at least, of an embedding [B, n_init, H, W]."""
-        embedding = embedding.to(self.decoder.blocks["output"].conv.w.dtype)
-        parameters = self.decoder(embedding.contiguous(memory_format=torch.channels_last))
+        """mu and ln b, each [B, 3, H * factor, W * factor] and float32 at least, of code vectors [B, H, W, n_init]."""
+        embedding = (embedding + self.decoder.codebook_bias).to(self.decoder.blocks["output"].conv.w.dtype)
+        parameters = self.decoder(embedding.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
         mu, log_b = at_least_float32(parameters).chunk(2, dim=1)
         return mu, log_b
 

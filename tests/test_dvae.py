@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dalle.config import DVAEConfig
-from dalle.dvae import DVAE, ResidualBlock, map_pixels, unmap_pixels
+from dalle.dvae import DVAE, ResidualBlock
 from dalle.errors import UserError
 
 SMALL = DVAEConfig(image_size=16, vocab_size=24, n_hid=8, n_init=12, group_count=3, n_blk_per_group=2)
@@ -292,14 +292,6 @@ def test_16_bit_parameters_still_give_float32_logits():
     assert dvae.encode_logits(images).dtype == torch.float32
     assert dvae(images, tau=1.0).reconstruction.dtype == torch.float32
     assert dvae.reconstruct(images).isfinite().all()
-
-
-def test_pixels_map_into_the_margin_and_back():
-    pixels = torch.linspace(0, 1, 11, dtype=torch.float64)
-    mapped = map_pixels(pixels)
-    torch.testing.assert_close(mapped[[0, 5, 10]], torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
-    torch.testing.assert_close(unmap_pixels(mapped), pixels)
-    assert unmap_pixels(torch.tensor([0.0, 1.0])).tolist() == [0.0, 1.0]
 
 
 def test_decoded_images_lie_in_the_unit_interval():
