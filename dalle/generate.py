@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy
 import torch
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from dalle.errors import UserError
 from dalle_kernels.philox import complement_uniform
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from dalle.dvae import DVAE
     from dalle.tokenizer import Tokenizer
     from dalle.transformer import DALLE
@@ -223,23 +223,19 @@ def _expand_prime(prime: torch.Tensor | None, prompts: int, image_len: int) -> t
     return prime
 
 
-def prime_tokens(dvae: DVAE, image: Image.Image, rows: int, grid: tuple[int, int]) -> torch.Tensor:
+def prime_tokens(dvae: DVAE, pixels: numpy.ndarray, rows: int, grid: tuple[int, int]) -> torch.Tensor:
     """The image tokens int64 ``[rows * W]`` of an image's top rows, for ``generate``'s ``prime``.
 
-    The image is cropped at its centre to the aspect ratio of ``grid = (H, W)``, the transformer's, and resized (area)
-    to the dVAE's pixels; transparent pixels become white.
+    ``pixels`` is uint8 RGB ``[height, width, 3]`` (``dalle.data.images.decode_image`` makes it from a file). The
+    image is cropped at its centre to the aspect ratio of ``grid = (H, W)``, the transformer's, and resized (area) to
+    what the dVAE encodes to that grid.
     """
-    import numpy
-    from PIL import Image, ImageOps
-
     height, width = grid
     if not 1 <= rows < height:
         raise UserError(f"expected 1 to {height - 1} given rows of the {height} rows of tokens, got {rows}")
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     factor = dvae.config.factor
-    image = ImageOps.fit(image, (width * factor, height * factor), Image.Resampling.BOX)
+    fitted = ImageOps.fit(Image.fromarray(pixels), (width * factor, height * factor), Image.Resampling.BOX)
     parameter = next(dvae.parameters())
-    pixels = torch.from_numpy(numpy.asarray(image).copy()).permute(2, 0, 1).to(parameter.device, parameter.dtype) / 255
+    image = torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1).to(parameter.device, parameter.dtype) / 255
     with torch.no_grad():
-        return dvae.encode(pixels[None])[0, :rows].flatten()
+        return dvae.encode(image[None])[0, :rows].flatten()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy
 import pytest
 import torch
-from PIL import Image
 
 from dalle.config import DALLEConfig, DVAEConfig
 from dalle.errors import UserError
@@ -140,13 +140,13 @@ def test_given_rows_stay_and_the_rest_follows_them(model, tokenizer):
 
 
 def test_prime_tokens_are_the_top_rows_of_the_encoded_image(dvae):
-    image = Image.new("RGBA", (64, 32), (0, 0, 0, 255))
-    image.paste((255, 255, 255, 255), (0, 8, 64, 16))
-    image.paste((9, 9, 9, 0), (0, 16, 64, 32))  # transparent: white
-    assert prime_tokens(dvae, image, 3, (4, 4)).tolist() == [0] * 4 + [63] * 8
+    pixels = numpy.zeros((32, 64, 3), dtype=numpy.uint8)
+    pixels[8:] = 255
+    pixels[:, :16] = 77  # cropped away: the grid is square
+    assert prime_tokens(dvae, pixels, 3, (4, 4)).tolist() == [0] * 4 + [63] * 8
     for rows in (0, 4):
         with pytest.raises(UserError, match=f"1 to 3 given rows of the 4 rows of tokens, got {rows}"):
-            prime_tokens(dvae, image, rows, (4, 4))
+            prime_tokens(dvae, pixels, rows, (4, 4))
 
 
 @pytest.mark.parametrize(
