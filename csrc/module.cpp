@@ -4,6 +4,7 @@
 // Python's lock while its kernel runs.
 #include <pybind11/pybind11.h>
 
+#include "attention/attention.h"
 #include "common/isa.h"
 #include "common/module.h"
 #include "common/parallel.h"
@@ -61,6 +62,46 @@ void bind_float16(py::module_& m) {
       "codes"_a, "sizes"_a, "strides"_a, "output"_a, "dtype"_a, "format"_a, "threads"_a);
 }
 
+// A tensor [batch, heads, seq, head_dim] comes as its address and its first three strides, a pattern as its six numbers.
+using HeadsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+using PatternTuple = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+Heads heads_of(const HeadsTuple& t) {
+  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+Pattern pattern_of(const PatternTuple& t) {
+  const auto [kind, seq, text_len, height, width, kernel_size] = t;
+  return {PatternKind{kind}, seq, text_len, height, width, kernel_size};
+}
+
+void bind_attention(py::module_& m) {
+  using namespace py::literals;
+  m.def(
+      "sparse_attention",
+      [](int dtype, int64_t batch, int64_t heads, int64_t head_dim, const PatternTuple& pattern, float scale,
+         const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, const HeadsTuple& out, uintptr_t lse,
+         int threads) {
+        const SparseAttention params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale,
+                                     heads_of(q), heads_of(k), heads_of(v), heads_of(out), pointer<float>(lse), threads};
+        RUN_CPU_KERNEL(sparse_attention, params);
+      },
+      "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
+      "threads"_a);
+  m.def(
+      "sparse_attention_backward",
+      [](int dtype, int64_t batch, int64_t heads, int64_t head_dim, const PatternTuple& pattern, float scale,
+         const HeadsTuple& grad_out, const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v,
+         const HeadsTuple& dq, const HeadsTuple& dk, const HeadsTuple& dv, int threads) {
+        const SparseAttentionBackward params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale,
+                                             heads_of(grad_out), heads_of(q), heads_of(k), heads_of(v),
+                                             heads_of(dq), heads_of(dk), heads_of(dv), threads};
+        RUN_CPU_KERNEL(sparse_attention_backward, params);
+      },
+      "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "grad_out"_a, "q"_a, "k"_a, "v"_a, "dq"_a,
+      "dk"_a, "dv"_a, "threads"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -70,4 +111,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("force_instruction_set", &force_instruction_set, py::arg("name"));
   m.def("has_openmp", &has_openmp);
   bind_float16(m);
+  bind_attention(m);
 }

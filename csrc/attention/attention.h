@@ -39,14 +39,14 @@ struct SparseAttention {
   int threads;
 };
 
-// The softmax statistics are computed again rather than from lse: with logits of 1e4, lse in float32 is off by up to 5e-4,
-// which would be the relative error of every probability.
+// Needs neither out nor lse: the softmax statistics are computed again. With logits of 1e4, lse in float32 is off by up to
+// 5e-4, which would be the relative error of every probability.
 struct SparseAttentionBackward {
   Dtype dtype;  // of all tensors: any but float64
   int64_t batch, heads, head_dim;
   Pattern pattern;
   float scale;
-  Heads grad_out, q, k, v, out;
+  Heads grad_out, q, k, v;
   Heads dq, dk, dv;  // written in full
   int threads;
 };

@@ -1,6 +1,7 @@
 #include "attention/plan.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 namespace dalle {
@@ -21,7 +22,7 @@ class Planner {
         text_(std::min(pattern.seq, pattern.text_len)),
         image_(pattern.seq - text_) {}
 
-  OwnedPlan* build() {
+  const Plan* build() {
     order_image();
     place_keys();
     cut_rows(0, text_, tile_rows_);
@@ -37,7 +38,7 @@ class Planner {
       }
     }
     finish();
-    return plan_;
+    return plan_.release();
   }
 
  private:
@@ -162,7 +163,7 @@ class Planner {
   int64_t first_image_key_ = 0, first_panel_ = 0, last_panel_ = -1;
   std::vector<int64_t> place_;
   std::vector<uint32_t> panel_rows_;  // [panels, tile_rows]: masks of the tile being built, else all 0
-  OwnedPlan* plan_ = new OwnedPlan{};
+  std::unique_ptr<OwnedPlan> plan_{new OwnedPlan{}};
 };
 
 }  // namespace

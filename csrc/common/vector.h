@@ -1,11 +1,16 @@
 // Vector maths: one thin type, `Vector`, over the registers of the instruction set that is being compiled for.
 //
-// AVX-512 has 16 lanes of float, AVX2 8, the portable build 4 (compiler vectors, which become SSE2 or NEON). The type has the
-// few operations that kernels need, no more; a new instruction set is added by writing these once again.
+// AVX-512 has 16 lanes of float, AVX2 8, the portable build 4 (compiler vectors, which become SSE2 or NEON). The type
+// has the few operations that kernels need, no more; a new instruction set is added by writing these once again.
 #pragma once
 
 #if defined(__AVX2__)
+// Some releases of GCC warn that their own intrinsics read a register that they leave undefined on purpose.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include "common/dtype.h"
@@ -100,13 +105,17 @@ DALLE_INLINE Vector load(const float* p) {
   memcpy(&x.lanes, p, sizeof x.lanes);
   return x;
 }
-DALLE_INLINE Vector load(const BFloat16* p) { return {{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}}; }
-DALLE_INLINE Vector load(const Half* p) { return {{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}}; }
+DALLE_INLINE Vector load(const BFloat16* p) {
+  return {FloatLanes{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+}
+DALLE_INLINE Vector load(const Half* p) {
+  return {FloatLanes{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+}
 DALLE_INLINE void store(float* p, Vector x) { memcpy(p, &x.lanes, sizeof x.lanes); }
 DALLE_INLINE void store(Half* p, Vector x) {
   for (int i = 0; i < Vector::width; ++i) from_float(x.lanes[i], p[i]);
 }
-DALLE_INLINE Vector broadcast(float x) { return {{x, x, x, x}}; }
+DALLE_INLINE Vector broadcast(float x) { return {FloatLanes{x, x, x, x}}; }
 DALLE_INLINE Vector operator+(Vector a, Vector b) { return {a.lanes + b.lanes}; }
 DALLE_INLINE Vector operator-(Vector a, Vector b) { return {a.lanes - b.lanes}; }
 DALLE_INLINE Vector operator*(Vector a, Vector b) { return {a.lanes * b.lanes}; }
@@ -128,12 +137,13 @@ DALLE_INLINE Vector times_power_of_two(Vector x, Vector n) {
   const IntLanes exponent = (__builtin_convertvector(n.lanes, IntLanes) + 127) << 23;
   return {x.lanes * reinterpret_cast<FloatLanes>(exponent)};
 }
-DALLE_INLINE Vector zero_where_less(Vector x, Vector a, Vector b) { return blend(a.lanes < b.lanes, broadcast(0.0f), x); }
+DALLE_INLINE Vector zero_where_less(Vector x, Vector a, Vector b) { return blend(a.lanes < b.lanes, broadcast(0.0f), x);
+}
 
 #endif
 
-// maximum(a, b) is b where either is NaN; select takes lane i of a where bit i is set, else of b; times_power_of_two wants a
-// whole n in [-126, 127]; zero_where_less(x, a, b) is 0 where a < b, else x, also where a is NaN.
+// maximum(a, b) is b where either is NaN; select takes lane i of a where bit i is set, else of b; times_power_of_two
+// wants a whole n in [-126, 127]; zero_where_less(x, a, b) is 0 where a < b, else x, also where a is NaN.
 
 // Round to nearest, ties to even; NaN stays NaN.
 DALLE_INLINE void store(BFloat16* p, Vector x) {

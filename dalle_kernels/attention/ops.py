@@ -6,9 +6,10 @@ import math
 
 import torch
 
+from .. import _native
 from .._dispatch import Op
 from . import reference
-from .pattern import AttentionPattern
+from .pattern import KINDS, AttentionPattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
@@ -25,6 +26,49 @@ def _backward_fake(grad_out, q, k, v, out, lse, kind, text_len, height, width, k
     return reference.empty_heads(q), reference.empty_heads(k), reference.empty_heads(v)
 
 
+def _heads(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tensor.data_ptr(), *tensor.stride()[:3]
+
+
+def _shape_arguments(q, kind, text_len, height, width, kernel_size, scale) -> dict:
+    batch, heads, seq, head_dim = q.shape
+    return {
+        "dtype": _native.DTYPES[q.dtype],
+        "batch": batch,
+        "heads": heads,
+        "head_dim": head_dim,
+        "pattern": (KINDS.index(kind), seq, text_len, height, width, kernel_size),
+        "scale": scale,
+    }
+
+
+def _forward_native(q, k, v, *pattern):
+    out, lse = _forward_fake(q, k, v, *pattern)
+    tensors = {"q": _heads(q), "k": _heads(k), "v": _heads(v), "out": _heads(out), "lse": lse.data_ptr()}
+    _native.call("sparse_attention", q.device, **_shape_arguments(q, *pattern), **tensors)
+    return out, lse
+
+
+def _backward_native(grad_out, q, k, v, out, lse, *pattern):
+    dq, dk, dv = _backward_fake(grad_out, q, k, v, out, lse, *pattern)
+    tensors = {"grad_out": grad_out, "q": q, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}
+    addresses = {name: _heads(tensor) for name, tensor in tensors.items()}
+    _native.call("sparse_attention_backward", q.device, **_shape_arguments(q, *pattern), **addresses)
+    return dq, dk, dv
+
+
+def _native_unavailable(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return f"the compiled kernel runs on CPU tensors only, got device type {device_type!r}"
+    return _native.unavailable(device_type)
+
+
+def _native_unsupported(first: torch.Tensor, *_others) -> str | None:
+    if first.dtype == torch.float64:
+        return "the compiled kernel takes float32, float16 and bfloat16, got float64"
+    return None
+
+
 _forward = Op(
     f"sparse_attention(Tensor q, Tensor k, Tensor v, {_PATTERN_SCHEMA}) -> (Tensor out, Tensor lse)", _forward_fake
 )
@@ -33,7 +77,10 @@ _backward = Op(
     f"{_PATTERN_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward_fake,
 )
+_native_limits = {"unavailable": _native_unavailable, "unsupported": _native_unsupported}
+_forward.provide("native", _forward_native, **_native_limits)
 _forward.provide("reference", reference.sparse_attention)
+_backward.provide("native", _backward_native, **_native_limits)
 _backward.provide("reference", reference.sparse_attention_backward)
 
 
@@ -98,12 +145,13 @@ def sparse_attention(
     """Softmax attention in which each query sees the keys that ``pattern`` allows (paper section 2).
 
     ``out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]`` over the visible ``j``: one softmax over text and image keys
-    together. Dot products and softmax statistics are accumulated in float32 (float64 for float64 inputs). Differentiable
-    once in ``q``, ``k`` and ``v``; the gradient is deterministic.
+    together. Dot products and softmax statistics are accumulated in float32 (float64 for float64 inputs).
+    Differentiable once in ``q``, ``k`` and ``v``; the gradient is deterministic.
 
     Args:
-        q, k, v: ``[batch, heads, seq, head_dim]`` of float32, bfloat16, float16 or float64, on one device, of one shape;
-            any strides with a unit last one. ``seq`` may be any prefix of ``pattern.seq_len``; head_dim is 1 to 256.
+        q, k, v: ``[batch, heads, seq, head_dim]`` of float32, bfloat16, float16 or float64, on one device, of one
+            shape; any strides with a unit last one. ``seq`` may be any prefix of ``pattern.seq_len``; head_dim is 1 to
+            256.
         pattern: which keys a query sees.
         scale: factor on the dot products, by default ``head_dim ** -0.5``.
 
