@@ -30,7 +30,7 @@ struct Float16Codec {
   static constexpr Bits rebias = Bits{Ieee<Bits>::bias - 60} << Ieee<Bits>::significand;  // exponent code 0: 2^-60
   static constexpr Bits smallest = rebias + (Bits{1} << shift);                           // code 1
   static constexpr Bits largest = rebias + (Bits{(64 << significand) - 1} << shift);      // all exponent, significand
-  ones static constexpr uint16_t code_mask = static_cast<uint16_t>((64 << significand) - 1);
+  static constexpr uint16_t code_mask = static_cast<uint16_t>((64 << significand) - 1);
 };
 
 template <class Bits>
