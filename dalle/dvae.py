@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from dalle.config import DVAEConfig
 from dalle.errors import UserError
-from dalle_kernels.gumbel_softmax import gumbel_codebook
-from dalle_kernels.logit_laplace import logit_laplace_loss, map_pixels, unmap_pixels
+from dalle_kernels import gumbel_codebook, logit_laplace_loss, map_pixels, unmap_pixels
 
 CHANNELS = 3
 _ENCODER_KERNELS = (3, 3, 3, 1)
@@ -106,7 +105,7 @@ class _Output(nn.Module):
 class Encoder(nn.Module):
     """Images to logits over the codebook; ``group_count - 1`` times 2x2 max-pooling in between.
 
-    Input [B, 3, H, W], pixels after ``dalle_kernels.logit_laplace.map_pixels``; output [B, vocab_size, H / factor,
+    Input [B, 3, H, W], pixels after ``dalle_kernels.map_pixels``; output [B, vocab_size, H / factor,
     W / factor], float32 at least.
     """
 

@@ -328,7 +328,7 @@ def test_wrong_images_are_named(images, sentence):
 
 
 def test_training_images_have_the_configured_size():
-    with pytest.raises(UserError, match="training images of 16x16 pixels.*got 16x20"):
+    with pytest.raises(UserError, match=r"training images of 16x16 pixels.*got 16x20"):
         make_dvae(dtype=torch.float32)(torch.rand(1, 3, 16, 20), 1.0)
 
 
