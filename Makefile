@@ -1,0 +1,84 @@
+# Everything from a fresh clone, with nothing but Python 3.11 to 3.13, a C++ compiler and make. `make help` lists it.
+#
+# Settings, as `make NAME=value`: PYTHON (which one to use), VENV (the environment's folder), TORCH (what to install) and
+# DALLE_KERNELS_CUDA (auto, on or off: see setup.py).
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	    && echo $$python && break; done)
+NVIDIA_DRIVER := $(wildcard /proc/driver/nvidia/version)
+# Without a GPU the release that this project is tested with; with one, whatever pip finds best among those it supports.
+TORCH ?= $(if $(NVIDIA_DRIVER),torch>=2.11$(COMMA)<2.14,torch==2.13.0)
+COMMA := ,
+export DALLE_KERNELS_CUDA ?= auto
+
+BIN := $(VENV)/bin
+BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test bench lint gpu build clean FORCE
+
+help:
+	@echo 'make demo   draw a labelled grid of pictures with the shipped model'
+	@echo 'make test   run the tests'
+	@echo 'make bench  measure the kernels against their rivals into bench/results/'
+	@echo 'make lint   check style and formatting'
+	@echo 'make gpu    build for, check on and measure an NVIDIA GPU'
+	@echo 'make build  only make the environment $(VENV) and build into it; the others do so first'
+	@echo 'make clean  remove what was built, but for the environment'
+
+demo: build
+	@$(BIN)/dalle demo
+
+test: build
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q
+
+bench: build
+	@for script in bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+lint: build
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+gpu:
+ifeq ($(NVIDIA_DRIVER),)
+	@echo 'make gpu: no NVIDIA driver is loaded here, so there is nothing to build for, check on or measure; stopping.'
+else
+	@$(MAKE) --no-print-directory build DALLE_KERNELS_CUDA=on
+	@$(BIN)/python bench/gpu.py
+endif
+
+build: $(VENV)/.built
+
+# The environment with torch; made again only when asked for another torch.
+$(VENV)/.torch: $(VENV)/.torch-wanted
+	@test -n '$(PYTHON)' || { echo 'dalle-kernels: expected Python 3.11 to 3.13, found none;' \
+	  'install one, or name it: make PYTHON=/path/to/python3'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'dalle-kernels: expected Python 3.11' \
+	  "to 3.13, got $$($(PYTHON) --version 2>&1) from $(PYTHON); name another: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo 'dalle-kernels: this Python lacks the modules venv' \
+	  'and ensurepip; install them (on Debian and Ubuntu: apt install python3-venv)'; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo \
+	  'dalle-kernels: expected a C++ compiler, found none (on Debian and Ubuntu: apt install g++)'; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q '$(TORCH)'
+	@touch $@
+
+# Build isolation would fetch the build tools anew and compile everything again each time.
+$(VENV)/.built: $(VENV)/.torch $(VENV)/.cuda-wanted $(BUILD_INPUTS)
+	$(BIN)/python -m pip install -q 'setuptools>=77' 'pybind11>=3.0' 'cmake>=3.24' ninja
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[data,figures,test,bench,lint]'
+	@touch $@
+
+# Files that hold a setting and change only when it does.
+$(VENV)/.torch-wanted: FORCE
+	@mkdir -p $(VENV) && echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' >$@
+$(VENV)/.cuda-wanted: FORCE
+	@mkdir -p $(VENV) && echo '$(DALLE_KERNELS_CUDA)' | cmp -s - $@ || echo '$(DALLE_KERNELS_CUDA)' >$@
+
+clean:
+	rm -rf build dist *.egg-info dalle_kernels/_cpu.*.so dalle_kernels/_cuda.*.so $(VENV)/.built
