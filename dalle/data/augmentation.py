@@ -95,7 +95,7 @@ def augment(
         epochs = [epochs] * len(samples)
     if not len(images) == len(samples) == len(epochs):
         raise UserError(
-            f"expected as many samples and epochs as images, got {len(samples)}, {len(epochs)}, {len(images)}"
+            f"expected as many samples and epochs as images, got {len(samples)}, {len(epochs)} and {len(images)}"
         )
     batched = isinstance(images, torch.Tensor)
     result = torch.empty(len(images), 3, size, size, dtype=torch.uint8)

@@ -19,6 +19,7 @@ from dalle.data.sources import Found, Span, find_samples
 from dalle.errors import UserError
 
 NAMED_IN_SUMMARY = 3
+KEPT_BYTES = 512 * 2**20
 
 
 class Skipped(NamedTuple):
@@ -41,7 +42,8 @@ class Sample:
 class ImageTextDataset:
     """Captioned images: ``len(dataset)``, and ``dataset[i]`` as (uint8 array [H, W, 3] RGB, caption, metadata).
 
-    The order is fixed: shards and their members in order, or files sorted by path. Images are read when asked for.
+    The order is fixed: shards and their members in order, or files sorted by path. Images that were decoded when the
+    set was opened are kept, up to ``KEPT_BYTES``; the others are read when asked for.
 
     Attributes:
         samples: the usable samples.
@@ -49,11 +51,19 @@ class ImageTextDataset:
         fingerprint: a hash of names, captions and image bytes: two data sets are the same exactly when these agree.
     """
 
-    def __init__(self, samples: list[Sample], skipped: list[Skipped], fingerprint: str, limits: Limits):
+    def __init__(
+        self,
+        samples: list[Sample],
+        skipped: list[Skipped],
+        fingerprint: str,
+        limits: Limits,
+        kept: dict[int, np.ndarray],
+    ):
         self.samples = samples
         self.skipped = skipped
         self.fingerprint = fingerprint
         self.limits = limits
+        self._kept = kept
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -70,6 +80,9 @@ class ImageTextDataset:
     def image(self, index: int) -> np.ndarray:
         """The image of one sample, uint8 [H, W, 3]; raises as ``dataset[index]`` does."""
         sample = self.samples[index]
+        kept = self._kept.get(index % len(self))
+        if kept is not None:
+            return kept.copy()
         try:
             return decode_image(sample.image.read(self.limits), self.limits)
         except ImageError as error:
@@ -125,6 +138,7 @@ def open_dataset(
     """
     _require_all_shards(Path(path))
     samples, skipped, digest = [], [], hashlib.sha256()
+    kept, room = {}, KEPT_BYTES
     found_samples, are_loose_files = find_samples(path, split)
     if filters is None:
         filters = are_loose_files
@@ -135,14 +149,17 @@ def open_dataset(
         found_samples = tqdm(found_samples, desc=f"opening {split} images", unit="image", dynamic_ncols=True)
     for found in found_samples:
         try:
-            sample, content = _usable(found, captions, chosen, limits, verify)
+            sample, content, pixels = _usable(found, captions, chosen, limits, verify)
         except ImageError as error:
             skipped.append(Skipped(found.name, str(error)))
             continue
+        if pixels is not None and pixels.nbytes <= room:
+            kept[len(samples)] = pixels
+            room -= pixels.nbytes
         samples.append(sample)
         for part in (sample.name.encode(), sample.caption.encode(), content):
             digest.update(hashlib.sha256(part).digest())
-    dataset = ImageTextDataset(samples, skipped, digest.hexdigest(), limits)
+    dataset = ImageTextDataset(samples, skipped, digest.hexdigest(), limits, kept)
     if not samples:
         raise UserError(f"{path} holds no usable captioned image in split {split!r}: {dataset.summary()}")
     return dataset
@@ -150,8 +167,8 @@ def open_dataset(
 
 def _usable(
     found: Found, captions: bool, filters: Filters | None, limits: Limits, verify: bool
-) -> tuple[Sample, bytes]:
-    """The sample and the bytes of its image, or ImageError with the reason why there is none."""
+) -> tuple[Sample, bytes, np.ndarray | None]:
+    """The sample, the bytes of its image and, verified, its pixels; ImageError with the reason why it is not used."""
     if found.problem:
         raise ImageError(found.problem)
     caption, metadata = found.caption_and_metadata()
@@ -161,11 +178,12 @@ def _usable(
     if problem:
         raise ImageError(problem)
     content = found.image.read(limits)
-    size = decode_image(content, limits).shape[:2] if verify else image_size(content, limits)
+    pixels = decode_image(content, limits) if verify else None
+    size = image_size(content, limits) if pixels is None else pixels.shape[:2]
     problem = filters.shape_problem(*size) if filters else None
     if problem:
         raise ImageError(problem)
-    return Sample(found.name, found.image, caption or "", metadata), content
+    return Sample(found.name, found.image, caption or "", metadata), content, pixels
 
 
 def _require_all_shards(path: Path) -> None:

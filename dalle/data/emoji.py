@@ -132,20 +132,21 @@ def load_icon_sets(packages: Sequence[EmojiPackage], categories: str, fetch: Fet
     """
     files, category_of = {}, {}
     for package in packages:
-        files[package.name] = _read_package(fetch(package), package)
+        files[package.name] = _read_package(fetch(package))
     for package in packages:
         metadata = files[package.name]["metadata.json"]
         source = package.categories_from
         if not metadata.get("categories") and source:
-            other = next((p for p in packages if p.name == source), PACKAGES[source])
-            metadata = (files.get(source) or _read_package(fetch(other), other))["metadata.json"]
+            if source not in files:
+                files[source] = _read_package(fetch(PACKAGES[source]))
+            metadata = files[source]["metadata.json"]
         for category, keys in metadata.get("categories", {}).items():
             for key in keys:
                 category_of.setdefault(key, category)
     return [_icon_set(package, files[package.name], category_of, categories) for package in packages]
 
 
-def _read_package(archive: Path, package: EmojiPackage) -> dict[str, dict]:
+def _read_package(archive: Path) -> dict[str, dict]:
     files = npm.read_json_members(archive, ("icons.json", "metadata.json", "info.json", "package.json"))
     if not isinstance(files.get("icons.json", {}).get("icons"), dict):
         raise UserError(f"{archive} is not an Iconify icon package: expected an object 'icons' in its icons.json")

@@ -5,14 +5,28 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
-_DAY = r"(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*"
-_DATE = rf"(?:(?:{_MONTH}|{_DAY}|\d{{1,4}}(?:st|nd|rd|th)?|of|at|am|pm)[\s,./:-]*)+"
-_BOILERPLATE = re.compile(
-    rf"(?:(?:a\s+)?(?:photo|photograph|picture|image)?\s*(?:photographed|taken|made|uploaded|shot)?\s*on\s+(?:the\s+)?{_DATE}"
-    r"|(?:img|dsc|dscn|image|photo|picture|untitled|screenshot)?[\s_-]*\d*(?:\.(?:jpe?g|png|webp))?)",
-    re.IGNORECASE,
+# Each pattern is matched against a short, whole text and has no nested repetition: a hostile caption costs no time.
+_TAKEN_ON = re.compile(
+    r"(?:a )?(?:photo|photograph|picture|image)? ?(?:photographed|taken|made|uploaded|shot)? ?on (?:the )?(.+)"
 )
+_DATE_WORD = re.compile(
+    r"\d{1,8}(?:st|nd|rd|th)?|of|at|am|pm|(?:mon|tues?|wed(?:nes)?|thu(?:rs)?|fri|sat(?:ur)?|sun)(?:day)?"
+    r"|jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+    r"|nov(?:ember)?|dec(?:ember)?"
+)
+_FILE_NAME = re.compile(r"(?:img|dsc|dscn|image|photo|picture|untitled|screenshot)?[ _-]?\d*(?:\.(?:jpe?g|png|webp))?")
+_LONGEST_BOILERPLATE = 100
+
+
+def _is_boilerplate(caption: str) -> bool:
+    """Whether a caption only says when a picture was taken, or is a camera's file name."""
+    text = " ".join(caption.lower().strip(" .!").split())
+    if len(text) > _LONGEST_BOILERPLATE:
+        return False
+    taken_on = _TAKEN_ON.fullmatch(text)
+    if taken_on:
+        return all(_DATE_WORD.fullmatch(word) for word in re.split(r"[\s,./:-]+", taken_on[1]) if word)
+    return _FILE_NAME.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Filters:
             return f"caption too short: {caption[:60]!r}"
         if sum(letter.isascii() for letter in letters) < self.min_ascii_letters * len(letters):
             return f"caption not English: {caption[:60]!r}"
-        if _BOILERPLATE.fullmatch(caption.strip(" .!")):
+        if _is_boilerplate(caption):
             return f"boilerplate caption: {caption[:60]!r}"
         return None
 
