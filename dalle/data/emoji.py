@@ -12,6 +12,7 @@ import io
 import multiprocessing
 import re
 import shutil
+import signal
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -226,13 +227,14 @@ def _render_all(icons: Sequence[Icon], size: int, jobs: int, progress: bool) -> 
     from tqdm import tqdm
 
     tasks = ((icon.svg, size) for icon in icons)
-    bar = tqdm(total=len(icons), desc="rendering", unit="image", disable=not progress)
+    bar = tqdm(total=len(icons), desc="rendering", unit="image", dynamic_ncols=True, disable=not progress)
     with bar:
         if jobs == 1:
             results: Iterable = map(_render_icon, tasks)
         else:
             # Spawned, not forked: a caller may already run threads, and a fork would copy their locks.
-            pool = multiprocessing.get_context("spawn").Pool(jobs)
+            # Ctrl-C is for this process alone: it ends the others.
+            pool = multiprocessing.get_context("spawn").Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN))
             results = pool.imap(_render_icon, tasks, chunksize=16)
         try:
             for result in results:
