@@ -126,7 +126,8 @@ class DALLEStage(Stage):
         if made.grid != expected.grid or made.vocab_size != expected.image_vocab_size:
             raise UserError(
                 f"wrong dVAE for this transformer: expected a grid of {expected.grid} and "
-                f"{expected.image_vocab_size} codes, the dVAE of {self.dvae_folder} makes {made.grid} and {made.vocab_size}"
+                f"{expected.image_vocab_size} codes, the dVAE of {self.dvae_folder} makes {made.grid} "
+                f"and {made.vocab_size}"
             )
 
     def _held_out(self, held_out: ImageTextDataset | None, cache: str | Path) -> tuple[list[str], torch.Tensor]:

@@ -17,6 +17,7 @@ from dalle.errors import UserError
 from dalle.pictures import png, reconstruction_grid
 from dalle.train.averaging import IterateAverage
 from dalle.train.batches import ImageBatches
+from dalle.train.code_initialization import spread_codes
 from dalle.train.loop import Stage
 from dalle.train.sampling import derived_seed, generator
 from dalle.train.schedules import cosine
@@ -30,6 +31,11 @@ class DVAETraining:
 
     ``kl_weight`` is beta, ``temperature`` is tau; all schedules are cosine. ``stored_dtype`` is the precision of the
     final model folder ("float32", "float16", "bfloat16"), not of training.
+
+    Two settings are not the paper's, and off by default; without them a run of thousands of updates, not millions,
+    ends with a few dozen codes. ``code_sharpness`` > 0 starts the codes at features of training images
+    (:func:`spread_codes`). ``encoder_rate`` multiplies the encoder's step size: a decoder that learns faster than the
+    encoder moves keeps codes in use.
     """
 
     updates: int = 3_000_000
@@ -45,6 +51,8 @@ class DVAETraining:
     temperature_fraction: float = 150_000 / 3_000_000
     weight_decay: float = 1e-4
     average_decay: float = 0.999
+    code_sharpness: float = 0.0
+    encoder_rate: float = 1.0
     stored_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -55,9 +63,10 @@ class DVAETraining:
             require_in_range(self, name, 0, 1)
         for name in ("learning_rate", "temperature", "final_temperature"):
             require_in_range(self, name, 1e-12, math.inf)
-        for name in ("final_learning_rate", "kl_weight", "weight_decay"):
+        for name in ("final_learning_rate", "kl_weight", "weight_decay", "code_sharpness"):
             require_in_range(self, name, 0, math.inf)
         require_in_range(self, "average_decay", 0, 1)
+        require_in_range(self, "encoder_rate", 0, 1)
         require_choice(self, "stored_dtype", STORED_DTYPES)
 
     def scheduled(self, name: str, start: float, end: float, update: int) -> float:
@@ -84,14 +93,26 @@ class DVAEStage(Stage):
         self.device = device
         torch.manual_seed(derived_seed(training.seed, "dvae"))
         self.model = DVAE(config).to(device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=training.weight_decay, fused=True
-        )
-        self.average = IterateAverage(self.model, training.average_decay)
         self.images = images
         self.batches = ImageBatches(images, config.image_size, "dvae", training.seed)
+        if training.code_sharpness:
+            patches = self.batches.samples(self._first_samples(8 * config.vocab_size))
+            spread_codes(self.model, patches.to(device), training.code_sharpness, generator(training.seed, "codes"))
+        groups = [
+            {"params": list(self.model.encoder.parameters()), "rate_factor": training.encoder_rate},
+            {"params": list(self.model.decoder.parameters())},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=training.weight_decay, fused=True
+        )
+        self.average = IterateAverage(self.model, training.average_decay)
         shown = held_out if held_out is not None and len(held_out) else images
         self.shown = ImageBatches(shown, config.image_size, "none", training.seed)
+
+    def _first_samples(self, patches: int) -> list[int]:
+        """As many of the first samples of the run as hold ``patches`` patches, or all."""
+        count = min(len(self.images), math.ceil(patches / math.prod(self.config.grid)))
+        return [sample for _, sample in self.batches.order.batch(0, count)]
 
     def learning_rate(self, update: int) -> float:
         settings = self.training

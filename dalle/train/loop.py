@@ -141,7 +141,7 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
 def _one_update(stage: Stage, update: int) -> dict[str, torch.Tensor | float]:
     rate = stage.learning_rate(update)
     for group in stage.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_factor", 1.0)
     stage.model.train()
     stage.optimizer.zero_grad(set_to_none=True)
     loss, figures = stage.loss(update)

@@ -1,0 +1,47 @@
+"""``dalle demo``: a labelled grid of pictures drawn from captions by the shipped model."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+NAME = "demo"
+HELP = "Draw a labelled grid of pictures for a dozen captions with the model that comes with the package."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("out/demo.png"), help="PNG to write (default: %(default)s)"
+    )
+    parser.add_argument("--samples", type=int, default=6, help="pictures a caption (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw the captions that the model folder's ``demo.json`` lists and print where the PNG is."""
+    from dalle.checkpoint import atomic_write, load_dalle, load_dvae, read_json, shipped
+    from dalle.errors import UserError
+    from dalle.generate import generate
+    from dalle.pictures import labelled_grid, png
+
+    if args.samples < 1:
+        raise UserError(f"--samples: expected at least 1, got {args.samples}")
+    folder = shipped("emoji")
+    demo = read_json(folder / "demo.json", "list of demo captions")
+    captions = [*demo["seen"], *demo["held_out"]]
+    labels = [*demo["seen"], *(f"{caption} (held out)" for caption in demo["held_out"])]
+    model, tokenizer = load_dalle(folder)
+    dvae = load_dvae(folder)
+    started = time.monotonic()
+    drawn = generate(model, dvae, tokenizer, captions, args.samples, seed=args.seed, **demo["sampling"])
+    seconds = time.monotonic() - started
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {args.out.parent}: {error.strerror}") from None
+    atomic_write(args.out, png(labelled_grid(drawn.images, labels)))
+    tokens = drawn.tokens.numel()
+    print(f"{len(captions)} captions x {args.samples} samples: {tokens:,} image tokens in {seconds:.1f} s")
+    print("(held out): this concept in this style was never seen in training, the concept and the style were")
+    print(f"the grid is in {args.out.resolve()}")

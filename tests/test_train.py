@@ -1,0 +1,254 @@
+"""Training runs: exact resumption, interruption, a full disk, and the mistakes that a run refuses."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import json
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dalle.checkpoint import check_dvae, load_dalle, load_dvae
+from dalle.cli import main
+from dalle.config import DALLEConfig, DVAEConfig
+from dalle.data import open_dataset
+from dalle.errors import UserError
+from dalle.train.dalle import DALLEStage, DALLETraining
+from dalle.train.dvae import DVAEStage, DVAETraining
+from dalle.train.loop import RunSettings, latest_checkpoint, run
+
+QUIET = RunSettings(log_every=1, picture_every=0, checkpoint_every=3, keep_checkpoints=2)
+DVAE_CONFIG = DVAEConfig.preset("tiny")
+DALLE_CONFIG = DALLEConfig.preset("tiny")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of sixteen captioned pictures, 24x16 to 40x32 pixels."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    for index in range(16):
+        pixels = draw.integers(0, 256, (16 + index, 24 + index, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+        (folder / f"{index:02d}.txt").write_text(f"a picture of number {index} in noise style")
+    return folder
+
+
+def dvae_stage(pictures, **settings):
+    training = DVAETraining(**{"updates": 7, "batch_size": 3, "temperature_fraction": 1.0, **settings})
+    return DVAEStage(DVAE_CONFIG, training, open_dataset(pictures))
+
+
+@pytest.fixture(scope="module")
+def trained_dvae(pictures, tmp_path_factory):
+    return run(dvae_stage(pictures, stored_dtype="float16"), tmp_path_factory.mktemp("stage1") / "run", QUIET)
+
+
+def dalle_stage(pictures, dvae, folder, **settings):
+    training = DALLETraining(**{"updates": 7, "batch_size": 3, "average_every": 2, **settings})
+    return DALLEStage(DALLE_CONFIG, training, open_dataset(pictures), dvae, folder / "cache")
+
+
+def interrupt_after(stage, updates):
+    """Send this process SIGINT, as Ctrl-C does, from inside the given update."""
+    loss = stage.loss
+
+    def interrupting(update):
+        if update == updates - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(update)
+
+    stage.loss = interrupting
+    return stage
+
+
+def final_tensors(folder):
+    return load_file(latest_checkpoint(folder) / "training.safetensors")
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("which", ["dvae", "dalle"])
+def test_interrupted_and_resumed_equals_uninterrupted(which, pictures, trained_dvae, tmp_path):
+    def stage():
+        if which == "dvae":
+            return dvae_stage(pictures, code_sharpness=2.0)
+        # A window of one update makes the plateau rule act, so its state matters to the numbers.
+        return dalle_stage(pictures, trained_dvae, tmp_path, plateau_fraction=1 / 7, crops=2)
+
+    run(stage(), tmp_path / "whole", QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt_after(stage(), 5), tmp_path / "parts", QUIET)
+    assert latest_checkpoint(tmp_path / "parts").name == "update-00000005"
+    run(stage(), tmp_path / "parts", QUIET, resume=True)
+
+    whole, parts = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert any(name.startswith("optimizer.") for name in whole) and any(name.startswith("average.") for name in whole)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+    for path in (tmp_path / "whole" / "model").iterdir():
+        if path.suffix != ".json":  # The description holds the wall-clock time.
+            assert path.read_bytes() == (tmp_path / "parts" / "model" / path.name).read_bytes()
+    timeless = [
+        [{key: value for key, value in entry.items() if key != "seconds"} for entry in log(tmp_path / name)]
+        for name in ("whole", "parts")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_log_after_the_checkpoint_is_made_again_once(pictures, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt_after(dvae_stage(pictures), 4), tmp_path, QUIET)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"update": 5, "loss": 0.0}\n')
+    run(dvae_stage(pictures), tmp_path, QUIET, resume=True)
+    assert [entry["update"] for entry in log(tmp_path)] == list(range(1, 8))
+
+
+def test_only_the_last_checkpoints_are_kept(pictures, tmp_path):
+    run(dvae_stage(pictures), tmp_path, QUIET)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["update-00000006", "update-00000007"]
+
+
+def test_a_full_disk_loses_nothing(pictures, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt_after(dvae_stage(pictures), 3), tmp_path, QUIET)
+    before = {path.name: path.read_bytes() for path in latest_checkpoint(tmp_path).iterdir()}
+    real_open = builtins.open
+
+    def full_disk(path, mode="r", *args, **kwargs):
+        if "w" in mode and "training.safetensors" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real_open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", full_disk)
+    with pytest.raises(UserError, match="No space left on device; nothing that was there before is lost"):
+        run(dvae_stage(pictures), tmp_path, QUIET, resume=True)
+    monkeypatch.undo()
+    after = {path.name: path.read_bytes() for path in latest_checkpoint(tmp_path).iterdir()}
+    assert after == before
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["update-00000003"]
+    run(dvae_stage(pictures), tmp_path, QUIET, resume=True)
+
+
+def test_runs_are_neither_overwritten_nor_mixed(pictures, tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        run(dvae_stage(pictures), tmp_path, QUIET, resume=True)
+    run(dvae_stage(pictures, updates=3), tmp_path, QUIET)
+    with pytest.raises(UserError, match="already holds a run; add --resume"):
+        run(dvae_stage(pictures, updates=3), tmp_path, QUIET)
+    with pytest.raises(UserError, match=r"its training.kl_weight is 6.6, this command's is 1.0"):
+        run(dvae_stage(pictures, updates=3, kl_weight=1.0), tmp_path, QUIET, resume=True)
+
+
+def test_a_damaged_checkpoint_is_refused(pictures, tmp_path):
+    run(dvae_stage(pictures, updates=3), tmp_path, QUIET)
+    path = latest_checkpoint(tmp_path) / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated"):
+        run(dvae_stage(pictures, updates=3), tmp_path, QUIET, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
+    stage = dvae_stage(pictures)
+    loss = stage.loss
+
+    def diverging(update):
+        value, figures = loss(update)
+        return (value * float("nan") if update == 4 else value), figures
+
+    stage.loss = diverging
+    with pytest.raises(UserError, match="the loss became nan by update 5"):
+        run(stage, tmp_path, QUIET)
+    assert latest_checkpoint(tmp_path).name == "update-00000003"
+
+
+def test_the_transformer_is_bound_to_its_dvae(pictures, trained_dvae, tmp_path):
+    model_folder = run(dalle_stage(pictures, trained_dvae, tmp_path, updates=1), tmp_path / "run", QUIET)
+    model, tokenizer = load_dalle(model_folder)
+    assert model.config == DALLE_CONFIG and tokenizer.vocab_size == DALLE_CONFIG.text_vocab_size
+    assert load_dvae(model_folder).config == DVAE_CONFIG
+    check_dvae(model_folder, trained_dvae)
+    other = run(dvae_stage(pictures, updates=1, seed=1), tmp_path / "other", QUIET)
+    with pytest.raises(UserError, match="wrong dVAE for this transformer"):
+        check_dvae(model_folder, other)
+    larger = DALLEConfig.from_dict({**DALLE_CONFIG.to_dict(), "grid": [8, 8]})
+    with pytest.raises(UserError, match=r"wrong dVAE for this transformer: expected a grid of \(8, 8\)"):
+        DALLEStage(larger, DALLETraining(updates=1), open_dataset(pictures), trained_dvae, tmp_path)
+
+
+def test_tokens_are_encoded_once(pictures, trained_dvae, tmp_path, monkeypatch):
+    first = dalle_stage(pictures, trained_dvae, tmp_path).tokens
+    monkeypatch.setattr("dalle.dvae.DVAE.encode", lambda *_: pytest.fail("encoded again"))
+    assert torch.equal(dalle_stage(pictures, trained_dvae, tmp_path).tokens, first)
+    assert first.shape == (16, 1, DALLE_CONFIG.image_len)
+
+
+def test_the_loop_runs_outside_the_main_thread(pictures, tmp_path):
+    thread = threading.Thread(target=run, args=(dvae_stage(pictures, updates=1), tmp_path, QUIET))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "model" / "dvae.json").exists()
+
+
+def test_both_stages_learn_from_the_command_line(pictures, tmp_path, capsys):
+    config = tmp_path / "tiny.toml"
+    config.write_text(
+        '[dvae]\npreset = "tiny"\nn_init = 16\n[dvae_training]\nbatch_size = 4\ncode_sharpness = 2.0\n'
+        '[dalle]\npreset = "tiny"\ntext_len = 24\n[dalle_training]\nbatch_size = 4\n'
+    )
+    common = ["--data", str(pictures), "--config", str(config), "--log-every", "1", "--picture-every", "2"]
+    assert main(["train-dvae", *common, "--out", str(tmp_path / "1"), "--updates", "2"]) == 0
+    model = tmp_path / "1" / "model"
+    arguments = ["train", *common, "--out", str(tmp_path / "2"), "--dvae", str(model)]
+    assert main([*arguments, "--updates", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "16 images, none skipped" in printed and str(tmp_path / "2" / "model") in printed
+    assert (tmp_path / "1" / "pictures" / "reconstructions-00000002.png").exists()
+    assert (tmp_path / "2" / "pictures" / "samples-00000002.png").exists()
+    assert {"loss", "image_loss", "text_loss", "learning_rate", "seconds"} <= log(tmp_path / "2")[0].keys()
+    assert main([*arguments, "--updates", "2"]) == 2
+    assert capsys.readouterr().err.startswith("dalle: error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "unknown dVAE preset 'huge'; expected one of tiny"),
+        (["--config", "absent.toml"], "cannot read the config file absent.toml: No such file"),
+        (["--updates", "0"], "updates: expected a whole number from 1"),
+        (["--learning-rate", "-1"], "learning_rate: expected a number from"),
+        (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        (["--threads", "0"], "--threads: expected at least 1"),
+        (["--log-every", "0"], "log_every: expected a whole number of at least 1"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(arguments, message, pictures, tmp_path, capsys):
+    command = ["train-dvae", "--data", str(pictures), "--out", str(tmp_path / "run"), "--updates", "1", *arguments]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dalle: error: ") and message in error and "Traceback" not in error
+
+
+def test_wrong_config_files_are_one_sentence(tmp_path, pictures, capsys):
+    config = tmp_path / "config.toml"
+    for content, message in [
+        ("[dvae]\nwidth = 3\n", "unknown setting width; expected some of image_size"),
+        ("[model]\n", "unknown section model"),
+        ("[dvae\n", "is not valid TOML"),
+        ('[dvae_training]\nstored_dtype = "int8"\n', "stored_dtype: expected one of float32"),
+    ]:
+        config.write_text(content)
+        command = ["train-dvae", "--data", str(pictures), "--out", str(tmp_path / "run"), "--config", str(config)]
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
