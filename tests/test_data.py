@@ -192,13 +192,15 @@ def test_shards_of_others_are_read(tmp_path):
         add(tar, "00002.json", json.dumps({"text": "json only"}).encode())
         add(tar, "00002.seg.png", encoded(noise()))
         add(tar, "00002.JPEG", encoded(noise(), "JPEG"))
+        add(tar, "00002.jpeg", encoded(noise(), "JPEG"))
+        add(tar, "00002.txt", b"same key again")
         add(tar, "00003.cls", b"7")
         add(tar, "00004.webp", encoded(noise(), "WEBP"))
         add(tar, "00004.json", b"[1, 2]")
         add(tar, "00005.png", encoded(noise()))
         add(tar, "00005.json", b"{" * 100_000)
     dataset = open_dataset(tmp_path)
-    assert dataset.captions == ["from txt", "json only"]
+    assert dataset.captions == ["from txt", "json only", "same key again"]
     assert dataset[0][2] == {"caption": "from json", "url": "x"}
     assert reasons(dataset) == {"00000.tar:00004.webp": "bad metadata", "00000.tar:00005.png": "bad metadata"}
     assert open_dataset(tmp_path / "00000.tar").fingerprint == dataset.fingerprint
