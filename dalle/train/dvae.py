@@ -144,7 +144,7 @@ class DVAEStage(Stage):
     @torch.no_grad()
     def draw_pictures(self, update: int, folder: Path) -> dict[str, float]:
         dvae = self.average.model
-        images = self.shown.samples(range(min(256, len(self.shown)))).to(self.device)
+        images = self.shown.samples(range(min(256, len(self.shown.images)))).to(self.device)
         tokens = dvae.encode(images)
         reconstructions = dvae.decode(tokens)
         count = min(32, len(images))
