@@ -90,6 +90,7 @@ def test_the_set_holds_what_the_packages_draw(tmp_path, fetch):
         assert described["left_out"] == {"blank": 1, "hidden": 1, "not an object": 1, "unreadable": 1, "unsafe": 1}
         assert described["train"] + described["heldout"] == len(CONCEPTS)
         assert described["licence"] == "MIT" and described["author"].startswith("Author")
+        assert described["sha256"] == hashlib.sha256(fetch(package).read_bytes()).hexdigest()
         assert described["style"] == package.style and described["version"] == package.version
     for dataset in (train, held_out):
         for index in range(len(dataset)):
@@ -214,6 +215,12 @@ def test_options_out_of_range(tmp_path, fetch, option, message):
     assert not (tmp_path / "set").exists()
 
 
+def test_a_missing_renderer_is_one_clear_sentence(tmp_path, fetch, monkeypatch):
+    monkeypatch.setattr(emoji.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(UserError, match="needs the package resvg_py: pip install resvg_py"):
+        build(tmp_path / "set", fetch)
+
+
 def test_packages_are_chosen_by_name():
     assert [package.style for package in emoji.select_packages(["noto", "@iconify-json/noto-v1"])] == ["noto", "blob"]
     assert emoji.select_packages(["noto@1.2.8"])[0].sha256 is None
@@ -304,6 +311,9 @@ def test_npm_missing_or_refusing_is_one_clear_sentence(tmp_path, fake_npm, monke
     with pytest.raises(UserError, match=r"npm client was not found on PATH: install Node\.js"):
         npm.fetch("name", "1.2.3", tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot make the folder .*file/cache for downloads"):
+        npm.fetch("name", "1.2.3", tmp_path / "file" / "cache")
 
 
 def test_the_command_makes_and_checks_a_set(tmp_path, fetch, monkeypatch, capsys):

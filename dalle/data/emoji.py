@@ -8,6 +8,7 @@ them is a zero-shot test of combining what was learned apart.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import multiprocessing
 import re
@@ -115,6 +116,7 @@ class IconSet:
     """What one package holds: the icons asked for, credits, and how many icons were left out and why."""
 
     package: EmojiPackage
+    sha256: str
     licence: str
     author: str
     url: str
@@ -131,9 +133,9 @@ def load_icon_sets(packages: Sequence[EmojiPackage], categories: str, fetch: Fet
     A concept has one category, the first that a package in the given order gives it, so that every style draws the same
     concepts. Aliases are not drawn: they are other names of the same picture.
     """
-    files, category_of = {}, {}
-    for package in packages:
-        files[package.name] = _read_package(fetch(package))
+    archives = {package.name: fetch(package) for package in packages}
+    files = {name: _read_package(archive) for name, archive in archives.items()}
+    category_of: dict[str, str] = {}
     for package in packages:
         metadata = files[package.name]["metadata.json"]
         source = package.categories_from
@@ -144,7 +146,11 @@ def load_icon_sets(packages: Sequence[EmojiPackage], categories: str, fetch: Fet
         for category, keys in metadata.get("categories", {}).items():
             for key in keys:
                 category_of.setdefault(key, category)
-    return [_icon_set(package, files[package.name], category_of, categories) for package in packages]
+    sets = []
+    for package in packages:
+        digest = npm.sha256_of(archives[package.name])
+        sets.append(_icon_set(package, digest, files[package.name], category_of, categories))
+    return sets
 
 
 def _read_package(archive: Path) -> dict[str, dict]:
@@ -154,11 +160,13 @@ def _read_package(archive: Path) -> dict[str, dict]:
     return {"metadata.json": {}, "info.json": {}, "package.json": {}, **files}
 
 
-def _icon_set(package: EmojiPackage, files: dict[str, dict], category_of: dict[str, str], categories: str) -> IconSet:
+def _icon_set(
+    package: EmojiPackage, digest: str, files: dict[str, dict], category_of: dict[str, str], categories: str
+) -> IconSet:
     information = files["info.json"]
     author = information.get("author", {})
     licence = information.get("license", {}).get("spdx") or files["package.json"].get("license") or "unknown"
-    result = IconSet(package, licence, author.get("name", "unknown"), author.get("url", ""))
+    result = IconSet(package, digest, licence, author.get("name", "unknown"), author.get("url", ""))
     collection = files["icons.json"]
     for key, icon in sorted(collection["icons"].items()):
         category = category_of.get(key, "uncategorised")
@@ -304,6 +312,8 @@ def build(
         raise UserError(f"the held-out fraction must lie in [0, 1), got {hold_out}")
     if jobs < 1:
         raise UserError(f"the number of jobs must be at least 1, got {jobs}")
+    if importlib.util.find_spec("resvg_py") is None:
+        raise UserError("rendering needs the package resvg_py: pip install resvg_py")
     if fetch is None:
         folder = Path(cache) if cache is not None else npm.default_cache()
 
@@ -363,7 +373,7 @@ def _write(folder: Path, sets: list[IconSet], kept: list[tuple[Icon, bytes]], op
                 {
                     "name": SCOPE + icon_set.package.name,
                     "version": icon_set.package.version,
-                    "sha256": icon_set.package.sha256,
+                    "sha256": icon_set.sha256,
                     "style": icon_set.package.style,
                     "licence": icon_set.licence,
                     "author": icon_set.author,

@@ -34,18 +34,21 @@ def fetch(package: str, version: str, cache: str | Path, sha256: str | None = No
         UserError: npm is missing or refuses, or the archive is not the expected one.
     """
     cache = Path(cache)
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {cache} for downloads ({error.strerror}): choose another") from None
     target = cache / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
-    if target.is_file() and (sha256 is None or _digest(target) == sha256):
+    if target.is_file() and (sha256 is None or sha256_of(target) == sha256):
         return target
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as folder:
         _npm_pack(f"{package}@{version}", folder)
         archives = list(Path(folder).glob("*.tgz"))
         if len(archives) != 1:
             raise UserError(f"npm pack {package}@{version} left {len(archives)} archives where one was expected")
-        if sha256 is not None and _digest(archives[0]) != sha256:
+        if sha256 is not None and sha256_of(archives[0]) != sha256:
             raise UserError(
-                f"the archive of {package}@{version} has sha256 {_digest(archives[0])}, expected {sha256}: "
+                f"the archive of {package}@{version} has sha256 {sha256_of(archives[0])}, expected {sha256}: "
                 "the registry does not serve the published package"
             )
         archives[0].replace(target)
@@ -66,7 +69,8 @@ def _npm_pack(specifier: str, folder: str) -> None:
         raise UserError(f"npm could not fetch {specifier} (exit status {done.returncode}): {said}")
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
