@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -41,6 +42,14 @@ def cached_tools_exist(cache: Path) -> bool:
         return False
     tools = re.findall(r"^(?:CMAKE_COMMAND|CMAKE_MAKE_PROGRAM|pybind11_DIR):\w+=(.+)$", cache.read_text(), re.MULTILINE)
     return all(Path(tool).exists() for tool in tools)
+
+
+class CleanBuild(build):
+    """Start from an empty folder, or a module deleted since the last build would still be put into the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -87,5 +96,5 @@ class CMakeBuild(build_ext):
 setup(
     # The CUDA library is optional: setuptools skips it where CMake did not build it.
     ext_modules=[Extension(CPU_LIBRARY, sources=[]), Extension(CUDA_LIBRARY, sources=[], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
 )

@@ -1,0 +1,1 @@
+"""Training of both stages: loops, schedules, averaging, sampled pictures."""

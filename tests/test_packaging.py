@@ -1,0 +1,132 @@
+"""Layers, wheel contents, build options: what holds the package together."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dalle_kernels import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+CMAKE = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
+
+
+def python_files(package: str) -> list[Path]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    return files
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+    return modules
+
+
+def test_the_compiled_sources_know_no_torch():
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    assert sources
+    for path in sources:
+        includes = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"))
+        assert not [name for name in includes if re.match(r"(torch|ATen|c10)\b", name)], path
+
+
+def test_kernels_never_import_the_model_layer():
+    for path in python_files("dalle_kernels"):
+        assert not {name for name in imported_modules(path) if name.partition(".")[0] == "dalle"}, path
+
+
+def test_importing_the_kernels_is_light():
+    code = (
+        "import sys, torch; before = set(sys.modules); import dalle_kernels\n"
+        "print({name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    heavy = ast.literal_eval(result.stdout) if result.stdout.strip() != "set()" else set()
+    assert not heavy & {"matplotlib", "triton", "PIL", "tokenizers", "scipy", "dalle"}
+
+
+def test_every_folder_with_modules_is_a_package():
+    for package in ("dalle", "dalle_kernels"):
+        for folder in {path.parent for path in python_files(package)}:
+            assert (folder / "__init__.py").exists(), f"{folder} would be missing from a wheel"
+
+
+def test_both_packages_are_typed():
+    assert (ROOT / "dalle" / "py.typed").exists() and (ROOT / "dalle_kernels" / "py.typed").exists()
+
+
+@pytest.mark.skipif(CMAKE is None, reason="needs cmake")
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["DALLE_KERNELS_CUDA=maybe"], "expected DALLE_KERNELS_CUDA to be auto, on or off, got 'maybe'"),
+        (["DALLE_KERNELS_CUDA_ARCHITECTURES=hopper"], "to list architectures such as 80;90a, got 'hopper'"),
+        (["DALLE_KERNELS_CUDA=on", "NVCC=NVCC-NOTFOUND", "CMAKE_FIND_USE_CMAKE_PATH=OFF"], "=on needs nvcc"),
+    ],
+)
+def test_wrong_build_options_get_one_clear_sentence(options, sentence, tmp_path, monkeypatch):
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if "NVCC=NVCC-NOTFOUND" in options:
+        if Path("/usr/local/cuda/bin/nvcc").exists():
+            pytest.skip("nvcc lies where it is always found")
+        monkeypatch.setenv("PATH", str(tmp_path))
+    command = [CMAKE, "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build"), *(f"-D{o}" for o in options)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert sentence in " ".join(result.stderr.split())
+
+
+@pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the compiled library is not built")
+def test_no_openmp_runtime_is_linked():
+    """It must come from torch: see csrc/common/parallel.cpp."""
+    reader = shutil.which("readelf")
+    if reader is None:
+        pytest.skip("needs readelf")
+    library = _native.library("cpu").__file__
+    dynamic = subprocess.run([reader, "-d", library], check=True, capture_output=True, text=True).stdout
+    assert "NEEDED" in dynamic and not re.search(r"NEEDED.*(omp|torch|c10)", dynamic)
+
+
+@pytest.mark.skipif(shutil.which("cuobjdump") is None, reason="needs cuobjdump, of the CUDA toolkit")
+def test_cuda_kernels_do_not_spill():
+    libraries = list((ROOT / "dalle_kernels").glob("_cuda.*.so"))
+    if not libraries:
+        pytest.skip("the CUDA library is not built")
+    report = subprocess.run(
+        ["cuobjdump", "--dump-resource-usage", str(libraries[0])], check=True, capture_output=True, text=True
+    ).stdout
+    usages = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    assert usages
+    assert all(local == "0" for _, _, local in usages), report
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_two_packages_and_the_compiled_libraries_only(tmp_path):
+    """Built without isolation, so that it takes no network, and here, where the libraries are compiled already."""
+    pytest.importorskip("pybind11")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", str(tmp_path)]
+    subprocess.run([*command, str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("dalle_kernels-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    folders = {name.partition("/")[0] for name in names}
+    assert {folder for folder in folders if not folder.endswith(".dist-info")} == {"dalle", "dalle_kernels"}
+    libraries = [name for name in names if name.endswith(".so")]
+    assert 1 <= len(libraries) <= 2 and all(re.match(r"dalle_kernels/_(cpu|cuda)\.", name) for name in libraries)
+    modules = {str(path.relative_to(ROOT)) for package in ("dalle", "dalle_kernels") for path in python_files(package)}
+    assert modules <= set(names)
+    others = {name for name in names if name.startswith("dalle") and ".dist-info/" not in name}
+    others -= modules | set(libraries) | {"dalle/py.typed", "dalle_kernels/py.typed"}
+    assert all(name.startswith("dalle/checkpoints/") for name in others), others
