@@ -74,16 +74,20 @@ def atomic_write_folder(folder: str | Path, files: Mapping[str, bytes]) -> None:
     """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    previous = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         temporary.mkdir(parents=True)
         for name, data in files.items():
             _write_synced(temporary / name, data)
         _sync_folder(temporary)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, previous)
         os.replace(temporary, folder)
         _sync_folder(folder.parent)
+        shutil.rmtree(previous, ignore_errors=True)
     except OSError as error:
+        if previous.exists() and not folder.exists():
+            os.replace(previous, folder)
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write {folder}: {error.strerror}; nothing that was there before is lost") from error
 

@@ -98,10 +98,13 @@ def test_spread_codes_makes_each_code_the_nearest_to_its_own_patch():
     dvae.encode_logits(images)
     centred = features[0].permute(0, 2, 3, 1).flatten(0, 2).double()
     centred = centred - centred.mean(dim=0)
-    # codes are scale * c, so distances to c need the scale, which the mean nearest distance gives back.
-    scale = (codes.square().sum(dim=1) / (codes @ centred.T).max(dim=1).values).median()
+    # A code is scale * c, c one of the patches: the patch of the same direction gives the scale back.
+    own = torch.cosine_similarity(codes[:, None], centred, dim=2).argmax(dim=1)
+    scale = (codes.norm(dim=1) / centred[own].norm(dim=1)).median()
     distances = torch.cdist(centred, codes / scale).square()
-    torch.testing.assert_close(logits.log_softmax(dim=1), (-scale * distances / 2).log_softmax(dim=1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        logits.log_softmax(dim=1), (-scale * distances / 2).log_softmax(dim=1), rtol=1e-3, atol=1e-3
+    )
     with pytest.raises(ValueError, match="expected at least 24 patches"):
         spread_codes(dvae, images[:1], 4.0, generator(0, "codes"))
 

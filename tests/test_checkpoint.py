@@ -1,0 +1,138 @@
+"""Model folders: round trips, atomic writes, and every way in which files can be missing or damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+
+import dalle.checkpoint as checkpoint
+from dalle.cli import main
+from dalle.config import DALLEConfig, DVAEConfig
+from dalle.dvae import DVAE
+from dalle.errors import UserError
+from dalle.tokenizer import Tokenizer
+from dalle.transformer import DALLE
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    torch.manual_seed(0)
+    dvae, dalle = DVAE(DVAEConfig.preset("tiny")), DALLE(DALLEConfig.preset("tiny"))
+    tokenizer = Tokenizer.train(["a cat", "a dog"], dalle.config.text_vocab_size)
+    checkpoint.save_dvae(tmp_path / "dvae", dvae, note={"data": "noise"})
+    folder = tmp_path / "dalle"
+    checkpoint.atomic_write_folder(folder, checkpoint.dalle_files(dalle, tokenizer, tmp_path / "dvae"))
+    return folder, dvae, dalle, tokenizer
+
+
+def test_models_come_back_bit_for_bit(model_folder):
+    folder, dvae, dalle, tokenizer = model_folder
+    loaded_dalle, loaded_tokenizer = checkpoint.load_dalle(folder)
+    for model, loaded in ((dvae, checkpoint.load_dvae(folder)), (dalle, loaded_dalle)):
+        assert not loaded.training and loaded.config == model.config
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert loaded_tokenizer.to_json() == tokenizer.to_json()
+    assert json.loads((folder / "dvae.json").read_text())["note"] == {"data": "noise"}
+
+
+def test_sixteen_bit_weights_are_half_as_large_and_load_as_float32(tmp_path):
+    dvae = DVAE(DVAEConfig.preset("tiny"))
+    checkpoint.save_dvae(tmp_path / "full", dvae)
+    checkpoint.save_dvae(tmp_path / "half", dvae, torch.float16)
+    sizes = [(tmp_path / name / "dvae.safetensors").stat().st_size for name in ("full", "half")]
+    assert sizes[1] < 0.65 * sizes[0]
+    loaded = checkpoint.load_dvae(tmp_path / "half")
+    for name, tensor in dvae.state_dict().items():
+        assert loaded.state_dict()[name].dtype == torch.float32
+        assert torch.equal(loaded.state_dict()[name], tensor.half().float())
+
+
+@pytest.mark.parametrize("name", ["dalle.safetensors", "dvae.safetensors", "tokenizer.json", "dalle.json", "dvae.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_missing_or_truncated_file_is_one_sentence(model_folder, name, damage, capsys):
+    folder = model_folder[0]
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage == "truncated":
+        (folder / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_dvae(folder)
+        checkpoint.load_dalle(folder)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    command = ["generate", "a cat", "--checkpoint", str(folder), "-o", str(folder / "out.png")]
+    assert main(command) == 2
+    assert name in capsys.readouterr().err and not (folder / "out.png").exists()
+
+
+def test_weights_that_do_not_fit_the_config_are_named(model_folder):
+    folder = model_folder[0]
+    description = json.loads((folder / "dvae.json").read_text())
+    description["config"]["n_init"] = 12
+    (folder / "dvae.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"decoder\.blocks\.\S+ is expected as \("):
+        checkpoint.load_dvae(folder)
+
+
+def test_another_kind_or_format_is_refused(model_folder, tmp_path):
+    folder = model_folder[0]
+    (folder / "dvae.json").write_text((folder / "dalle.json").read_text())
+    with pytest.raises(UserError, match="expected the description of a dvae model in format 1, got kind 'dalle'"):
+        checkpoint.load_dvae(folder)
+    (folder / "dvae.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load_dvae(folder)
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.load_dvae(tmp_path / "absent")
+
+
+def test_a_pickle_is_not_read_as_weights(model_folder):
+    folder = model_folder[0]
+    torch.save({"w": torch.ones(2)}, folder / "dvae.safetensors")
+    description = json.loads((folder / "dvae.json").read_text())
+    description["sha256"] = checkpoint.sha256((folder / "dvae.safetensors").read_bytes())
+    (folder / "dvae.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="not a safetensors file"):
+        checkpoint.load_dvae(folder)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, failing):
+    path = tmp_path / "file"
+    checkpoint.atomic_write(path, b"old")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(UserError, match=r"cannot write .*file: No space left on device"):
+        checkpoint.atomic_write(path, b"new")
+    assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_folder_write_leaves_the_old_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    checkpoint.atomic_write_folder(folder, {"a": b"old"})
+    replace = os.replace
+
+    def fail_the_last(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_the_last)
+    with pytest.raises(UserError, match="Input/output error"):
+        checkpoint.atomic_write_folder(folder, {"a": b"new"})
+    assert (folder / "a").read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+    monkeypatch.undo()
+    checkpoint.atomic_write_folder(folder, {"b": b"new"})
+    assert [entry.name for entry in folder.iterdir()] == ["b"]
+
+
+def test_an_unknown_shipped_checkpoint_names_the_known(tmp_path):
+    with pytest.raises(UserError, match="no shipped checkpoint named 'photos'"):
+        checkpoint.shipped("photos")
