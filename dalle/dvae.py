@@ -35,7 +35,8 @@ class Convolution(nn.Module):
         self.full_precision = full_precision
         self.w = nn.Parameter(torch.empty(n_out, n_in, kernel_size, kernel_size))
         self.b = nn.Parameter(torch.zeros(n_out))
-        nn.init.normal_(self.w, std=(n_in * kernel_size**2) ** -0.5)
+        if not self.w.is_meta:  # nothing to fill there, and torch would import much to do so
+            nn.init.normal_(self.w, std=(n_in * kernel_size**2) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         padding = self.w.shape[-1] // 2

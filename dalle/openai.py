@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ _IMAGE_SIZE = 256
 
 class _Damaged(Exception):
     """The file is not what the release's form asks for; the message says where."""
+
+
+def _printable(text: str) -> str:
+    """``text``, which may hold names of a file's choosing, without control characters and of bounded length."""
+    return ascii(text)[1:-1][:400]
 
 
 class _Record:
@@ -111,8 +117,8 @@ class _RestrictedUnpickler(pickle._Unpickler):
             module = "builtins"
         if (module, name) not in _ALLOWED:
             raise UserError(
-                f"{self._path} names {module}.{name}, which no file of the public dall_e release does: it was refused "
-                "and nothing was run; get the file anew from where it was published"
+                f"{self._path} names {_printable(f'{module}.{name}')}, which no file of the public dall_e release "
+                "does: it was refused and nothing was run; get the file anew from where it was published"
             )
         if (module, name) not in self.classes:
             base = _Mapping if name == "OrderedDict" else _Record
@@ -172,7 +178,9 @@ class _Module:
         self._archive.close()
 
     def fail(self, reason: str) -> NoReturn:
-        raise UserError(f"{self.path} is damaged or not a file of the public dall_e release: it has {reason}") from None
+        raise UserError(
+            f"{self.path} is damaged or not a file of the public dall_e release: it has {_printable(reason)}"
+        ) from None
 
     def _unpickle(self, kind: str) -> dict[str, _TensorRecord]:
         # A hostile pickle can raise anything while it is read; whatever it is, it means the same to the user.
@@ -203,12 +211,14 @@ class _Module:
             self.fail(f"a pickle that cannot be read ({type(error).__name__})")
 
     def _read_record(self, name: str, limit: int) -> bytes:
+        if f"{self._prefix}/{name}" not in self._archive.namelist():
+            raise _Damaged(f"no record {name}")
+        record = self._archive.getinfo(f"{self._prefix}/{name}")
+        if record.file_size > limit:
+            raise _Damaged(f"a record {name} of {record.file_size} bytes where at most {limit} belong")
         try:
-            record = self._archive.getinfo(f"{self._prefix}/{name}")
-            if record.file_size > limit:
-                raise _Damaged(f"a record {name} of {record.file_size} bytes where at most {limit} belong")
             return self._archive.read(record)
-        except (KeyError, EOFError, OSError, RuntimeError, zipfile.BadZipFile):
+        except Exception:  # a damaged archive can make zipfile raise half a dozen kinds
             raise _Damaged(f"no intact record {name}") from None
 
     def check(self, module: torch.nn.Module) -> None:
@@ -249,7 +259,9 @@ def _open_archive(path: Path) -> tuple[zipfile.ZipFile, str]:
         )
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError):
+    except OSError:
+        raise
+    except Exception:  # BadZipFile, and what else a damaged directory makes zipfile raise
         raise UserError(
             f"{path} is truncated or not a file of the public dall_e release: expected the zip archive of a torch.save"
         ) from None
@@ -345,7 +357,8 @@ def _infer_config(encoder: _Module, decoder: _Module) -> DVAEConfig:
         if record is None or len(record.size) != 4 or max(record.size) > _MAX_SIDE:
             module.fail(f"no plausible convolution blocks.{name}")
         shapes[module.path, name] = record.size
-    blocks = {tuple(name.split(".")[1:3]) for name in encoder.parameters if name.startswith("blocks.group_")}
+    matches = (re.match(r"blocks\.(group_\d+)\.(block_\d+)\.", name) for name in encoder.parameters)
+    blocks = {match.groups() for match in matches if match}
     groups = len({group for group, _ in blocks})
     if not 1 <= groups <= _MAX_GROUPS or len(blocks) % groups:
         encoder.fail(f"{len(blocks)} blocks in {groups} groups, where as many belong to each of 1 to {_MAX_GROUPS}")

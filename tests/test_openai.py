@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -398,3 +399,35 @@ def test_archives_that_would_unpack_to_more_than_they_are_get_refused(files):
     encoder.write_bytes(content)
     with pytest.raises(UserError, match="claims records of 1000000000 bytes in a file of"):
         load_openai_dvae(encoder, decoder)
+
+
+def test_changed_bytes_anywhere_give_a_user_error_or_a_model(files):
+    _, encoder, decoder = files
+    whole = encoder.read_bytes()
+    with zipfile.ZipFile(encoder) as archive:
+        pickled = archive.read("archive/data.pkl")
+    directory = whole.index(b"PK\x01\x02")
+    random = Random(0)
+    for trial in range(90):
+        encoder.write_bytes(whole)
+        if trial % 3:
+            changed = bytearray(whole)
+            changed[random.randrange(directory if trial % 3 == 1 else 0, len(whole))] = random.randrange(256)
+            encoder.write_bytes(changed)
+        else:
+            changed = bytearray(pickled)
+            changed[random.randrange(len(pickled))] = random.randrange(256)
+            replace_pickle(encoder, bytes(changed))
+        try:
+            load_openai_dvae(encoder, decoder)
+        except UserError as error:
+            assert "\n" not in str(error) and str(error).isprintable()
+
+
+def test_names_from_the_file_are_printed_without_control_characters(files):
+    _, encoder, decoder = files
+    replace_pickle(encoder, b"\x80\x02cos\n\x1b[2J" + b"x" * 10_000 + b"\n.")
+    with pytest.raises(UserError) as caught:
+        load_openai_dvae(encoder, decoder)
+    assert str(caught.value).isprintable() and r"os.\x1b[2Jxx" in str(caught.value)
+    assert len(str(caught.value)) < 1000
