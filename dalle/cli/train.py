@@ -31,12 +31,15 @@ def run(args: argparse.Namespace) -> None:
     from dalle.config import DALLEConfig, from_mapping
     from dalle.tokenizer import Tokenizer
     from dalle.train.dalle import DALLEStage, DALLETraining
+    from dalle.train.loop import require_startable
     from dalle.train.loop import run as train
 
+    driving = run_settings(args)
+    require_startable(args.out, args.resume)
     where, (model, training) = read_sections(args, "dalle", "dalle_training")
     config = model_config(DALLEConfig, model, f"{where}, [dalle]")
     settings = from_mapping(DALLETraining, training, f"{where}, [dalle_training]")
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     images, held_out = open_images(args.data, captions=True)
     stage = DALLEStage(config, settings, images, args.dvae, args.out / "cache", held_out, tokenizer, device)
-    print(f"stage 2 is done; its model: {train(stage, args.out, run_settings(args), args.resume)}")
+    print(f"stage 2 is done; its model: {train(stage, args.out, driving, args.resume)}")

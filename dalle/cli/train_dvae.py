@@ -27,11 +27,14 @@ def run(args: argparse.Namespace) -> None:
 
     from dalle.config import DVAEConfig, from_mapping
     from dalle.train.dvae import DVAEStage, DVAETraining
+    from dalle.train.loop import require_startable
     from dalle.train.loop import run as train
 
+    driving = run_settings(args)
+    require_startable(args.out, args.resume)
     where, (model, training) = read_sections(args, "dvae", "dvae_training")
     config = model_config(DVAEConfig, model, f"{where}, [dvae]")
     settings = from_mapping(DVAETraining, training, f"{where}, [dvae_training]")
     images, held_out = open_images(args.data, captions=False)
     stage = DVAEStage(config, settings, images, held_out, device)
-    print(f"stage 1 is done; its model: {train(stage, args.out, run_settings(args), args.resume)}")
+    print(f"stage 1 is done; its model: {train(stage, args.out, driving, args.resume)}")

@@ -177,18 +177,24 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
         ) from error
 
 
-def _start(stage: Stage, out: Path, resume: bool) -> tuple[int, float]:
+def require_startable(out: str | Path, resume: bool) -> None:
+    """Raise UserError when ``out`` holds a run and ``resume`` is false, or holds none and it is true."""
     checkpoint = latest_checkpoint(out)
     if checkpoint and not resume:
         raise UserError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+    if resume and not checkpoint:
+        raise UserError(f"nothing to resume: {Path(out) / 'checkpoints'} holds no complete checkpoint")
+
+
+def _start(stage: Stage, out: Path, resume: bool) -> tuple[int, float]:
+    require_startable(out, resume)
+    checkpoint = latest_checkpoint(out)
     try:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
         (out / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the run folder {out}: {error.strerror}") from None
     if not checkpoint:
-        if resume:
-            raise UserError(f"nothing to resume: {out / 'checkpoints'} holds no complete checkpoint")
         (out / "log.jsonl").unlink(missing_ok=True)
         return 0, 0.0
     update, seconds = _load(stage, checkpoint)
