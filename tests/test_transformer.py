@@ -171,6 +171,18 @@ def test_autocast_keeps_the_losses_in_fp32_and_close():
     torch.testing.assert_close(found.loss, expected.loss, rtol=0.05, atol=0)
 
 
+def test_the_loss_compiles_without_a_graph_break():
+    model, (text, image) = build(dataclasses.replace(CONFIG, layers=2), torch.float32), draw()
+    expected = model(text, image).loss
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(text, image).loss
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], gradients)
+
+
 @pytest.mark.parametrize("samples_per_prompt", [1, 3])
 @pytest.mark.parametrize("grid", [(4, 3), (2, 5)])
 def test_decoding_equals_the_full_forward_at_every_position(samples_per_prompt, grid):

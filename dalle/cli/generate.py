@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         if not path.parent.is_dir():  # found out now, not after the drawing
             raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     device = _device(args.device)
-    folder = args.checkpoint or shipped()
+    folder = args.checkpoint or shipped("emoji")
     model, tokenizer = load_dalle(folder)
     model, dvae = model.to(device), load_dvae(folder).to(device)
     started = time.monotonic()
@@ -94,7 +94,7 @@ def _device(name: str) -> torch.device:
 
 
 def _prime(path: Path | None, rows: int | None, dvae: DVAE, grid: tuple[int, int]) -> torch.Tensor | None:
-    from dalle.data.images import ImageError, decode_image
+    from dalle.data.images import DEFAULT_LIMITS, ImageError, decode_image
     from dalle.errors import UserError
     from dalle.generate import prime_tokens
 
@@ -103,7 +103,8 @@ def _prime(path: Path | None, rows: int | None, dvae: DVAE, grid: tuple[int, int
             raise UserError("expected --prime IMAGE with --prime-rows, got the number of rows alone")
         return None
     try:
-        pixels = decode_image(path.read_bytes())
+        with path.open("rb") as file:
+            pixels = decode_image(file.read(DEFAULT_LIMITS.max_bytes + 1))
     except (OSError, ImageError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot use {path} as the given image: {reason}") from error
