@@ -9,33 +9,65 @@ namespace {
 // A thread is worth waking for about this many elements.
 constexpr int64_t GRAIN = 32768;
 
-// Returns whether the run held an infinity or NaN. `stride` 1 is a loop of its own, which the compiler vectorizes.
+// Elements of half precision pass through a buffer of this many floats, which stays in the nearest cache.
+constexpr int64_t BLOCK = 1024;
+
+// These return whether the run held an infinity or NaN. Contiguous runs have a loop of their own, which the compiler
+// vectorizes.
 template <Float16Format format, class Element>
-bool encode_run(const Element* input, int64_t stride, uint16_t* codes, int64_t count) {
+bool encode_contiguous(const Element* input, uint16_t* codes, int64_t count) {
   uint32_t nonfinite = 0;
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) {
-      const auto bits = encodable_bits(input[i]);
-      nonfinite |= is_nonfinite(bits);
-      codes[i] = encode_bits<format>(bits);
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      const auto bits = encodable_bits(input[i * stride]);
-      nonfinite |= is_nonfinite(bits);
-      codes[i] = encode_bits<format>(bits);
-    }
+  for (int64_t i = 0; i < count; ++i) {
+    const auto bits = encodable_bits(input[i]);
+    nonfinite |= is_nonfinite(bits);
+    codes[i] = encode_bits<format>(bits);
   }
   return nonfinite != 0;
 }
 
+template <Float16Format format>
+bool encode_contiguous(const Half* input, uint16_t* codes, int64_t count) {
+  bool nonfinite = false;
+  float block[BLOCK];
+  for (int64_t i = 0; i < count; i += BLOCK) {
+    const int64_t length = count - i < BLOCK ? count - i : BLOCK;
+    to_float_run(input + i, block, length);
+    nonfinite |= encode_contiguous<format>(block, codes + i, length);
+  }
+  return nonfinite;
+}
+
+template <Float16Format format, class Element>
+bool encode_run(const Element* input, int64_t stride, uint16_t* codes, int64_t count) {
+  if (stride == 1) return encode_contiguous<format>(input, codes, count);
+  bool nonfinite = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto bits = encodable_bits(input[i * stride]);
+    nonfinite |= is_nonfinite(bits);
+    codes[i] = encode_bits<format>(bits);
+  }
+  return nonfinite;
+}
+
+template <Float16Format format, class Element>
+void decode_contiguous(const uint16_t* codes, Element* output, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) from_float(decode_code<format>(codes[i]), output[i]);
+}
+
+template <Float16Format format>
+void decode_contiguous(const uint16_t* codes, Half* output, int64_t count) {
+  float block[BLOCK];
+  for (int64_t i = 0; i < count; i += BLOCK) {
+    const int64_t length = count - i < BLOCK ? count - i : BLOCK;
+    decode_contiguous<format>(codes + i, block, length);
+    from_float_run(block, output + i, length);
+  }
+}
+
 template <Float16Format format, class Element>
 void decode_run(const uint16_t* codes, int64_t stride, Element* output, int64_t count) {
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) from_float(decode_code<format>(codes[i]), output[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) from_float(decode_code<format>(codes[i * stride]), output[i]);
-  }
+  if (stride == 1) return decode_contiguous<format>(codes, output, count);
+  for (int64_t i = 0; i < count; ++i) from_float(decode_code<format>(codes[i * stride]), output[i]);
 }
 
 // Calls body(offset in the strided tensor, stride, offset in the contiguous one, count) over runs along the last
