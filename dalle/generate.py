@@ -97,17 +97,18 @@ def generate(
 
     Args:
         model, dvae, tokenizer: trained together (``dalle.checkpoint.load_dalle`` and ``load_dvae``).
-        prompts: the captions, each of at most ``model.config.text_len`` tokens; longer ones are cut off with
-        ``truncate``. temperature, top_k, top_p: see :class:`Sampler`.
+        prompts: the captions, each of at most ``model.config.text_len`` tokens.
+        temperature, top_k, top_p: see :class:`Sampler`.
         seed: 0 to 2**63 - 1.
         prime: image tokens that are given, from the first row on: int64 ``[n]`` for all prompts or ``[P, n]``; see
             :func:`prime_tokens`.
+        truncate: cut off over-long prompts instead of refusing them.
         batch_size: how many images are drawn at once; bounds the memory.
         progress: show a progress bar.
 
     Raises:
         UserError: for an empty or over-long prompt, an option out of range, a dVAE of another vocabulary, or a model
-        whose logits are not finite.
+            whose logits are not finite.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
