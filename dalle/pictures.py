@@ -49,7 +49,7 @@ def labelled_grid(
         captions: P texts; long ones are wrapped.
         title: a line on top of the picture.
         scale: pixels a side that each pixel becomes.
-        columns: captions side by side, by default what makes the picture about as wide as it is high.
+        columns: captions side by side, by default what makes the picture about 4:3.
         marks: for each caption a short remark in another colour behind it (say "held out"), or None.
     """
     if images.dim() != 5 or images.shape[2] != 3 or images.numel() == 0:
