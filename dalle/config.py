@@ -173,7 +173,7 @@ _DALLE_PRESETS = {
         kernel_size=3,
     ),
     "emoji": DALLEConfig(
-        text_len=16, text_vocab_size=1024, grid=(8, 8), image_vocab_size=1024, dim=256, heads=4, head_dim=64, layers=6,
+        text_len=16, text_vocab_size=2048, grid=(8, 8), image_vocab_size=1024, dim=256, heads=4, head_dim=64, layers=6,
         kernel_size=5,
     ),
     "small": DALLEConfig(grid=(16, 16), image_vocab_size=4096, dim=768, heads=12, layers=12),

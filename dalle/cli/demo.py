@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     folder = shipped("emoji")
     demo = read_json(folder / "demo.json", "list of demo captions")
     captions = [*demo["seen"], *demo["held_out"]]
-    labels = [*demo["seen"], *(f"{caption} (held out)" for caption in demo["held_out"])]
+    marks = [None] * len(demo["seen"]) + ["held out"] * len(demo["held_out"])
     model, tokenizer = load_dalle(folder)
     dvae = load_dvae(folder)
     started = time.monotonic()
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {args.out.parent}: {error.strerror}") from None
-    atomic_write(args.out, png(labelled_grid(drawn.images, labels)))
+    atomic_write(args.out, png(labelled_grid(drawn.images, captions, marks=marks)))
     tokens = drawn.tokens.numel()
     print(f"{len(captions)} captions x {args.samples} samples: {tokens:,} image tokens in {seconds:.1f} s")
-    print("(held out): this concept in this style was never seen in training, the concept and the style were")
+    print("held out: this concept in this style was never seen in training; both were, apart from each other")
     print(f"the grid is in {args.out.resolve()}")

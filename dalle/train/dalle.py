@@ -189,8 +189,8 @@ class DALLEStage(Stage):
         held_out = self.held_out_captions[:: max(1, len(self.held_out_captions) // half)][:half]
         prompts = [*seen, *held_out]
         drawn = generate(model, self.dvae, self.tokenizer, prompts, samples_per_prompt=SAMPLES_PER_CAPTION, seed=0)
-        labels = [*seen, *(f"{caption} (held out)" for caption in held_out)]
-        atomic_write(folder / f"samples-{update:08d}.png", png(labelled_grid(drawn.images, labels)))
+        marks = [None] * len(seen) + ["held out"] * len(held_out)
+        atomic_write(folder / f"samples-{update:08d}.png", png(labelled_grid(drawn.images, prompts, marks=marks)))
         if not self.held_out_captions:
             return {}
         text = self._encode_captions(self.held_out_captions[:256], 0.0, "held out")

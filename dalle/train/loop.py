@@ -1,11 +1,12 @@
 """The training loop both stages share: log, pictures, averaging, checkpoints, interruption and exact resumption.
 
-A run lives in one folder: ``log.jsonl`` (a JSON object a line), ``pictures/``, ``checkpoints/update-XXXXXXXX/`` (the
-last few) and at the end ``model/``, the model folder to sample from.
+A run lives in one folder: ``log.jsonl`` (a JSON object a line), ``pictures/`` (with matplotlib the loss curve too),
+``checkpoints/update-XXXXXXXX/`` (the last few) and at the end ``model/``, the model folder to sample from.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -33,6 +34,7 @@ from dalle.checkpoint import (
     to_safetensors,
 )
 from dalle.errors import UserError
+from dalle.pictures import loss_curve
 from dalle.train.averaging import IterateAverage
 
 
@@ -128,6 +130,7 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
             if settings.picture_every and (update % settings.picture_every == 0 or last):
                 figures = stage.draw_pictures(update, out / "pictures")
                 _append(out / "log.jsonl", {"update": update, **figures})
+                _draw_loss(out)
             if update % settings.checkpoint_every == 0 or last or interrupted():
                 _save(stage, out, update, time.monotonic() - started, settings.keep_checkpoints)
             if interrupted():
@@ -209,10 +212,23 @@ def latest_checkpoint(out: str | Path) -> Path | None:
 
 
 def _cut_log(path: Path, update: int) -> None:
-    # Lines after the checkpoint belong to updates that will be made again.
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["update"] <= update]
-        atomic_write(path, "".join(line + "\n" for line in kept).encode())
+    # Lines after the checkpoint belong to updates that will be made again; a crash may have cut the last one short.
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["update"] <= update:
+            kept.append(line + "\n")
+    atomic_write(path, "".join(kept).encode())
+
+
+def _draw_loss(out: Path) -> None:
+    if importlib.util.find_spec("matplotlib"):
+        atomic_write(out / "pictures" / "loss.png", loss_curve(out / "log.jsonl"))
 
 
 def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
