@@ -18,6 +18,7 @@ _HOMES = {
     "DVAEConfig": "dalle.config",
     "Tokenizer": "dalle.tokenizer",
     "UserError": "dalle.errors",
+    "generate": "dalle.generation",
 }
 
 __all__ = sorted(_HOMES)

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     """Draw the captions that the model folder's ``demo.json`` lists and print where the PNG is."""
     from dalle.checkpoint import atomic_write, load_dalle, load_dvae, read_json, shipped
     from dalle.errors import UserError
-    from dalle.generate import generate
+    from dalle.generation import generate
     from dalle.pictures import labelled_grid, png
 
     if args.samples < 1:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
     from dalle.checkpoint import atomic_write, load_dalle, load_dvae, shipped, to_safetensors
     from dalle.errors import UserError
-    from dalle.generate import generate
+    from dalle.generation import generate
     from dalle.pictures import labelled_grid, png
 
     if args.scale < 1:
@@ -96,7 +96,7 @@ def _device(name: str) -> torch.device:
 def _prime(path: Path | None, rows: int | None, dvae: DVAE, grid: tuple[int, int]) -> torch.Tensor | None:
     from dalle.data.images import DEFAULT_LIMITS, ImageError, decode_image
     from dalle.errors import UserError
-    from dalle.generate import prime_tokens
+    from dalle.generation import prime_tokens
 
     if path is None:
         if rows is not None:

@@ -16,7 +16,7 @@ from dalle.checkpoint import atomic_write, dalle_files, dvae_sha256, load_dvae
 from dalle.config import DALLEConfig
 from dalle.data import ImageTextDataset
 from dalle.errors import UserError
-from dalle.generate import generate
+from dalle.generation import generate
 from dalle.pictures import labelled_grid, png
 from dalle.tokenizer import Tokenizer
 from dalle.train.averaging import IterateAverage
@@ -188,7 +188,7 @@ class DALLEStage(Stage):
         seen = self.captions[:: max(1, len(self.captions) // half)][:half]
         held_out = self.held_out_captions[:: max(1, len(self.held_out_captions) // half)][:half]
         prompts = [*seen, *held_out]
-        drawn = generate(model, self.dvae, self.tokenizer, prompts, samples_per_prompt=SAMPLES_PER_CAPTION, seed=0)
+        drawn = generate(model, self.dvae, self.tokenizer, prompts, SAMPLES_PER_CAPTION, truncate=True)
         marks = [None] * len(seen) + ["held out"] * len(held_out)
         atomic_write(folder / f"samples-{update:08d}.png", png(labelled_grid(drawn.images, prompts, marks=marks)))
         if not self.held_out_captions:

@@ -10,7 +10,7 @@ import torch
 
 from dalle.config import DALLEConfig, DVAEConfig
 from dalle.errors import UserError
-from dalle.generate import GeneratedImages, Sampler, draw_tokens, generate, prime_tokens
+from dalle.generation import GeneratedImages, Sampler, draw_tokens, generate, prime_tokens
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import DALLE
 
