@@ -94,6 +94,20 @@ def test_no_openmp_runtime_is_linked():
     assert "NEEDED" in dynamic and not re.search(r"NEEDED.*(omp|torch|c10)", dynamic)
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_no_code_of_one_instruction_set_can_be_linked_into_another():
+    """Functions that the linker may merge must lie in their own build's namespace: see csrc/common/isa.h."""
+    objects = list((ROOT / "build" / f"cmake-{sys.implementation.cache_tag}").glob("CMakeFiles/cpu_*.dir/**/*.o"))
+    if not objects:
+        pytest.skip("the compiled library was not built here")
+    for path in objects:
+        isa = re.search(r"cpu_(\w+)\.dir", str(path)).group(1)
+        symbols = subprocess.run(["nm", "-C", str(path)], check=True, capture_output=True, text=True).stdout
+        merged = re.findall(r"^[0-9a-f]+ [WVu] (.+)$", symbols, re.MULTILINE)
+        strangers = [name for name in merged if f"dalle::{isa}::" not in name and not name.startswith("DW.ref.")]
+        assert not strangers, path
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc").rglob("*.cu")), ids=lambda path: path.stem)
