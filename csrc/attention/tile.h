@@ -20,6 +20,9 @@ constexpr int PANEL = 2 * Vector::width;
 constexpr int TILE_ROWS = 24;
 // Rows of a register block: with two registers of columns, as many accumulators as leave room for the operands.
 constexpr int MOST_ROWS = Vector::width == 16 ? 12 : 6;
+// Rows of one head are often far apart in memory (between them lie the other heads, and q, k, v of each), where the
+// processor's own prefetcher does not follow.
+constexpr int64_t ROWS_AHEAD = 16, CACHE_LINE = 64;
 constexpr float LOG2_E = 1.44269504f, LOWEST = -3.40282347e38f;
 
 struct Dimensions {
@@ -96,6 +99,10 @@ DALLE_NOINLINE void pack_rows(const T* from, int64_t stride, const int32_t* toke
   const Vector scale = broadcast(factor);
   for (int64_t i = 0; i < count; ++i) {
     const T* row = from + tokens[i] * stride;
+    if (i + ROWS_AHEAD < count && tokens[i + ROWS_AHEAD] >= 0) {
+      const T* ahead = from + tokens[i + ROWS_AHEAD] * stride;
+      for (int64_t d = 0; d < dims.head_dim; d += CACHE_LINE / sizeof(T)) __builtin_prefetch(ahead + d);
+    }
     for (int64_t d = 0; d < dims.width; d += Vector::width) {
       const bool inside = tokens[i] >= 0 && d < dims.head_dim;
       const Vector x = inside ? load_first(row + d, dims.head_dim - d) : broadcast(0.0f);
