@@ -177,9 +177,7 @@ def gumbel_codebook(
     _check(logits, tau, dim)
     if not isinstance(codebook, Tensor) or not codebook.is_floating_point():
         got = codebook.dtype if isinstance(codebook, Tensor) else type(codebook).__name__
-        raise TypeError(
-            f"expected the codebook as a floating-point tensor, got {got}; convert it with codebook.float()"
-        )
+        raise TypeError(f"expected codebook as a floating-point tensor, got {got}; convert it with codebook.float()")
     if codebook.dim() != 2 or codebook.shape[0] != logits.shape[dim]:
         raise ValueError(
             f"expected a codebook of shape [{logits.shape[dim]}, D], one row per code along dim {dim} of the logits, "

@@ -8,7 +8,7 @@ stay in a CPU's cache. Arithmetic is float32 (float64 for float64 logits); the n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -54,15 +54,15 @@ def _chunks(logits: Tensor, offset: Tensor) -> Iterator[tuple[tuple[slice, slice
             yield piece, rows[piece]
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Softmax along dimension 1 of three; with one inner element it is the last dimension, which is much faster."""
-    return scores.squeeze(2).softmax(1).unsqueeze(2) if scores.shape[2] == 1 else scores.softmax(1)
+def _along_columns(function: Callable[[Tensor, int], Tensor], scores: Tensor) -> Tensor:
+    """``function(scores, dim)`` along dimension 1 of three; as the last dimension, where it can be, it is faster."""
+    return function(scores.squeeze(2), 1).unsqueeze(2) if scores.shape[2] == 1 else function(scores, 1)
 
 
 def _soft_sample(logits: Tensor, seed: Tensor, rows: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """The noisy scores ``logits + gumbel`` and the soft sample ``softmax(scores / tau)`` of one chunk."""
     scores = gumbel_noise(seed, rows, logits.shape[1], logits.dtype).add_(logits)
-    return scores, _softmax(scores / tau)
+    return scores, _along_columns(torch.softmax, scores / tau)
 
 
 def _hard_sample(scores: Tensor, soft: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _hard_sample(scores: Tensor, soft: Tensor) -> Tensor:
 
 def _posterior(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, ``log q + ln columns`` (0 where the logit is -inf, since 0·log 0 = 0) and the KL ``[outer, 1, inner]``."""
-    log_q = logits - logits.logsumexp(1, keepdim=True)
+    log_q = _along_columns(torch.log_softmax, logits)
     q = log_q.exp()
     log_ratio = log_q.add_(math.log(logits.shape[1])).masked_fill_(log_q == -math.inf, 0.0)
     return q, log_ratio, (q * log_ratio).sum(1, keepdim=True)

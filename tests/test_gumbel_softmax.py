@@ -1,0 +1,346 @@
+"""Gumbel-softmax, its KL and its product with a codebook, against float64 and against their definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dalle_kernels.gumbel_softmax import gumbel_codebook, gumbel_softmax, gumbel_softmax_kl, ops, reference
+from dalle_kernels.philox import gumbel_noise
+from dalle_kernels.testing import assert_accurate, poisoned_allocations, sample_shapes, strided_views
+
+SEED, OFFSET = torch.tensor(0x5EED), torch.tensor(0)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _random(shape, seed: int, dtype=torch.float64, scale: float = 2.0) -> Tensor:
+    return (scale * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def _noise(logits: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The op's noise in the logits' layout, laid out here by moving ``dim`` last and back."""
+    moved = logits.movedim(dim, -1)
+    rows = torch.arange(moved[..., 0].numel()).view(-1, 1, 1)
+    return gumbel_noise(SEED, rows, moved.shape[-1], dtype).view(moved.shape).movedim(-1, dim)
+
+
+def _plain(logits: Tensor, tau: float, dim: int) -> tuple[Tensor, Tensor]:
+    """The sample and the KL as a user writes them, in the logits' dtype."""
+    noise = _noise(logits, dim, reference.compute_dtype(logits.dtype)).to(logits.dtype)
+    log_q = logits.log_softmax(dim)
+    kl = (log_q.exp() * (log_q + math.log(logits.shape[dim]))).sum(dim)
+    return ((logits + noise) / tau).softmax(dim), kl
+
+
+def _plain_codebook(logits: Tensor, codebook: Tensor, tau: float, dim: int) -> tuple[Tensor, Tensor]:
+    y, kl = _plain(logits, tau, dim)
+    return (y.movedim(dim, -1) @ codebook).movedim(-1, dim), kl
+
+
+def _run(function, inputs: list[Tensor], dtype: torch.dtype, weights: tuple[Tensor, ...]) -> list[Tensor]:
+    """The outputs of ``function`` and the gradients of their weighted sum, for ``inputs`` in ``dtype``."""
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+    outputs = function(*leaves)
+    grads = torch.autograd.grad(outputs, leaves, [w.to(out.dtype) for w, out in zip(weights, outputs)])
+    return [*outputs, *grads]
+
+
+CASES = [
+    (shape, dim, tau)
+    for shape, dim, tau in zip(
+        [
+            *sample_shapes(2, 3, seed=1),
+            *sample_shapes(3, 2, seed=2, largest=33),
+            *sample_shapes(4, 2, seed=3, largest=17),
+        ],
+        [-1, 0, 1, 1, -1, 1, 2],
+        [1.0, 0.5, 1 / 16, 1.0, 2.0, 1 / 16, 0.3],
+    )
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "dim", "tau"), CASES)
+def test_sample_kl_and_gradient_meet_the_error_rule(shape, dim, tau, dtype):
+    logits = _random(shape, seed=5).to(dtype).double()
+    kl_shape = reference.kl_shape(logits, dim)
+    weights = (_random(shape, seed=6).to(dtype).double(), _random(kl_shape, seed=7).to(dtype).double())
+    with poisoned_allocations():
+        actual = _run(lambda t: ops.gumbel_softmax_kl_op(t, SEED, OFFSET, tau, False, dim), [logits], dtype, weights)
+    plain = _run(lambda t: _plain(t, tau, dim), [logits], dtype, weights)
+    exact = _run(lambda t: _plain(t, tau, dim), [logits], torch.float64, weights)
+    assert [result.dtype for result in actual] == [dtype, torch.float32, dtype]
+    for name, *results in zip(("y", "kl", "gradient"), actual, plain, exact):
+        assert_accurate(*results, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "dim", "width"), [((17, 33), -1, 5), ((3, 65, 2, 7), 1, 31), ((13, 5), 0, 1)])
+def test_codebook_meets_the_error_rule(shape, dim, width, dtype):
+    inputs = [_random(shape, seed=8).to(dtype).double(), _random((shape[dim], width), seed=9).to(dtype).double()]
+    embedding_shape = reference.embedding_shape(*inputs, dim)
+    weights = (
+        _random(embedding_shape, seed=10).to(dtype).double(),
+        _random(reference.kl_shape(inputs[0], dim), seed=11),
+    )
+    with poisoned_allocations():
+        actual = _run(lambda t, c: ops.gumbel_codebook_op(t, c, SEED, OFFSET, 0.7, dim), inputs, dtype, weights)
+    plain = _run(lambda t, c: _plain_codebook(t, c, 0.7, dim), inputs, dtype, weights)
+    exact = _run(lambda t, c: _plain_codebook(t, c, 0.7, dim), inputs, torch.float64, weights)
+    for name, *results in zip(("embedding", "kl", "logits' gradient", "codebook's gradient"), actual, plain, exact):
+        assert_accurate(*results, name)
+
+
+def test_codebook_takes_its_own_dtype():
+    logits, codebook = _random((4, 6), 12, torch.float32), _random((6, 3), 13, torch.bfloat16)
+    embedding, kl = gumbel_codebook(logits.requires_grad_(), codebook.requires_grad_())
+    (embedding.sum() + kl.sum()).backward()
+    assert (embedding.dtype, kl.dtype) == (torch.bfloat16, torch.float32)
+    assert (logits.grad.dtype, codebook.grad.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_float64_gradients_by_finite_differences():
+    logits, codebook = _random((2, 5, 3), 14).requires_grad_(), _random((5, 4), 15).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: ops.gumbel_softmax_op(t, SEED, OFFSET, 0.7, False, 1), (logits,))
+    assert torch.autograd.gradcheck(lambda t: ops.gumbel_softmax_kl_op(t, SEED, OFFSET, 0.7, False, 1), (logits,))
+    arguments = (logits, codebook)
+    assert torch.autograd.gradcheck(lambda t, c: ops.gumbel_codebook_op(t, c, SEED, OFFSET, 0.7, 1), arguments)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(("shape", "dim"), [((31, 17), 1), ((3, 13, 5), 1)])
+def test_hard_sample_is_the_one_hot_of_the_noisy_logits_with_the_soft_gradient(shape, dim, dtype):
+    logits = _random(shape, 16, dtype).requires_grad_()
+    soft, hard = (ops.gumbel_softmax_op(logits, SEED, OFFSET, 0.5, hard, dim) for hard in (False, True))
+    wide = reference.compute_dtype(dtype)
+    scores = logits.to(wide) + _noise(logits, dim, wide)
+    expected = torch.zeros(shape, dtype=dtype).scatter_(dim, scores.argmax(dim, keepdim=True), 1.0)
+    assert torch.equal(hard, expected) and hard.dtype == dtype
+    weight = _random(shape, 17, dtype)
+    (soft_grad,), (hard_grad,) = (torch.autograd.grad(y, logits, weight) for y in (soft, hard))
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(hard_grad, soft_grad, rtol=8 * unit, atol=8 * unit)
+
+
+def test_hard_samples_follow_the_softmax_of_the_logits():
+    """Chi-square over 7 codes: 6 degrees of freedom, 22.5 at the level 0.001."""
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 0.1])
+    count = 20_000
+    expected = count * logits.softmax(0)
+    for temperature in (1.0, 0.1):
+        generator = torch.Generator().manual_seed(18)
+        samples = gumbel_softmax(logits.expand(count, 7), temperature, hard=True, generator=generator)
+        statistic = ((samples.sum(0) - expected) ** 2 / expected).sum().item()
+        assert statistic < 22.5
+        assert ((samples.sum(0) - count / 7) ** 2 / (count / 7)).sum().item() > 1000, "the test can tell two laws apart"
+
+
+def test_layout_does_not_change_a_bit():
+    logits = _random((3, 13, 5, 2), 19, torch.float32)
+    for dim in (0, 1, -1):
+        expected = ops.gumbel_softmax_kl_op(logits, SEED, OFFSET, 0.5, False, dim)
+        for name, view in strided_views(logits):
+            for result, reference_result in zip(
+                ops.gumbel_softmax_kl_op(view, SEED, OFFSET, 0.5, False, dim), expected
+            ):
+                assert result.is_contiguous() and torch.equal(result, reference_result), name
+    codebook = _random((13, 4), 20, torch.float32)
+    expected = ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, 0.5, 1)
+    for name, view in strided_views(codebook):
+        result = ops.gumbel_codebook_op(logits, view, SEED, OFFSET, 0.5, 1)
+        torch.testing.assert_close(result, expected, msg=name)
+
+
+def test_strided_gradients():
+    logits = _random((4, 9, 6), 21, torch.float32).requires_grad_()
+    weight = _random((4, 9, 6), 22, torch.float32)
+    for hard in (False, True):
+        y = ops.gumbel_softmax_op(logits, SEED, OFFSET, 0.5, hard, 1)
+        (expected,) = torch.autograd.grad(y, logits, weight, retain_graph=True)
+        for name, view in strided_views(weight):
+            (grad,) = torch.autograd.grad(y, logits, view, retain_graph=True)
+            torch.testing.assert_close(grad, expected, msg=name)
+
+
+def test_neither_batch_split_nor_chunks_change_the_sample(monkeypatch):
+    logits = _random((6, 11, 4), 23, torch.float32)
+    whole = ops.gumbel_softmax_op(logits, SEED, OFFSET, 0.5, False, 1)
+    rest = ops.gumbel_softmax_op(logits[2:], SEED, torch.tensor(2 * 4), 0.5, False, 1)
+    torch.testing.assert_close(rest, whole[2:], rtol=1e-6, atol=0)
+    codebook = _random((11, 3), 24, torch.float32)
+    embedding = ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, 0.5, 1)
+    for elements in (1, 30, 100):
+        monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", elements)
+        chunked = ops.gumbel_softmax_op(logits, SEED, OFFSET, 0.5, False, 1)
+        torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, 0.5, 1), embedding)
+
+
+def test_generator_decides_the_sample():
+    logits = _random((5, 7), 25, torch.float32)
+    first, again, other = (gumbel_softmax(logits, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    torch.manual_seed(1)
+    assert torch.equal(gumbel_softmax(logits), first)
+    assert not torch.equal(gumbel_softmax(logits), first), "each call draws anew"
+    assert torch.equal(gumbel_softmax_kl(logits, generator=torch.Generator().manual_seed(1))[0], first)
+    codebook = torch.eye(7)
+    embedding, _ = gumbel_codebook(logits, codebook, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(embedding, first)
+
+
+def test_bad_rows_stay_alone():
+    """NaN, +inf and all -inf spoil their own row and nothing else, in every output and gradient."""
+    logits = _random((8, 6), 26, torch.float32)
+    clean = logits.clone()
+    logits[1, 2], logits[3, 0], logits[5] = math.nan, math.inf, -math.inf
+    bad = torch.tensor([1, 3, 5])
+    good = torch.tensor([0, 2, 4, 6, 7])
+    codebook = _random((6, 4), 27, torch.float32)
+    calls = [
+        lambda t: ops.gumbel_softmax_kl_op(t, SEED, OFFSET, 0.5, False, 1),
+        lambda t: ops.gumbel_softmax_kl_op(t, SEED, OFFSET, 0.5, True, 1),
+        lambda t: ops.gumbel_codebook_op(t, codebook, SEED, OFFSET, 0.5, 1),
+    ]
+    for call in calls:
+        results = []
+        for source in (logits, clean):
+            leaf = source.clone().requires_grad_()
+            outputs = call(leaf)
+            weights = [torch.ones_like(output).cumsum(-1) for output in outputs]
+            results.append([*outputs, *torch.autograd.grad(outputs, leaf, weights)])
+        for spoiled, expected in zip(*results):
+            assert spoiled[bad].isnan().all()
+            torch.testing.assert_close(spoiled[good], expected[good])
+
+
+@pytest.mark.parametrize("tau", [1.0, 1 / 16, 1e-3])
+def test_extreme_logits_stay_finite(tau):
+    logits = torch.tensor(
+        [[1e4, -1e4, 0.0, 3.0], [-1e4, -1e4, -1e4, -1e4], [1e4, 1e4, 1e4, 1e4], [0.0, -math.inf, 1.0, -2.0]]
+    )
+    leaf = logits.requires_grad_()
+    y, kl = ops.gumbel_softmax_kl_op(leaf, SEED, OFFSET, tau, False, 1)
+    (grad,) = torch.autograd.grad([y, kl], leaf, [torch.ones_like(y).cumsum(1), torch.ones_like(kl)])
+    assert torch.isfinite(y).all() and torch.isfinite(kl).all() and torch.isfinite(grad).all()
+    torch.testing.assert_close(y.sum(1), torch.ones(4))
+    assert y[3, 1] == 0 and grad[3, 1] == 0, "a code at -inf is never drawn and gets no gradient"
+    torch.testing.assert_close(kl[:3], torch.tensor([math.log(4), 0.0, 0.0]), atol=1e-6, rtol=1e-6)
+    q = torch.tensor([0.0, 1.0, -2.0]).softmax(0)
+    torch.testing.assert_close(kl[3], (q * q.log()).sum() + math.log(4))
+
+
+def test_one_code_and_no_rows():
+    y, kl = gumbel_softmax_kl(_random((5, 1), 28, torch.float32), dim=1)
+    assert torch.equal(y, torch.ones(5, 1)) and torch.equal(kl, torch.zeros(5))
+    for shape, dim in (((0, 7), 1), ((3, 7, 0), 1)):
+        logits = torch.zeros(shape, requires_grad=True)
+        embedding, kl = gumbel_codebook(logits, torch.zeros(7, 2, requires_grad=True), dim=dim)
+        assert embedding.shape == tuple(reference.embedding_shape(logits, torch.zeros(7, 2), dim))
+        assert kl.shape == tuple(reference.kl_shape(logits, dim))
+        (embedding.sum() + kl.sum()).backward()
+        assert logits.grad.shape == shape
+    y, kl = gumbel_softmax_kl(torch.zeros(4))
+    assert y.shape == (4,) and kl.shape == ()
+
+
+def test_autocast_changes_nothing():
+    logits, codebook = _random((4, 9), 29, torch.float32), _random((9, 3), 30, torch.float32)
+    expected = ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, 0.5, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        for result, reference_result in zip(ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, 0.5, 1), expected):
+            assert torch.equal(result, reference_result)
+
+
+def test_opcheck():
+    logits, codebook = _random((2, 5, 3), 31, torch.float32).requires_grad_(), _random((5, 4), 32, torch.float32)
+    codebook.requires_grad_()
+    sample = (logits, SEED, OFFSET, 0.5, True, 1)
+    torch.library.opcheck(ops.gumbel_softmax_op.overload, sample)
+    torch.library.opcheck(ops.gumbel_softmax_kl_op.overload, sample)
+    torch.library.opcheck(ops.gumbel_codebook_op.overload, (logits, codebook, SEED, OFFSET, 0.5, 1))
+    logits, codebook, kl = logits.detach(), codebook.detach(), torch.ones(2, 3)
+    saved = (logits, logits, SEED, OFFSET, 0.5, False, 1)
+    embedding = torch.ones(2, 4, 3)
+    torch.library.opcheck(ops.gumbel_softmax_backward_op.overload, (logits, *saved))
+    torch.library.opcheck(ops.gumbel_softmax_kl_backward_op.overload, (logits, kl, *saved))
+    arguments = (embedding, kl, logits, codebook, SEED, OFFSET, 0.5, 1)
+    torch.library.opcheck(ops.gumbel_codebook_backward_op.overload, arguments)
+
+
+def test_compiles_whole():
+    logits, codebook = _random((2, 5, 3), 33, torch.float32).requires_grad_(), _random((5, 4), 34, torch.float32)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(logits, codebook, tau):
+        y = gumbel_softmax(logits, tau, hard=True, dim=1)
+        sample, kl = gumbel_softmax_kl(logits, tau, dim=1)
+        embedding, _ = gumbel_codebook(logits, codebook, tau, 1)
+        return y.sum() + sample.square().sum() + kl.sum() + embedding.sum()
+
+    for tau in (1.0, 0.5, 0.25):
+        torch.manual_seed(35)
+        loss = step(logits, codebook, tau)
+        (grad,) = torch.autograd.grad(loss, logits)
+        torch.manual_seed(35)
+        y = gumbel_softmax(logits, tau, hard=True, dim=1)
+        sample, kl = gumbel_softmax_kl(logits, tau, dim=1)
+        embedding, _ = gumbel_codebook(logits, codebook, tau, 1)
+        expected = y.sum() + sample.square().sum() + kl.sum() + embedding.sum()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected, logits)[0])
+
+
+def test_compiles_with_inductor():
+    logits = _random((3, 9), 36, torch.float32).requires_grad_()
+    # One process, no precompiled header: for so small a graph either costs far more than it saves.
+    options = {"compile_threads": 1, "cpp_cache_precompile_headers": False}
+    y, kl = torch.compile(lambda t: gumbel_softmax_kl(t * 2, 0.5), fullgraph=True, options=options)(logits)
+    torch.testing.assert_close(y.sum(1), torch.ones(3))
+    (kl.sum() + y[:, 0].sum()).backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (
+            TypeError,
+            "expected logits as a floating-point tensor, got torch.int64",
+            {"logits": torch.zeros(2, 3).long()},
+        ),
+        (TypeError, "expected logits as a floating-point tensor, got list", {"logits": [0.0]}),
+        (ValueError, "at least one dimension, got a scalar", {"logits": torch.tensor(1.0)}),
+        (ValueError, "expected dim between -2 and 1 for logits of shape", {"dim": 2}),
+        (ValueError, "at least one code along dim -1", {"logits": torch.zeros(2, 0)}),
+        (ValueError, "finite temperature tau above 0, got 0", {"tau": 0}),
+        (ValueError, "finite temperature tau above 0, got -1.0", {"tau": -1.0}),
+        (ValueError, "finite temperature tau above 0, got nan", {"tau": math.nan}),
+        (ValueError, "finite temperature tau above 0, got inf", {"tau": math.inf}),
+        (TypeError, "temperature tau as a number, got a tensor", {"tau": torch.tensor(1.0)}),
+    ],
+)
+def test_mistakes_get_one_clear_sentence(error, message, arguments):
+    arguments = {"logits": torch.zeros(2, 3), **arguments}
+    for function in (gumbel_softmax, gumbel_softmax_kl):
+        with pytest.raises(error, match=message):
+            function(**arguments)
+    with pytest.raises(error, match=message):
+        gumbel_codebook(codebook=torch.zeros(3, 4), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "codebook"),
+    [
+        (ValueError, r"expected a codebook of shape \[3, D\], .* got \(4, 3\)", torch.zeros(4, 3)),
+        (ValueError, r"expected a codebook of shape \[3, D\]", torch.zeros(3)),
+        (TypeError, "expected codebook as a floating-point tensor, got torch.int64", torch.zeros(3, 4).long()),
+        (ValueError, "expected the codebook on the logits' device cpu, got meta", torch.zeros(3, 4, device="meta")),
+    ],
+)
+def test_mistaken_codebooks(error, message, codebook):
+    with pytest.raises(error, match=message):
+        gumbel_codebook(torch.zeros(2, 3), codebook)
