@@ -1,21 +1,14 @@
-"""Files that outlive a crash: atomic writes, model folders and training checkpoints.
-
-A *model folder* holds what sampling needs, and describes itself:
+"""Model folders: what sampling needs, in files that describe and check themselves.
 
 - ``dvae.json``, ``dvae.safetensors``: the stage-1 model, its config, and the SHA-256 of its weights file;
 - ``dalle.json``, ``dalle.safetensors``, ``tokenizer.json``: the stage-2 model, absent after stage 1 alone.
   ``dalle.json`` also holds the SHA-256 of the dVAE that made its image tokens and of its tokenizer, checked on loading.
 
-Weights may be stored in 16 bit; they are loaded as float32. Everything is written to a temporary name, synced, then
-renamed.
+Weights may be stored in 16 bit; they are loaded as float32.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +19,7 @@ import torch
 
 from dalle.config import DALLEConfig, DVAEConfig
 from dalle.errors import UserError
+from dalle.files import atomic_write_folder, read_json, sha256, to_json
 
 if TYPE_CHECKING:
     from dalle.dvae import DVAE
@@ -34,82 +28,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _SHIPPED = Path(__file__).parent / "checkpoints"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a crash or a full disk leaves either the old file or the new one, never a
-    part.
-
-    A failure (no space, no permission, no such folder) is a UserError and removes the temporary file.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _write_synced(temporary, data)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; nothing that was there before is lost") from error
-
-
-def atomic_write_folder(folder: str | Path, files: Mapping[str, bytes]) -> None:
-    """Write a new folder of ``files`` (name to content) that appears under its name only when it is complete and
-    synced.
-    """
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    previous = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        temporary.mkdir(parents=True)
-        for name, data in files.items():
-            _write_synced(temporary / name, data)
-        _sync_folder(temporary)
-        if folder.exists():
-            os.replace(folder, previous)
-        os.replace(temporary, folder)
-        _sync_folder(folder.parent)
-        shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        if previous.exists() and not folder.exists():
-            os.replace(previous, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write {folder}: {error.strerror}; nothing that was there before is lost") from error
-
-
-def to_json(value: Any) -> bytes:
-    """Readable JSON with a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object; a missing or broken file is a UserError that says ``what`` was expected there."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} holds no {what}: {path.name} is missing") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged: expected the JSON of a {what}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: expected the JSON of a {what}")
-    return value
 
 
 def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
@@ -131,10 +49,6 @@ def to_safetensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | Non
         for name, tensor in tensors.items()
     }
     return safetensors.torch.save(stored)
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -25,8 +25,8 @@ from tokenizers.normalizers import Sequence as NormalizerSequence
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from dalle.checkpoint import atomic_write
 from dalle.errors import UserError
+from dalle.files import atomic_write
 
 FORMAT = "dalle tokenizer 1"
 MAX_FILE_BYTES = 64 * 2**20

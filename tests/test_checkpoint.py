@@ -14,6 +14,7 @@ from dalle.cli import main
 from dalle.config import DALLEConfig, DVAEConfig
 from dalle.dvae import DVAE
 from dalle.errors import UserError
+from dalle.files import atomic_write, atomic_write_folder, sha256
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import DALLE
 
@@ -25,7 +26,7 @@ def model_folder(tmp_path):
     tokenizer = Tokenizer.train(["a cat", "a dog"], dalle.config.text_vocab_size)
     checkpoint.save_dvae(tmp_path / "dvae", dvae, note={"data": "noise"})
     folder = tmp_path / "dalle"
-    checkpoint.atomic_write_folder(folder, checkpoint.dalle_files(dalle, tokenizer, tmp_path / "dvae"))
+    atomic_write_folder(folder, checkpoint.dalle_files(dalle, tokenizer, tmp_path / "dvae"))
     return folder, dvae, dalle, tokenizer
 
 
@@ -94,7 +95,7 @@ def test_a_pickle_is_not_read_as_weights(model_folder):
     folder = model_folder[0]
     torch.save({"w": torch.ones(2)}, folder / "dvae.safetensors")
     description = json.loads((folder / "dvae.json").read_text())
-    description["sha256"] = checkpoint.sha256((folder / "dvae.safetensors").read_bytes())
+    description["sha256"] = sha256((folder / "dvae.safetensors").read_bytes())
     (folder / "dvae.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="not a safetensors file"):
         checkpoint.load_dvae(folder)
@@ -103,20 +104,20 @@ def test_a_pickle_is_not_read_as_weights(model_folder):
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, failing):
     path = tmp_path / "file"
-    checkpoint.atomic_write(path, b"old")
+    atomic_write(path, b"old")
 
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, failing, fail)
     with pytest.raises(UserError, match=r"cannot write .*file: No space left on device"):
-        checkpoint.atomic_write(path, b"new")
+        atomic_write(path, b"new")
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_failed_folder_write_leaves_the_old_folder(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
-    checkpoint.atomic_write_folder(folder, {"a": b"old"})
+    atomic_write_folder(folder, {"a": b"old"})
     replace = os.replace
 
     def fail_the_last(source, target):
@@ -126,10 +127,10 @@ def test_a_failed_folder_write_leaves_the_old_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail_the_last)
     with pytest.raises(UserError, match="Input/output error"):
-        checkpoint.atomic_write_folder(folder, {"a": b"new"})
+        atomic_write_folder(folder, {"a": b"new"})
     assert (folder / "a").read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["folder"]
     monkeypatch.undo()
-    checkpoint.atomic_write_folder(folder, {"b": b"new"})
+    atomic_write_folder(folder, {"b": b"new"})
     assert [entry.name for entry in folder.iterdir()] == ["b"]
 
 

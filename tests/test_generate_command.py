@@ -11,10 +11,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from dalle.checkpoint import atomic_write_folder, dalle_files, save_dvae
+from dalle.checkpoint import dalle_files, save_dvae
 from dalle.cli import main
 from dalle.config import DALLEConfig, DVAEConfig
 from dalle.dvae import DVAE
+from dalle.files import atomic_write_folder
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import DALLE
 

@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw the captions that the model folder's ``demo.json`` lists and print where the PNG is."""
-    from dalle.checkpoint import atomic_write, load_dalle, load_dvae, read_json, shipped
+    from dalle.checkpoint import load_dalle, load_dvae, shipped
     from dalle.errors import UserError
+    from dalle.files import atomic_write, read_json
     from dalle.generation import generate
     from dalle.pictures import labelled_grid, png
 

@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> None:
     import sys
     import time
 
-    from dalle.checkpoint import atomic_write, load_dalle, load_dvae, shipped, to_safetensors
+    from dalle.checkpoint import load_dalle, load_dvae, shipped, to_safetensors
     from dalle.errors import UserError
+    from dalle.files import atomic_write
     from dalle.generation import generate
     from dalle.pictures import labelled_grid, png
 
@@ -84,6 +85,7 @@ def _device(name: str) -> torch.device:
     import torch
 
     from dalle.errors import UserError
+    from dalle.files import atomic_write
 
     try:
         device = torch.device(name)
@@ -96,6 +98,7 @@ def _device(name: str) -> torch.device:
 def _prime(path: Path | None, rows: int | None, dvae: DVAE, grid: tuple[int, int]) -> torch.Tensor | None:
     from dalle.data.images import DEFAULT_LIMITS, ImageError, decode_image
     from dalle.errors import UserError
+    from dalle.files import atomic_write
     from dalle.generation import prime_tokens
 
     if path is None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dalle.errors import UserError
+from dalle.files import write_synced
 
 MANIFEST = "manifest.json"
 FORMAT = "dalle-image-text-shards"
@@ -43,7 +43,7 @@ def write_shards(
     def flush() -> None:
         path = Path(folder) / f"{split}-{len(descriptions):06d}.tar"
         content = _shard(batch)
-        _write_synced(path, content)
+        write_synced(path, content)
         descriptions.append(
             {
                 "file": path.name,
@@ -78,7 +78,7 @@ def _shard(samples: list[EncodedSample]) -> bytes:
 def write_manifest(folder: str | Path, manifest: dict) -> dict:
     """Write ``manifest.json``: ``manifest`` with the name and version of the format put first. Returns it all."""
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
-    _write_synced(Path(folder) / MANIFEST, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_synced(Path(folder) / MANIFEST, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
     return content
 
 
@@ -100,10 +100,3 @@ def read_manifest(folder: str | Path) -> dict | None:
     if manifest.get("format") == FORMAT and manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path} has format version {manifest.get('format_version')}, expected {FORMAT_VERSION}")
     return manifest
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

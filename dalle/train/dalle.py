@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dalle.checkpoint import atomic_write, dalle_files, dvae_sha256, load_dvae
+from dalle.checkpoint import dalle_files, dvae_sha256, load_dvae
 from dalle.config import DALLEConfig
 from dalle.data import ImageTextDataset
 from dalle.errors import UserError
+from dalle.files import atomic_write
 from dalle.generation import generate
 from dalle.pictures import labelled_grid, png
 from dalle.tokenizer import Tokenizer

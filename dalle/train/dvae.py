@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from dalle.checkpoint import atomic_write, dvae_files
+from dalle.checkpoint import dvae_files
 from dalle.config import DVAEConfig
 from dalle.data import ImageTextDataset
 from dalle.dvae import DVAE
 from dalle.errors import UserError
+from dalle.files import atomic_write
 from dalle.pictures import png, reconstruction_grid
 from dalle.train.averaging import IterateAverage
 from dalle.train.batches import ImageBatches

@@ -23,17 +23,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dalle.checkpoint import (
-    FORMAT,
-    atomic_write,
-    atomic_write_folder,
-    read_json,
-    read_tensors,
-    sha256,
-    to_json,
-    to_safetensors,
-)
+from dalle.checkpoint import FORMAT, read_tensors, to_safetensors
 from dalle.errors import UserError
+from dalle.files import atomic_write, atomic_write_folder, read_json, sha256, to_json
 from dalle.pictures import loss_curve
 from dalle.train.averaging import IterateAverage
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dalle.checkpoint import atomic_write, dvae_sha256, read_tensors, sha256, to_safetensors
+from dalle.checkpoint import dvae_sha256, read_tensors, to_safetensors
 from dalle.data import ImageTextDataset
 from dalle.dvae import DVAE
+from dalle.files import atomic_write, sha256
 from dalle.train.batches import ImageBatches
 
 

@@ -1,0 +1,95 @@
+"""Files that outlive a crash: written under a temporary name, synced, then renamed. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dalle.errors import UserError
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a crash or a full disk leaves either the old file or the new one, never a
+    part.
+
+    A failure (no space, no permission, no such folder) is a UserError and removes the temporary file.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_synced(temporary, data)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; nothing that was there before is lost") from error
+
+
+def atomic_write_folder(folder: str | Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder of ``files`` (name to content) that appears under its name only when it is complete and
+    synced.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    previous = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        temporary.mkdir(parents=True)
+        for name, data in files.items():
+            write_synced(temporary / name, data)
+        _sync_folder(temporary)
+        if folder.exists():
+            os.replace(folder, previous)
+        os.replace(temporary, folder)
+        _sync_folder(folder.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    except OSError as error:
+        if previous.exists() and not folder.exists():
+            os.replace(previous, folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write {folder}: {error.strerror}; nothing that was there before is lost") from error
+
+
+def to_json(value: Any) -> bytes:
+    """Readable JSON with a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object; a missing or broken file is a UserError that says ``what`` was expected there."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} holds no {what}: {path.name} is missing") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: expected the JSON of a {what}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: expected the JSON of a {what}")
+    return value
+
+
+def sha256(data: bytes) -> str:
+    """The SHA-256 of ``data`` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
