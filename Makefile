@@ -59,7 +59,7 @@ $(VENV)/.torch: $(VENV)/.torch-wanted
 	@test -n '$(PYTHON)' || { echo 'dalle-kernels: expected Python 3.11 to 3.13, found none;' \
 	  'install one, or name it: make PYTHON=/path/to/python3'; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'dalle-kernels: expected Python 3.11' \
-	  "to 3.13, got $$($(PYTHON) --version 2>&1) from $(PYTHON); name another: make PYTHON=/path/to/python3"; exit 1; }
+	  "to 3.13, got $$($(PYTHON) --version 2>&1 | head -1) from $(PYTHON); name another: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo 'dalle-kernels: this Python lacks the modules venv' \
 	  'and ensurepip; install them (on Debian and Ubuntu: apt install python3-venv)'; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo \

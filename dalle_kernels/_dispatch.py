@@ -1,9 +1,9 @@
 """One mechanism from an op's name to the provider that runs it.
 
 An :class:`Op` is registered once with ``torch.library`` (schema, fake, autograd), so ``torch.compile(fullgraph=True)``,
-``torch.library.opcheck`` and CUDA graphs see an ordinary operator. Behind it stand *providers*, fastest first: ``native``
-(compiled, CPU or CUDA), ``triton`` (CUDA through Triton) and ``reference`` (plain PyTorch, always last, runs anywhere).
-A call takes the first provider that can serve its arguments.
+``torch.library.opcheck`` and CUDA graphs see an ordinary operator. Behind it stand *providers*, fastest first:
+``native`` (compiled, CPU or CUDA), ``triton`` (CUDA through Triton) and ``reference`` (plain PyTorch, always last, runs
+anywhere). A call takes the first provider that can serve its arguments.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def forced_provider() -> str | None:
 def use(provider: str) -> Iterator[None]:
     """Force one provider ("reference", "native" or "triton") for every op called inside the block.
 
-    The choice is process-wide, not per thread, because autograd may run a backward on a thread of its own. An op that the
-    provider cannot serve raises :class:`ProviderError`, which says why.
+    The choice is process-wide, not per thread, because autograd may run a backward on a thread of its own. An op that
+    the provider cannot serve raises :class:`ProviderError`, which says why.
     """
     global _forced
     previous, _forced = _forced, _checked_provider(provider)
@@ -171,8 +171,8 @@ class Explanation:
 def explain(op: str, *args, device_type: str = "cpu") -> Explanation:
     """Tell which provider runs an op and why not a faster one.
 
-    ``op`` is an op's name (a key of ``dalle_kernels.ops()``). With ``args``, the operator's own arguments, the answer is for
-    that very call; without, it is for ``device_type`` on this machine.
+    ``op`` is an op's name (a key of ``dalle_kernels.ops()``). With ``args``, the operator's own arguments, the answer
+    is for that very call; without, it is for ``device_type`` on this machine.
     """
     if op not in OPS:
         raise ValueError(f"expected an op among {', '.join(sorted(OPS))}, got {op!r}")
