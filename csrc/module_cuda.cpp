@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include "common/cuda.h"
 #include "common/module.h"
 #include "float16/float16.h"
 
@@ -51,5 +52,6 @@ int runtime_version() {
 
 PYBIND11_MODULE(_cuda, m) {
   m.def("runtime_version", &runtime_version, "Of the CUDA runtime inside this library, as 1000 * major + 10 * minor.");
+  m.def("device_status", &cuda::device_status, "Why the current device cannot run these kernels, or None.");
   bind_float16(m);
 }

@@ -52,8 +52,8 @@ class Provider:
 class Op:
     """A ``torch.library`` operator ``dalle_kernels::<name>`` and the providers behind it.
 
-    ``schema`` is a torch schema such as ``"encode_fp169(Tensor x) -> (Tensor, Tensor)"``; its first argument is a tensor
-    (or a tensor list) whose device decides where the op runs. ``fake`` computes the outputs' metadata.
+    ``schema`` is a torch schema such as ``"encode_fp169(Tensor x) -> (Tensor, Tensor)"``; its first argument is a
+    tensor (or a tensor list) whose device decides where the op runs. ``fake`` computes the outputs' metadata.
     """
 
     def __init__(self, schema: str, fake: Callable):

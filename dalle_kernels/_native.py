@@ -68,7 +68,9 @@ def _cuda() -> ModuleType | str:
         return "the compiled CUDA library needs an NVIDIA GPU, and this torch is built for ROCm"
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU"
-    return _load("_cuda")
+    module = _load("_cuda")
+    reason = None if isinstance(module, str) else module.device_status()
+    return f"the compiled CUDA library cannot run on this GPU ({reason})" if reason else module
 
 
 def _module(device_type: str) -> ModuleType | str:

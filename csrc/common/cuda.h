@@ -15,6 +15,10 @@ inline const char* launch_status() {
 
 inline const char* status(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
+// Why the current device cannot run this library's kernels (there is no device, or it is none of those that the library
+// was compiled for), or nullptr.
+const char* device_status();
+
 // Blocks for a grid-stride loop: enough to fill any GPU several times over, and no more.
 inline unsigned grid_size(int64_t work, int threads) {
   constexpr int64_t MOST = 8192;
