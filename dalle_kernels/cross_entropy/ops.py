@@ -19,8 +19,7 @@ _INPUTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
 
 
 def _fake_rows(hidden, weight, target, bias, ignore_index):
-    loss = hidden.new_empty(hidden.shape[0], dtype=reference.compute_dtype(hidden, weight, bias))
-    return loss, torch.empty_like(loss)
+    return hidden.new_empty(hidden.shape[0], dtype=reference.compute_dtype(hidden, weight, bias))
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,10 +32,9 @@ def _fake_with_gradient(hidden, weight, target, bias, ignore_index, reduction):
     return loss, *_fake_gradients(hidden, weight, bias)
 
 
-linear_cross_entropy_op = Op(f"linear_cross_entropy({_INPUTS}, int ignore_index) -> (Tensor, Tensor)", _fake_rows)
+linear_cross_entropy_op = Op(f"linear_cross_entropy({_INPUTS}, int ignore_index) -> Tensor", _fake_rows)
 linear_cross_entropy_backward_op = Op(
-    f"linear_cross_entropy_backward(Tensor grad_loss, {_INPUTS}, Tensor logsumexp, int ignore_index)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy_backward(Tensor grad_loss, {_INPUTS}, int ignore_index) -> (Tensor, Tensor, Tensor)",
     lambda grad_loss, hidden, weight, target, bias, *rest: _fake_gradients(hidden, weight, bias),
 )
 linear_cross_entropy_with_gradient_op = Op(
@@ -51,10 +49,10 @@ linear_cross_entropy_with_gradient_op.provide("reference", reference.linear_cros
 
 def _save_rows(ctx, inputs, output) -> None:
     hidden, weight, target, bias, ctx.ignore_index = inputs
-    ctx.save_for_backward(hidden, weight, target, bias, output[1])
+    ctx.save_for_backward(hidden, weight, target, bias)
 
 
-def _rows_gradient(ctx, grad_loss: Tensor, grad_logsumexp: Tensor):
+def _rows_gradient(ctx, grad_loss: Tensor):
     bias = ctx.saved_tensors[3]
     *grads, grad_bias = linear_cross_entropy_backward_op(grad_loss, *ctx.saved_tensors, ctx.ignore_index)
     return *grads, None, None if bias is None else grad_bias, None
@@ -148,7 +146,7 @@ def linear_cross_entropy(
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if wants_gradient and reduction != "none" and all(tensor.dtype != torch.float16 for tensor in inputs):
         return linear_cross_entropy_with_gradient_op(rows, weight, classes, bias, ignore_index, reduction)[0]
-    loss, _ = linear_cross_entropy_op(rows, weight, classes, bias, ignore_index)
+    loss = linear_cross_entropy_op(rows, weight, classes, bias, ignore_index)
     if reduction == "none":
         return loss.view(target.shape)
     return loss.sum() if reduction == "sum" else loss.sum() / (classes != ignore_index).sum()

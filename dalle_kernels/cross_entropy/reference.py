@@ -21,6 +21,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def _must_not_wait(target: Tensor) -> bool:
+    """A GPU's target cannot be looked at without waiting for it: there a bad one makes its row NaN, not an error."""
+    return target.device.type != "cpu"
+
+
 class _Problem:
     """The inputs in the arithmetic's dtype, and what both directions need of the targets."""
 
@@ -29,12 +34,10 @@ class _Problem:
         self.hidden, self.weight = hidden, weight.to(self.dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
         self.kept = target != ignore_index
-        outside = self.kept & ((target < 0) | (target >= weight.shape[0]))
-        self.target = target.masked_fill(outside | ~self.kept, 0)
-        # A GPU's target cannot be looked at without waiting for it: there the row becomes NaN instead of an error.
-        self.outside = outside
-        if target.device.type == "cpu" and outside.any():
-            first = target[outside][0].item()
+        self.outside = self.kept & ((target < 0) | (target >= weight.shape[0]))
+        self.target = target.masked_fill(self.outside | ~self.kept, 0)
+        if not _must_not_wait(target) and self.outside.any():
+            first = int(target[self.outside][0])
             raise ValueError(
                 f"expected targets from 0 to {weight.shape[0] - 1} or ignore_index {ignore_index}, got {first}; "
                 f"the weight has one row per class"
@@ -45,16 +48,15 @@ class _Problem:
         for start in range(0, self.hidden.shape[0], step):
             yield slice(start, start + step)
 
-    def logits(self, chunk: slice) -> tuple[Tensor, Tensor]:
-        """The chunk of ``hidden`` in the arithmetic's dtype and its logits ``[rows, classes]``."""
+    def log_softmax(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """The chunk of ``hidden`` in the arithmetic's dtype and its log-probabilities ``[rows, classes]``."""
         rows = self.hidden[chunk].to(self.dtype)
-        return rows, torch.nn.functional.linear(rows, self.weight, self.bias)
+        return rows, torch.nn.functional.linear(rows, self.weight, self.bias).log_softmax(1)
 
-    def loss(self, chunk: slice, logits: Tensor, logsumexp: Tensor) -> Tensor:
+    def loss(self, chunk: slice, log_p: Tensor) -> Tensor:
         """Loss of each row of a chunk: 0 where ignored, NaN where the target is no class."""
-        picked = logits.gather(1, self.target[chunk, None]).squeeze(1)
-        loss = (logsumexp - picked).masked_fill_(~self.kept[chunk], 0.0)
-        return loss.masked_fill_(self.outside[chunk], math.nan)
+        picked = log_p.gather(1, self.target[chunk, None]).squeeze(1)
+        return picked.neg_().masked_fill_(~self.kept[chunk], 0.0).masked_fill_(self.outside[chunk], math.nan)
 
     def row_scale(self, grad_loss: Tensor) -> Tensor:
         """Gradient that reaches each row's loss: 0 where ignored, NaN where the target is no class."""
@@ -62,24 +64,28 @@ class _Problem:
 
 
 class _Gradients:
-    """Gradients gathered chunk by chunk: the rows of ``hidden`` as they come, float32 sums for weight and bias."""
+    """Gradients gathered chunk by chunk: the rows of ``hidden`` as they come, sums for the weight and the bias.
+
+    The bias's is a plain sum over every row, which float32 would blur; it is kept in float64.
+    """
 
     def __init__(self, problem: _Problem):
         self.problem = problem
         self.hidden = torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
         self.weight = torch.zeros_like(problem.weight, memory_format=torch.contiguous_format)
-        self.bias = self.weight.new_zeros(0 if problem.bias is None else self.weight.shape[0])
+        classes = 0 if problem.bias is None else self.weight.shape[0]
+        self.bias = torch.zeros(classes, dtype=torch.float64, device=self.weight.device)
 
-    def add(self, chunk: slice, rows: Tensor, logits: Tensor, logsumexp: Tensor, row_scale: Tensor) -> None:
-        """``(softmax - one_hot)·row_scale`` overwrites the logits, then goes to the three inputs."""
-        grad_logits = logits.sub_(logsumexp[:, None]).exp_()
+    def add(self, chunk: slice, rows: Tensor, log_p: Tensor, row_scale: Tensor) -> None:
+        """``(softmax - one_hot)·row_scale`` overwrites the log-probabilities, then goes to the three inputs."""
+        grad_logits = log_p.exp_()
         grad_logits.scatter_add_(1, self.problem.target[chunk, None], grad_logits.new_full((len(rows), 1), -1.0))
         grad_logits.mul_(row_scale[:, None])
         grad_logits.masked_fill_(~self.problem.kept[chunk, None], 0.0)  # a NaN in an ignored row stays out of the sums
         self.hidden[chunk] = grad_logits @ self.problem.weight
         self.weight.addmm_(grad_logits.t(), rows)
         if self.problem.bias is not None:
-            self.bias += grad_logits.sum(0)
+            self.bias += grad_logits.sum(0, dtype=torch.float64)
 
     def cast(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return self.hidden, self.weight.to(weight.dtype), self.bias.to(weight.dtype if bias is None else bias.dtype)
@@ -87,15 +93,12 @@ class _Gradients:
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     problem = _Problem(hidden, weight, target, bias, ignore_index)
     loss = torch.empty(len(hidden), dtype=problem.dtype, device=hidden.device)
-    logsumexp = torch.empty_like(loss)
     for chunk in problem.chunks():
-        _, logits = problem.logits(chunk)
-        logsumexp[chunk] = logits.logsumexp(1)
-        loss[chunk] = problem.loss(chunk, logits, logsumexp[chunk])
-    return loss, logsumexp
+        loss[chunk] = problem.loss(chunk, problem.log_softmax(chunk)[1])
+    return loss
 
 
 def linear_cross_entropy_backward(
@@ -104,16 +107,15 @@ def linear_cross_entropy_backward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    logsumexp: Tensor,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits are computed again; ``logsumexp`` spares their softmax a second pass for its statistics."""
+    """Gradients of the row losses, from logits that are computed again."""
     problem = _Problem(hidden, weight, target, bias, ignore_index)
     gradients = _Gradients(problem)
     row_scale = problem.row_scale(grad_loss)
     for chunk in problem.chunks():
-        rows, logits = problem.logits(chunk)
-        gradients.add(chunk, rows, logits, logsumexp[chunk], row_scale[chunk])
+        rows, log_p = problem.log_softmax(chunk)
+        gradients.add(chunk, rows, log_p, row_scale[chunk])
     return gradients.cast(weight, bias)
 
 
@@ -123,12 +125,11 @@ def linear_cross_entropy_with_gradient(
     """The reduced loss and its gradients while a chunk's logits are at hand: three matrix products instead of four."""
     problem = _Problem(hidden, weight, target, bias, ignore_index)
     gradients = _Gradients(problem)
-    loss = torch.zeros((), dtype=problem.dtype, device=hidden.device)
-    share = problem.kept.sum().to(problem.dtype).reciprocal() if reduction == "mean" else torch.ones_like(loss)
+    loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    share = problem.kept.sum().double().reciprocal() if reduction == "mean" else torch.ones_like(loss)
     row_scale = problem.row_scale(share.expand(len(hidden)))
     for chunk in problem.chunks():
-        rows, logits = problem.logits(chunk)
-        logsumexp = logits.logsumexp(1)
-        loss += problem.loss(chunk, logits, logsumexp).sum()
-        gradients.add(chunk, rows, logits, logsumexp, row_scale[chunk])
-    return loss * share, *gradients.cast(weight, bias)
+        rows, log_p = problem.log_softmax(chunk)
+        loss += problem.loss(chunk, log_p).sum(dtype=torch.float64)
+        gradients.add(chunk, rows, log_p, row_scale[chunk])
+    return (loss * share).to(problem.dtype), *gradients.cast(weight, bias)

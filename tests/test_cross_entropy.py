@@ -1,0 +1,238 @@
+"""Linear cross-entropy against float64 and against torch's two separate steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_kernels.cross_entropy import linear_cross_entropy, ops, reference
+from dalle_kernels.testing import assert_accurate, poisoned_allocations, strided_views
+
+IGNORE = -100
+
+
+def _inputs(
+    rows: int, classes: int, width: int, seed: int, dtype=torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden, weight, bias and targets, every fifth of them ignored, with logits of the size that training gives."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, dtype=torch.float64, generator=generator)
+    weight = 2 * torch.randn(classes, width, dtype=torch.float64, generator=generator) / width**0.5
+    bias = torch.randn(classes, dtype=torch.float64, generator=generator)
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    target[2::5] = IGNORE
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), target
+
+
+def _plain(hidden, weight, target, bias=None, ignore_index=IGNORE, reduction="mean"):
+    return F.cross_entropy(F.linear(hidden, weight, bias), target, ignore_index=ignore_index, reduction=reduction)
+
+
+def _run(function, inputs, dtype: torch.dtype, reduction: str) -> list[Tensor]:
+    """The loss and the gradients of hidden, weight and bias, under an uneven incoming gradient."""
+    *floating, target = inputs
+    hidden, weight, bias = (tensor.to(dtype).requires_grad_() for tensor in floating)
+    loss = function(hidden, weight, target, bias, IGNORE, reduction)
+    grad = torch.full((), 0.3) if loss.dim() == 0 else torch.linspace(0.5, 1, loss.numel())
+    return [loss, *torch.autograd.grad(loss, (hidden, weight, bias), grad.to(loss.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ops.REDUCTIONS)
+def test_loss_and_gradients_meet_the_error_rule(reduction, dtype, monkeypatch):
+    """Eight draws of a shape are measured together: the largest error of a few bias gradients alone is luck."""
+    monkeypatch.setattr(reference, "_CHUNK_LOGITS", 1000)
+    for sizes in ((33, 97, 31), (7, 257, 64), (65, 3, 17), (31, 129, 5)):
+        draws = []
+        for seed in range(8):
+            *floating, target = _inputs(*sizes, seed)
+            inputs = [tensor.to(dtype).double() for tensor in floating] + [target]
+            with poisoned_allocations():
+                actual = _run(linear_cross_entropy, inputs, dtype, reduction)
+            assert [result.dtype for result in actual] == [torch.float32, dtype, dtype, dtype]
+            plain, exact = (_run(_plain, inputs, kind, reduction) for kind in (dtype, torch.float64))
+            draws.append((actual, plain, exact))
+        for index, name in enumerate(("loss", "gradient of hidden", "gradient of weight", "gradient of bias")):
+            assert_accurate(*([results[index] for results in column] for column in zip(*draws)), f"{name} of {sizes}")
+
+
+@pytest.mark.parametrize("reduction", ops.REDUCTIONS)
+def test_float64_gradients_by_finite_differences(reduction):
+    hidden, weight, bias, target = _inputs(6, 7, 5, seed=10)
+    leaves = tuple(tensor.requires_grad_() for tensor in (hidden, weight, bias))
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_cross_entropy(h, w, target, b, IGNORE, reduction), leaves)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, target, None, IGNORE, reduction), leaves[:2]
+    )
+
+
+def test_both_routes_to_the_gradient_agree(monkeypatch):
+    """A mean's gradient comes from the forward pass, that of the rows from logits computed again."""
+    monkeypatch.setattr(reference, "_CHUNK_LOGITS", 200)
+    inputs = _inputs(33, 41, 17, seed=11, dtype=torch.float32)
+
+    def mean_of_rows(hidden, weight, target, bias, ignore_index, reduction):
+        return linear_cross_entropy(hidden, weight, target, bias, ignore_index, "none").sum() / (target != IGNORE).sum()
+
+    results = (_run(function, inputs, torch.float32, "mean") for function in (linear_cross_entropy, mean_of_rows))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_loss_scale_saves_small_float16_gradients():
+    """These gradients would round to zero if they were rounded before the incoming scale reaches them."""
+    hidden, weight, _, target = _inputs(64, 33, 9, seed=12, dtype=torch.float16)
+    hidden = (hidden * 1e-3).requires_grad_()
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, target, None, IGNORE, "mean") / 2**20
+    (grad,) = torch.autograd.grad(loss * 2.0**20, weight)
+    exact = weight.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(_plain(hidden.detach().double(), exact, target), exact)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-2, atol=1e-7)
+
+
+def test_leading_dimensions_and_no_gradient():
+    hidden, weight, bias, target = _inputs(12, 9, 5, seed=13, dtype=torch.float32)
+    for reduction in ops.REDUCTIONS:
+        expected = _plain(hidden, weight, target, bias, reduction=reduction)
+        shaped = linear_cross_entropy(hidden.view(3, 4, 5), weight, target.view(3, 4), bias, IGNORE, reduction)
+        assert shaped.shape == (target.view(3, 4).shape if reduction == "none" else ())
+        torch.testing.assert_close(shaped.flatten(), expected.flatten())
+    single = linear_cross_entropy(hidden[0], weight, target[0], bias, IGNORE, "none")
+    torch.testing.assert_close(single, _plain(hidden, weight, target, bias, reduction="none")[0])
+
+
+def test_layout_changes_no_more_than_rounding():
+    hidden, weight, bias, target = _inputs(13, 11, 7, seed=14, dtype=torch.float32)
+    expected = _run(linear_cross_entropy, (hidden, weight, bias, target), torch.float32, "mean")
+    for views in zip(*map(strided_views, (hidden, weight, bias, target)), strict=False):
+        name, target_view = views[3]
+        leaves = [view.requires_grad_() for _, view in views[:3]]
+        loss = linear_cross_entropy(*leaves[:2], target_view, leaves[2])
+        grads = torch.autograd.grad(loss, leaves, torch.full((), 0.3))
+        torch.testing.assert_close([loss, *grads], expected, msg=name)
+
+
+def test_ignored_rows_count_for_nothing():
+    hidden, weight, bias, _ = _inputs(6, 5, 4, seed=15, dtype=torch.float32)
+    nobody = torch.full((6,), 3)
+    for reduction, loss in (("sum", 0.0), ("mean", float("nan"))):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+        result = linear_cross_entropy(leaves[0], leaves[1], nobody, leaves[2], 3, reduction)
+        torch.testing.assert_close(result, torch.tensor(loss), equal_nan=True)
+        assert all(not grad.any() for grad in torch.autograd.grad(result, leaves))
+    target = torch.tensor([0, IGNORE, 1, 2, IGNORE, 4])
+    spoiled = weight.clone().requires_grad_()
+    hidden[1] = float("inf")
+    rows = linear_cross_entropy(hidden, spoiled, target, bias, IGNORE, "none")
+    assert torch.isfinite(rows).all() and rows[1] == 0
+
+
+def test_a_bad_row_spoils_only_its_own_loss_and_hidden_gradient():
+    hidden, weight, bias, target = _inputs(5, 6, 4, seed=16, dtype=torch.float32)
+    hidden[1, 2] = float("nan")
+    hidden.requires_grad_()
+    rows = linear_cross_entropy(hidden, weight, target, bias, IGNORE, "none")
+    rows.sum().backward()
+    assert rows.isnan().tolist() == [False, True, False, False, False]
+    assert hidden.grad.isnan().any(1).tolist() == [False, True, False, False, False]
+
+
+def test_no_rows():
+    weight = torch.randn(5, 3, requires_grad=True)
+    hidden, target = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    assert linear_cross_entropy(hidden, weight, target, reduction="none").shape == (0,)
+    assert linear_cross_entropy(hidden, weight, target).isnan()
+    loss = linear_cross_entropy(hidden, weight, target, reduction="sum")
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad.shape == (0, 3) and not weight.grad.any()
+
+
+@pytest.mark.parametrize("wrong", [6, -1, 2**40])
+def test_a_target_that_is_no_class(wrong, monkeypatch):
+    hidden, weight, bias, target = _inputs(4, 6, 3, seed=17, dtype=torch.float32)
+    target[1] = wrong
+    with pytest.raises(ValueError, match=f"expected targets from 0 to 5 or ignore_index -100, got {wrong};"):
+        linear_cross_entropy(hidden, weight, target, bias)
+    # As on a device where nobody may look: the row is NaN, and so is every gradient that it reaches.
+    monkeypatch.setattr(reference, "_must_not_wait", lambda tensor: True)
+    rows = linear_cross_entropy(hidden, weight.requires_grad_(), target, bias, IGNORE, "none")
+    assert rows.isnan().tolist() == [False, True, False, False]
+    assert linear_cross_entropy(hidden, weight, target, bias).isnan()
+    assert torch.autograd.grad(rows.sum(), weight)[0].isnan().all()
+
+
+def test_mixed_dtypes_and_autocast():
+    hidden, weight, bias, target = _inputs(9, 13, 8, seed=18, dtype=torch.float32)
+    mixed = linear_cross_entropy(hidden.bfloat16(), weight, target, bias)
+    torch.testing.assert_close(mixed, _plain(hidden.bfloat16().float(), weight, target, bias))
+    weight.requires_grad_()
+    expected = linear_cross_entropy(hidden, weight, target, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear_cross_entropy(hidden, weight, target, bias), expected)
+
+
+def test_same_input_same_bits():
+    inputs = _inputs(65, 33, 17, seed=19, dtype=torch.float32)
+    first, again = (_run(linear_cross_entropy, inputs, torch.float32, "mean") for _ in range(2))
+    assert all(map(torch.equal, first, again))
+
+
+def test_logits_exist_for_one_chunk_at_a_time(monkeypatch):
+    monkeypatch.setattr(reference, "_CHUNK_LOGITS", 300)
+    sizes = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *arguments: sizes.append(linear(*arguments).numel()) or linear(*arguments))
+    hidden, weight, bias, target = _inputs(20, 100, 4, seed=20, dtype=torch.float32)
+    linear_cross_entropy(hidden, weight.requires_grad_(), target, bias).backward()
+    assert len(sizes) == 7 and max(sizes) == 300
+
+
+def test_opcheck():
+    hidden, weight, bias, target = _inputs(6, 7, 5, seed=21, dtype=torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    for given_bias in (leaves[2], None):
+        arguments = (*leaves[:2], target, given_bias, IGNORE)
+        torch.library.opcheck(ops.linear_cross_entropy_op.overload, arguments)
+        torch.library.opcheck(ops.linear_cross_entropy_with_gradient_op.overload, (*arguments, "mean"))
+    hidden, weight, bias = (tensor.detach() for tensor in leaves)
+    arguments = (torch.ones(6), hidden, weight, target, bias, IGNORE)
+    torch.library.opcheck(ops.linear_cross_entropy_backward_op.overload, arguments)
+
+
+def test_compiles_whole():
+    inputs = _inputs(6, 7, 5, seed=22, dtype=torch.float32)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for reduction in ("none", "mean"):
+        results = (_run(function, inputs, torch.float32, reduction) for function in (compiled, linear_cross_entropy))
+        for result, expected in zip(*results):
+            torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "expected hidden as a floating-point tensor, got torch.int64", {"hidden": torch.ones(4, 3).long()}),
+        (
+            TypeError,
+            "expected target as an int64 tensor of class numbers, got torch.int32",
+            {"target": torch.zeros(4).int()},
+        ),
+        (ValueError, r"got \(4, 3\) and \(3, 5\)", {"weight": torch.zeros(3, 5)}),
+        (ValueError, r"at least one class, got \(4, 3\) and \(0, 3\)", {"weight": torch.zeros(0, 3)}),
+        (
+            ValueError,
+            r"expected one target per row of hidden, shape \(4,\), got \(5,\)",
+            {"target": torch.zeros(5).long()},
+        ),
+        (ValueError, r"expected a bias of shape \(5,\), one per class, got \(3,\)", {"bias": torch.zeros(3)}),
+        (ValueError, "expected weight on hidden's device cpu, got meta", {"weight": torch.zeros(5, 3, device="meta")}),
+        (ValueError, "expected a reduction among none, mean, sum, got 'max'", {"reduction": "max"}),
+    ],
+)
+def test_mistakes_get_one_clear_sentence(error, message, arguments):
+    defaults = {"hidden": torch.zeros(4, 3), "weight": torch.zeros(5, 3), "target": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**{**defaults, **arguments})
