@@ -19,7 +19,7 @@ namespace {
 #define RUN_CPU_KERNEL(name, params)                          \
   do {                                                        \
     const py::gil_scoped_release unlocked;                    \
-    check(#name, isa_choose(DALLE_CPU_BUILDS(name))(params)); \
+    check(#name, DALLE_CPU_KERNEL(name)(params));             \
   } while (false)
 
 std::vector<std::string> instruction_sets(bool supported_only) {

@@ -42,7 +42,7 @@ Kernel* isa_choose(Kernel* const (&builds)[ISA_COUNT]) {
   const char* name(const Params&);                              \
   }
 
-// In module.cpp: the addresses of a kernel's builds, as isa_choose wants them.
+// In module.cpp: the build of a kernel that fits this processor.
 #if defined(DALLE_BUILT_AVX2)
 #define DALLE_IF_AVX2(address) address
 #else
@@ -58,8 +58,7 @@ Kernel* isa_choose(Kernel* const (&builds)[ISA_COUNT]) {
 #else
 #define DALLE_IF_AVX512_BF16(address) nullptr
 #endif
-#define DALLE_CPU_BUILDS(name)                                                                      \
-  {                                                                                                 \
-    &::dalle::portable::name, DALLE_IF_AVX2(&::dalle::avx2::name),                                  \
-        DALLE_IF_AVX512(&::dalle::avx512::name), DALLE_IF_AVX512_BF16(&::dalle::avx512_bf16::name)  \
-  }
+#define DALLE_CPU_KERNEL(name)                                                                       \
+  ::dalle::isa_choose<decltype(::dalle::portable::name)>(                                            \
+      {&::dalle::portable::name, DALLE_IF_AVX2(&::dalle::avx2::name),                                \
+       DALLE_IF_AVX512(&::dalle::avx512::name), DALLE_IF_AVX512_BF16(&::dalle::avx512_bf16::name)})
