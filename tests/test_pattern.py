@@ -1,4 +1,4 @@
-"""AttentionPattern against the sets of the paper's section 2, written out key by key, and DALLE-pytorch's constructions."""
+"""AttentionPattern against the paper's section 2 and DALLE-pytorch's layers, written out key by key."""
 
 from __future__ import annotations
 

@@ -54,11 +54,12 @@ class OwnedPlan {
 
 // How scale enters: its sign with the queries, its magnitude with the scores (a zero scale zeroes the queries instead).
 struct Scale {
-  float sign, magnitude, exponent;
+  float sign, magnitude;
+  double exponent;
   explicit Scale(float scale)
       : sign(scale > 0 ? 1.0f : scale < 0 ? -1.0f : 0.0f),
         magnitude(scale < 0 ? -scale : scale),
-        exponent(scale == 0 ? 1.0f : magnitude * LOG2_E) {}
+        exponent(scale == 0 ? 1.0 : magnitude * 1.4426950408889634) {}
 };
 
 // The tasks of a call: `segments` runs of tiles for each of the heads of all samples.

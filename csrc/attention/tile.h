@@ -23,7 +23,10 @@ constexpr int MOST_ROWS = Vector::width == 16 ? 12 : 6;
 // Rows of one head are often far apart in memory (between them lie the other heads, and q, k, v of each), where the
 // processor's own prefetcher does not follow.
 constexpr int64_t ROWS_AHEAD = 16, CACHE_LINE = 64;
-constexpr float LOG2_E = 1.44269504f, LOWEST = -3.40282347e38f;
+// Terms that one accumulator takes before it is added to the rest: one long chain of additions in float32 would be less
+// accurate than the matrix products of a good library.
+constexpr int64_t PARTIAL_SUM = 16;
+constexpr float LOWEST = -3.40282347e38f;
 
 struct Dimensions {
   int64_t head_dim, blocks, width;  // width: head_dim rounded up to whole blocks
@@ -49,29 +52,30 @@ struct Product {
 
 template <int ROWS>
 DALLE_NOINLINE void multiply_block(const Product& p, int64_t first_row, bool accumulate, float* c) {
-  Vector sum[ROWS][2];
-  for (int r = 0; r < ROWS; ++r) {
-    for (int w = 0; w < 2; ++w) {
-      sum[r][w] = accumulate ? load(c + (first_row + r) * PANEL + w * Vector::width) : broadcast(0.0f);
-    }
-  }
   const float* a_chunk = p.a + first_row * p.a_row;
   int64_t left = p.length;
-  for (int64_t chunk = 0; left > 0; ++chunk, a_chunk += p.a_chunk, left -= p.chunk_length) {
-    const float* a = a_chunk;
-    const float* b = p.b + (p.chunk_index != nullptr ? p.chunk_index[chunk] : chunk) * p.b_chunk;
-    const int64_t steps = left < p.chunk_length ? left : p.chunk_length;
-    for (int64_t t = 0; t < steps; ++t, a += p.a_step, b += PANEL) {
-      const Vector b0 = load(b), b1 = load(b + Vector::width);
-      for (int r = 0; r < ROWS; ++r) {
-        const Vector value = broadcast(a[r * p.a_row]);
-        sum[r][0] = multiply_add(value, b0, sum[r][0]);
-        sum[r][1] = multiply_add(value, b1, sum[r][1]);
+  for (int64_t chunk = 0; left > 0; accumulate = true) {
+    Vector sum[ROWS][2];
+    for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = broadcast(0.0f);
+    for (int64_t part = 0; part < PARTIAL_SUM && left > 0; part += p.chunk_length, left -= p.chunk_length) {
+      const float* a = a_chunk;
+      const float* b = p.b + (p.chunk_index != nullptr ? p.chunk_index[chunk] : chunk) * p.b_chunk;
+      const int64_t steps = left < p.chunk_length ? left : p.chunk_length;
+      for (int64_t t = 0; t < steps; ++t, a += p.a_step, b += PANEL) {
+        const Vector b0 = load(b), b1 = load(b + Vector::width);
+        for (int r = 0; r < ROWS; ++r) {
+          const Vector value = broadcast(a[r * p.a_row]);
+          sum[r][0] = multiply_add(value, b0, sum[r][0]);
+          sum[r][1] = multiply_add(value, b1, sum[r][1]);
+        }
       }
+      a_chunk += p.a_chunk, ++chunk;
     }
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    for (int w = 0; w < 2; ++w) store(c + (first_row + r) * PANEL + w * Vector::width, sum[r][w]);
+    float* to = c + first_row * PANEL;
+    for (int r = 0; r < ROWS; ++r, to += PANEL) {
+      store(to, accumulate ? load(to) + sum[r][0] : sum[r][0]);
+      store(to + Vector::width, accumulate ? load(to + Vector::width) + sum[r][1] : sum[r][1]);
+    }
   }
 }
 
@@ -152,8 +156,8 @@ struct TileScores {
   }
 
   // scores [slot][row][PANEL] = unnormalized probabilities, from queries (blocked, times the sign of scale) and transposed
-  // keys: exp(|scale| * (q . k - maximum)), 0 where hidden. exponent is |scale| * log2(e).
-  DALLE_NOINLINE void probabilities(const float* queries, const float* keys, float exponent, float* scores, float* maxima,
+  // keys: exp(|scale| * (q . k - maximum)), 0 where hidden. `exponent` is |scale| * log2(e).
+  DALLE_NOINLINE void probabilities(const float* queries, const float* keys, double exponent, float* scores, float* maxima,
                      float* sums) const {
     Vector largest[TILE_ROWS];
     for (int r = 0; r < TILE_ROWS; ++r) largest[r] = broadcast(LOWEST);
@@ -172,12 +176,12 @@ struct TileScores {
       reference[r] = broadcast(maxima[r]);
       sum[r] = broadcast(0.0f);
     }
-    const Vector factor = broadcast(exponent);
+    const Factor factor(exponent);
     for (int64_t slot = 0; slot < tile.slots; ++slot) {
       float* c = scores + slot * TILE_ROWS * PANEL;
       for (int64_t r = 0; r < tile.rows; ++r, c += PANEL) {
-        const Vector p0 = exp2((load(c) - reference[r]) * factor);
-        const Vector p1 = exp2((load(c + Vector::width) - reference[r]) * factor);
+        const Vector p0 = exp2_of_product(load(c) - reference[r], factor);
+        const Vector p1 = exp2_of_product(load(c + Vector::width) - reference[r], factor);
         store(c, p0);
         store(c + Vector::width, p1);
         sum[r] = sum[r] + (p0 + p1);

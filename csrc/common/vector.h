@@ -187,13 +187,21 @@ DALLE_INLINE float sum_of_lanes(Vector x) {
   return values[0];
 }
 
-// 2^x for x <= 127, relative error below 1e-7; 0 below 2^-126 (also for -infinity), NaN for NaN.
-// 2^f on [-1/2, 1/2] is a minimax polynomial of degree 6 (relative error 2e-9 before rounding).
-DALLE_INLINE Vector exp2(Vector x) {
+// A factor as the sum of two floats, for products that must not lose its last bits.
+struct Factor {
+  Vector high, low;
+  explicit Factor(double x)
+      : high(broadcast(static_cast<float>(x))), low(broadcast(static_cast<float>(x - static_cast<float>(x)))) {}
+};
+
+// 2^(x * factor) for products up to 127, relative error about 1e-7 however large the product (with a fused multiply-add); 0
+// below 2^-126 (also for an infinite x), NaN for NaN. 2^f on [-1/2, 1/2] is a minimax polynomial of degree 6, of relative
+// error 2e-9 before rounding.
+DALLE_INLINE Vector exp2_of_product(Vector x, const Factor& factor) {
   const Vector smallest = broadcast(-126.0f);
-  const Vector clamped = maximum(smallest, x);
-  const Vector whole = round_to_integer(clamped);
-  const Vector f = clamped - whole;
+  const Vector product = x * factor.high;
+  const Vector whole = round_to_integer(maximum(smallest, product));
+  const Vector f = multiply_add(x, factor.low, multiply_add(x, factor.high, broadcast(0.0f) - whole));
   Vector y = broadcast(1.5353362e-4f);
   y = multiply_add(y, f, broadcast(1.3398875e-3f));
   y = multiply_add(y, f, broadcast(9.61843692e-3f));
@@ -201,7 +209,7 @@ DALLE_INLINE Vector exp2(Vector x) {
   y = multiply_add(y, f, broadcast(0.240226477f));
   y = multiply_add(y, f, broadcast(0.693147182f));
   y = multiply_add(y, f, broadcast(1.0f));
-  return zero_where_less(times_power_of_two(y, whole), x, smallest);
+  return zero_where_less(times_power_of_two(y, whole), product, smallest);
 }
 
 // to[j][i] = from[i][j] for an 8 x 8 block of rows `from_stride` and `to_stride` floats apart.

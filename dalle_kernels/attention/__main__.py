@@ -36,7 +36,7 @@ def panels() -> list[tuple[str, str, torch.Tensor]]:
 
 
 def draw(path: Path) -> None:
-    """Write the picture to ``path`` as PNG: a row of the matrix is a query, a column a key, a filled cell is visible."""
+    """Write the picture to ``path`` as PNG: a row of a matrix is a query, a column a key, a filled cell is visible."""
     from PIL import Image, ImageDraw, ImageFont
 
     drawings = panels()

@@ -30,8 +30,8 @@ def _slot_count(pattern: AttentionPattern) -> int:
 def _slot_table(pattern: AttentionPattern, device: torch.device) -> list[tuple[int, slice | torch.Tensor]]:
     """For each image token: the slot where its key goes, and the slots that its query sees once it is there.
 
-    Slots are a ring in raster order, except that the keys of a column lie side by side. Only the two convolutional kinds have
-    holes and need a gather; the others see a contiguous run (a softmax does not mind the order within it).
+    Slots are a ring in raster order, except that the keys of a column lie side by side. Only the two convolutional
+    kinds have holes and need a gather; the others see a contiguous run (a softmax does not mind the order within it).
     """
     height, width = pattern.grid
     count, slots = height * width, _slot_count(pattern)
@@ -52,16 +52,17 @@ def _slot_table(pattern: AttentionPattern, device: torch.device) -> list[tuple[i
 class KVCache:
     """Keys and values for :func:`decode_attention`: the text's once a prompt, the image's once a sample.
 
-    Only what the pattern can still see is held: for ``row`` the last ``W + 1`` image tokens, for ``axial_row`` the current
-    row, for ``conv`` and ``conv_corner`` the band that the window spans, for ``column`` and ``causal`` the whole grid.
+    Only what the pattern can still see is held: for ``row`` the last ``W + 1`` image tokens, for ``axial_row`` the
+    current row, for ``conv`` and ``conv_corner`` the band that the window spans, for ``column`` and ``causal`` the
+    whole grid.
 
     Args:
         pattern: the layer's pattern.
         batch: number of prompts.
         heads, head_dim: as in ``sparse_attention``.
         dtype, device: of the keys and values.
-        samples_per_prompt: samples drawn from each prompt; they share its text keys. Sample ``s`` of prompt ``b`` is row
-            ``b * samples_per_prompt + s`` of the tensors that ``decode_attention`` takes.
+        samples_per_prompt: samples drawn from each prompt; they share its text keys. Sample ``s`` of prompt ``b`` is
+            row ``b * samples_per_prompt + s`` of the tensors that ``decode_attention`` takes.
 
     ``length`` is the number of tokens held so far. Not differentiable: nothing here records a gradient.
     """
@@ -117,8 +118,8 @@ class KVCache:
     def prefill(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Take the keys and values ``[batch, heads, seq, head_dim]`` of the prompts' first ``seq`` tokens.
 
-        ``seq`` may go beyond the text: given image tokens (image priming) are copied to every sample of their prompt. The
-        cache must be empty, and with several samples a prompt the whole text must be given.
+        ``seq`` may go beyond the text: given image tokens (image priming) are copied to every sample of their prompt.
+        The cache must be empty, and with several samples a prompt the whole text must be given.
         """
         self._check(k, v, (self.batch, self.heads, k.shape[2] if k.dim() == 4 else 0, self.head_dim))
         seq, text_len = k.shape[2], self.pattern.text_len
@@ -203,7 +204,8 @@ def decode_attention(
         ``[batch * samples_per_prompt, heads, 1, head_dim]``.
 
     Raises:
-        ValueError, TypeError: for another shape, dtype or device, a full cache, or a text token where samples share the text.
+        ValueError, TypeError: for another shape, dtype or device, a full cache, or a text token where samples share the
+        text.
     """
     check_heads(q=q, k_new=k_new, v_new=v_new)
     batch, samples, heads, head_dim = cache.batch, cache.samples_per_prompt, cache.heads, cache.head_dim

@@ -11,7 +11,7 @@ from .pattern import AttentionPattern
 
 
 class SparseSelfAttention(nn.Module):
-    """Multi-head self-attention under an :class:`AttentionPattern`: fused projection, sparse attention, output projection.
+    """Multi-head self-attention under an :class:`AttentionPattern`, with its input and output projections.
 
     Args:
         dim: width of the input and the output.
@@ -22,8 +22,8 @@ class SparseSelfAttention(nn.Module):
         scale: factor on the dot products, by default ``head_dim ** -0.5``.
         device, dtype: of the parameters.
 
-    Parameters: ``qkv.weight`` ``[3 * heads * head_dim, dim]`` (all queries, then all keys, then all values, head by head) and
-    ``out.weight`` ``[dim, heads * head_dim]``, with biases.
+    Parameters: ``qkv.weight`` ``[3 * heads * head_dim, dim]`` (all queries, then all keys, then all values, head by
+    head) and ``out.weight`` ``[dim, heads * head_dim]``, with biases.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class SparseSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """``[batch, seq, dim]`` to ``[batch, seq, dim]``, where ``seq`` is any prefix of ``pattern.seq_len``.
 
-        With a cache: an empty one takes the whole prompt ``x`` ``[prompts, seq, dim]``; after that each call is one step,
-        ``x`` being ``[prompts * samples_per_prompt, 1, dim]``.
+        With a cache: an empty one takes the whole prompt ``x`` ``[prompts, seq, dim]``; after that each call is one
+        step, ``x`` being ``[prompts * samples_per_prompt, 1, dim]``.
         """
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"expected an input of shape [batch, seq, {self.dim}], got {list(x.shape)}")

@@ -102,7 +102,7 @@ _forward.register_autograd(_gradients, _setup_context)
 
 
 def check_heads(**tensors: torch.Tensor) -> None:
-    """Raise one clear sentence unless the named tensors are alike, ``[batch, heads, seq, head_dim]`` and of a served dtype."""
+    """Raise one clear sentence unless the tensors are alike, ``[batch, heads, seq, head_dim]``, of a served dtype."""
     names = list(tensors)
     first = tensors[names[0]]
     for name, tensor in tensors.items():

@@ -18,19 +18,21 @@ def _is_integer(value: object) -> bool:
 class AttentionPattern:
     """A causal attention mask over ``text_len`` text tokens followed by a raster-ordered grid of image tokens.
 
-    Text query ``i`` sees text keys ``j <= i``. Image query ``n = r * W + c`` (row ``r``, column ``c``, counted from the first
-    image token) sees every text key and these image keys ``m = r' * W + c'`` (paper section 2, figure 11, for the first four):
+    Text query ``i`` sees text keys ``j <= i``. Image query ``n = r * W + c`` (row ``r``, column ``c``, counted from the
+    first image token) sees every text key and these image keys ``m = r' * W + c'`` (paper section 2, figure 11, for the
+    first four):
 
     - ``causal``: ``m <= n``, so the whole mask is the ordinary triangle;
     - ``row``: the previous ``W + 1`` tokens in raster order, itself included, ``n - W <= m <= n``;
     - ``column``: ``m <= n`` with ``c' == c``;
-    - ``conv``: ``m = n - (dr * W + dc)`` with ``0 <= dr <= (K - 1) / 2``, ``|dc| <= (K - 1) / 2``, ``dr * W + dc >= 0`` and
-      ``m >= 0``: the causal half of a ``K x K`` neighbourhood in raster order, wrapping around at the grid's left and right
-      edges;
+    - ``conv``: ``m = n - (dr * W + dc)`` with ``0 <= dr <= (K - 1) / 2``, ``|dc| <= (K - 1) / 2``, ``dr * W + dc >= 0``
+      and ``m >= 0``: the causal half of a ``K x K`` neighbourhood in raster order, wrapping around at the grid's left
+      and right edges;
     - ``axial_row`` (DALLE-pytorch's ``SparseAxialCausalAttention`` with ``axis=0``): ``r' == r`` and ``c' <= c``. Its
       ``axis=1`` is ``column``;
     - ``conv_corner`` (DALLE-pytorch's ``SparseConvCausalAttention`` with ``dilation=1``): ``0 <= r - r' < K`` and
-      ``0 <= c - c' < K``: a ``K x K`` window whose bottom right corner is the query, cut off at the edges, never wrapped.
+      ``0 <= c - c' < K``: a ``K x K`` window whose bottom right corner is the query, cut off at the edges, never
+      wrapped.
 
     Args:
         kind: one of ``KINDS``.
@@ -70,7 +72,7 @@ class AttentionPattern:
         return self.pairs() / self.seq_len**2
 
     def mask(self, seq_len: int | None = None, device: torch.device | str | None = None) -> torch.Tensor:
-        """Bool ``[N, N]``, True where query (row) may see key (column), for a prefix of ``seq_len`` tokens (default: all)."""
+        """Bool ``[N, N]``, True where query (row) may see key (column); N is ``seq_len``, by default the whole."""
         length = self._prefix(seq_len)
         position = torch.arange(length, device=device)
         visible = position[:, None] >= position[None, :]

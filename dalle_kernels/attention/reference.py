@@ -16,12 +16,9 @@ def _mask(pattern: AttentionPattern, seq_len: int, device: torch.device) -> torc
         return pattern.mask(seq_len, device)
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _masked_scores(q: torch.Tensor, k: torch.Tensor, pattern: AttentionPattern, scale: float) -> torch.Tensor:
     scores = (q @ k.transpose(-2, -1)) * scale
-    scores = scores.masked_fill(~_mask(pattern, q.shape[-2], q.device), -torch.inf)
-    return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
+    return scores.masked_fill(~_mask(pattern, q.shape[-2], q.device), -torch.inf)
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,8 +47,8 @@ def sparse_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     pattern = cached_pattern(kind, text_len, height, width, kernel_size)
     dtype = _statistics_dtype(q.dtype)
-    out, lse = _attend(q.to(dtype), k.to(dtype), v.to(dtype), pattern, scale)
-    return empty_heads(q).copy_(out), lse
+    scores = _masked_scores(q.to(dtype), k.to(dtype), pattern, scale)
+    return empty_heads(q).copy_(scores.softmax(dim=-1) @ v.to(dtype)), scores.logsumexp(dim=-1)
 
 
 def sparse_attention_backward(
@@ -70,8 +67,9 @@ def sparse_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     pattern = cached_pattern(kind, text_len, height, width, kernel_size)
     dtype = _statistics_dtype(q.dtype)
-    with torch.enable_grad():
-        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        result, _ = _attend(*inputs, pattern, scale)
-    dq, dk, dv = torch.autograd.grad(result, inputs, grad_out.to(dtype))
-    return empty_heads(q).copy_(dq), empty_heads(k).copy_(dk), empty_heads(v).copy_(dv)
+    grad_out, q, k, v = (x.to(dtype) for x in (grad_out, q, k, v))
+    weights = _masked_scores(q, k, pattern, scale).softmax(dim=-1)
+    grad_weights = grad_out @ v.transpose(-2, -1)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True)) * scale
+    dq, dk, dv = grad_scores @ k, grad_scores.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ grad_out
+    return empty_heads(out).copy_(dq), empty_heads(out).copy_(dk), empty_heads(out).copy_(dv)
