@@ -73,11 +73,12 @@ def _description(path: Path, kind: str) -> dict[str, Any]:
     return description
 
 
-def _checked_sha256(path: Path, expected: str | None) -> None:
+def check_sha256(path: Path, expected: str | None) -> None:
+    """Raise UserError unless the file's SHA-256 is the ``expected`` one."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; the model folder is incomplete") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; its folder is incomplete") from None
     if sha256(data) != expected:
         raise UserError(
             f"{path} is truncated or was changed: its SHA-256 differs from the recorded one; restore the file"
@@ -113,7 +114,7 @@ def load_dvae(folder: str | Path) -> DVAE:
     folder = _existing(folder)
     description = _description(folder / "dvae.json", "dvae")
     path = folder / "dvae.safetensors"
-    _checked_sha256(path, description.get("sha256"))
+    check_sha256(path, description.get("sha256"))
     dvae = DVAE(DVAEConfig.from_dict(description["config"], str(folder / "dvae.json")))
     _load_weights(dvae, read_tensors(path, "dVAE weights"), path)
     return dvae.eval()
@@ -160,8 +161,8 @@ def load_dalle(folder: str | Path) -> tuple[DALLE, Tokenizer]:
     if (folder / "dvae.json").exists():
         check_dvae(folder, folder)
     path = folder / "dalle.safetensors"
-    _checked_sha256(path, description.get("sha256"))
-    _checked_sha256(folder / "tokenizer.json", description.get("tokenizer_sha256"))
+    check_sha256(path, description.get("sha256"))
+    check_sha256(folder / "tokenizer.json", description.get("tokenizer_sha256"))
     model = DALLE(DALLEConfig.from_dict(description["config"], str(folder / "dalle.json")))
     _load_weights(model, read_tensors(path, "transformer weights"), path)
     return model.eval(), Tokenizer.load(folder / "tokenizer.json")

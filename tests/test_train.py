@@ -6,6 +6,7 @@ import builtins
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -20,6 +21,7 @@ from dalle.cli import main
 from dalle.config import DALLEConfig, DVAEConfig
 from dalle.data import open_dataset
 from dalle.errors import UserError
+from dalle.tokenizer import Tokenizer
 from dalle.train.dalle import DALLEStage, DALLETraining
 from dalle.train.dvae import DVAEStage, DVAETraining
 from dalle.train.loop import RunSettings, latest_checkpoint, run
@@ -168,9 +170,67 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
         return (value * float("nan") if update == 4 else value), figures
 
     stage.loss = diverging
-    with pytest.raises(UserError, match="the loss became nan by update 5"):
+    with pytest.raises(UserError, match="the loss became nan in update 5"):
         run(stage, tmp_path, QUIET)
     assert latest_checkpoint(tmp_path).name == "update-00000003"
+
+
+def test_no_checkpoint_holds_parameters_that_are_not_finite(pictures, tmp_path):
+    # The gradient alone is bad, in the very update that a checkpoint follows and long before the next line of the log.
+    stage = dvae_stage(pictures)
+    loss = stage.loss
+
+    def diverging(update):
+        value, figures = loss(update)
+        if update == 3:
+            value.register_hook(lambda gradient: gradient * float("inf"))
+        return value, figures
+
+    stage.loss = diverging
+    every = RunSettings(log_every=100, picture_every=0, checkpoint_every=1, keep_checkpoints=1)
+    with pytest.raises(UserError, match=r"the gradient norm became (nan|inf) in update 4"):
+        run(stage, tmp_path, every)
+    assert latest_checkpoint(tmp_path).name == "update-00000003"
+    assert all(tensor.isfinite().all() for tensor in final_tensors(tmp_path).values())
+
+
+def test_a_changed_checkpoint_is_refused(pictures, tmp_path):
+    run(dvae_stage(pictures, updates=3), tmp_path, QUIET)
+    path = latest_checkpoint(tmp_path) / "training.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"training\.safetensors is truncated or was changed"):
+        run(dvae_stage(pictures, updates=3), tmp_path, QUIET, resume=True)
+
+
+def test_a_run_keeps_its_tokenizer_and_its_dvae(pictures, trained_dvae, tmp_path):
+    def stage(tokenizer=None, dvae=trained_dvae):
+        images = open_dataset(pictures)
+        training = DALLETraining(updates=3, batch_size=3)
+        return DALLEStage(DALLE_CONFIG, training, images, dvae, tmp_path / "cache", tokenizer=tokenizer)
+
+    tokenizer = Tokenizer.train(["another set of captions"] * 2, DALLE_CONFIG.text_vocab_size)
+    run(stage(tokenizer), tmp_path / "run", QUIET)
+    with pytest.raises(UserError, match="its tokenizer_sha256 is"):
+        run(stage(), tmp_path / "run", QUIET, resume=True)
+    with pytest.raises(UserError, match="wrong tokenizer for this transformer: expected a vocabulary of 300"):
+        stage(Tokenizer.train(["a picture"], 301))
+
+    moved = shutil.copytree(trained_dvae, tmp_path / "dvae")
+    begun = stage(dvae=moved)
+    shutil.rmtree(moved)
+    shutil.copytree(run(dvae_stage(pictures, updates=1, seed=1), tmp_path / "other", QUIET), moved)
+    with pytest.raises(UserError, match="no longer the one that this run began with"):
+        run(begun, tmp_path / "begun", QUIET)
+    assert latest_checkpoint(tmp_path / "begun").name == "update-00000003"
+
+
+def test_too_few_images_for_the_codes_are_one_sentence(pictures):
+    images = open_dataset(pictures)
+    images.samples = images.samples[:3]
+    with pytest.raises(UserError, match="at least 64 patches to start the codes from, got 48; give more images"):
+        DVAEStage(DVAE_CONFIG, DVAETraining(updates=1, code_sharpness=1.0), images)
 
 
 def test_the_transformer_is_bound_to_its_dvae(pictures, trained_dvae, tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from dalle.dvae import DVAE
+from dalle.errors import UserError
 
 
 @torch.no_grad()
@@ -23,9 +24,9 @@ def spread_codes(dvae: DVAE, images: torch.Tensor, sharpness: float, generator: 
     """
     features = _features(dvae, images)
     if len(features) < dvae.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"expected at least {dvae.config.vocab_size} patches to start the codes from, got {len(features)}; "
-            "give more images"
+            "give more images, or set code_sharpness = 0"
         )
     mean = features.mean(dim=0)
     centred = features - mean

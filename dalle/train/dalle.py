@@ -16,7 +16,7 @@ from dalle.checkpoint import dalle_files, dvae_sha256, load_dvae
 from dalle.config import DALLEConfig
 from dalle.data import ImageTextDataset
 from dalle.errors import UserError
-from dalle.files import atomic_write
+from dalle.files import atomic_write, sha256
 from dalle.generation import generate
 from dalle.pictures import labelled_grid, png
 from dalle.tokenizer import Tokenizer
@@ -107,8 +107,9 @@ class DALLEStage(Stage):
         self.device = device
         self.dvae_folder = Path(dvae_folder)
         self.dvae = load_dvae(dvae_folder).to(device)
-        self._check_fit()
+        self.dvae_sha256 = dvae_sha256(dvae_folder)
         self.tokenizer = tokenizer or Tokenizer.train(images.captions, config.text_vocab_size)
+        self._check_fit()
         self.captions = list(images.captions)
         self.fingerprint = images.fingerprint
         self.tokens = encode_dataset(self.dvae, dvae_folder, images, training.crops, training.seed, cache, device)
@@ -129,6 +130,11 @@ class DALLEStage(Stage):
                 f"wrong dVAE for this transformer: expected a grid of {expected.grid} and "
                 f"{expected.image_vocab_size} codes, the dVAE of {self.dvae_folder} makes {made.grid} "
                 f"and {made.vocab_size}"
+            )
+        if self.tokenizer.vocab_size != expected.text_vocab_size:
+            raise UserError(
+                f"wrong tokenizer for this transformer: expected a vocabulary of {expected.text_vocab_size} text "
+                f"tokens, got one of {self.tokenizer.vocab_size}"
             )
 
     def _held_out(self, held_out: ImageTextDataset | None, cache: str | Path) -> tuple[list[str], torch.Tensor]:
@@ -170,7 +176,8 @@ class DALLEStage(Stage):
             "config": self.config.to_dict(),
             "training": asdict(self.training),
             "data": self.fingerprint,
-            "dvae_sha256": dvae_sha256(self.dvae_folder),
+            "dvae_sha256": self.dvae_sha256,
+            "tokenizer_sha256": sha256(self.tokenizer.to_json().encode()),
         }
 
     def extra_files(self) -> dict[str, bytes]:
@@ -199,6 +206,11 @@ class DALLEStage(Stage):
         return {"held_out_text_loss": float(output.text_loss), "held_out_image_loss": float(output.image_loss)}
 
     def model_files(self, updates: int, seconds: float) -> dict[str, bytes]:
+        if dvae_sha256(self.dvae_folder) != self.dvae_sha256:
+            raise UserError(
+                f"the dVAE in {self.dvae_folder} is no longer the one that this run began with, whose SHA-256 is "
+                f"{self.dvae_sha256}; put that back and use --resume: the last checkpoint is safe"
+            )
         note = {"training": asdict(self.training), "data": self.fingerprint, "seconds": round(seconds)}
         dtype = STORED_DTYPES[self.training.stored_dtype]
         return dalle_files(self.average.model, self.tokenizer, self.dvae_folder, dtype, note)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dalle.checkpoint import FORMAT, read_tensors, to_safetensors
+from dalle.checkpoint import FORMAT, check_sha256, read_tensors, to_safetensors
 from dalle.errors import UserError
 from dalle.files import atomic_write, atomic_write_folder, read_json, sha256, to_json
 from dalle.pictures import loss_curve
@@ -109,7 +109,7 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
     window: list[dict[str, torch.Tensor | float]] = []
     with bar, _interruptible() as interrupted:
         while update < stage.updates:
-            window.append(_one_update(stage, update))
+            window.append(_one_update(stage, update, out))
             update += 1
             bar.update()
             last = update == stage.updates
@@ -118,7 +118,6 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
                 window.clear()
                 _append(out / "log.jsonl", entry)
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
-                _require_finite(entry, out)
             if settings.picture_every and (update % settings.picture_every == 0 or last):
                 figures = stage.draw_pictures(update, out / "pictures")
                 _append(out / "log.jsonl", {"update": update, **figures})
@@ -133,7 +132,7 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
     return model
 
 
-def _one_update(stage: Stage, update: int) -> dict[str, torch.Tensor | float]:
+def _one_update(stage: Stage, update: int, out: Path) -> dict[str, torch.Tensor | float]:
     rate = stage.learning_rate(update)
     for group in stage.optimizer.param_groups:
         group["lr"] = rate * group.get("rate_factor", 1.0)
@@ -142,9 +141,11 @@ def _one_update(stage: Stage, update: int) -> dict[str, torch.Tensor | float]:
     loss, figures = stage.loss(update)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(stage.model.parameters(), stage.clip_norm)
+    loss = loss.detach()
+    # Before the step: parameters that are not finite must not reach a checkpoint and push out the good ones.
+    _require_finite({"loss": float(loss), "gradient norm": float(norm)}, update + 1, out)
     stage.optimizer.step()
     stage.average.observe(stage.model, update + 1)
-    loss = loss.detach()
     stage.observe(float(loss))
     return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, **figures}
 
@@ -153,12 +154,13 @@ def _averages(window: list[dict[str, torch.Tensor | float]]) -> dict[str, float]
     return {name: sum(float(figures[name]) for figures in window) / len(window) for name in window[0]}
 
 
-def _require_finite(entry: dict[str, float], out: Path) -> None:
-    if not math.isfinite(entry["loss"]):
-        raise UserError(
-            f"the loss became {entry['loss']} by update {entry['update']}: nothing was saved since the last checkpoint "
-            f"in {out / 'checkpoints'}; lower the learning rate and start from there or anew"
-        )
+def _require_finite(figures: dict[str, float], update: int, out: Path) -> None:
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {name} became {value} in update {update}: the checkpoints in {out / 'checkpoints'} are older and "
+                "sound; start anew with a lower learning rate"
+            )
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
@@ -255,7 +257,9 @@ def _load(stage: Stage, folder: Path) -> tuple[int, float]:
     if description.get("format") != FORMAT or description.get("kind") != "training":
         raise UserError(f"{folder / 'checkpoint.json'}: expected a training checkpoint in format {FORMAT}")
     _require_same(description["identity"], json.loads(to_json(stage.identity())), folder)
-    tensors = read_tensors(folder / "training.safetensors", "training checkpoint")
+    path = folder / "training.safetensors"
+    check_sha256(path, description.get("sha256"))
+    tensors = read_tensors(path, "training checkpoint")
     groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
@@ -265,7 +269,7 @@ def _load(stage: Stage, folder: Path) -> tuple[int, float]:
     parameters = dict(stage.model.named_parameters())
     for name, tensor in groups["optimizer"].items():
         parameter, _, key = name.rpartition(".")
-        stage.optimizer.state[parameters[parameter]][key] = tensor
+        stage.optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device)
     stage.load_state(description["state"])
     return description["update"], description["seconds"]
 
