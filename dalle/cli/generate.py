@@ -85,7 +85,6 @@ def _device(name: str) -> torch.device:
     import torch
 
     from dalle.errors import UserError
-    from dalle.files import atomic_write
 
     try:
         device = torch.device(name)
@@ -98,7 +97,6 @@ def _device(name: str) -> torch.device:
 def _prime(path: Path | None, rows: int | None, dvae: DVAE, grid: tuple[int, int]) -> torch.Tensor | None:
     from dalle.data.images import DEFAULT_LIMITS, ImageError, decode_image
     from dalle.errors import UserError
-    from dalle.files import atomic_write
     from dalle.generation import prime_tokens
 
     if path is None:
