@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from dalle.errors import UserError
-from dalle_kernels.philox import complement_uniform
+from dalle_kernels import philox
 
 if TYPE_CHECKING:
     from dalle.dvae import DVAE
@@ -199,7 +199,7 @@ def _draw_batch(
 def _noise(seed: int, prompts: range, samples: range, columns: int, device: torch.device) -> torch.Tensor:
     """Uniform numbers in (0, 1), fp32 ``[len(prompts) * len(samples), columns]``: see ``PROMPT_ROWS``."""
     rows = torch.tensor([p * PROMPT_ROWS + s for p in prompts for s in samples], device=device)
-    return complement_uniform(torch.tensor(seed, device=device), rows[:, None, None], columns).squeeze(-1)
+    return philox.complement_uniform(torch.tensor(seed, device=device), rows[:, None, None], columns).squeeze(-1)
 
 
 def _batches(prompts: int, samples: int, batch_size: int) -> Iterator[tuple[range, range]]:

@@ -6,6 +6,7 @@ that can serve it. :func:`use` forces one, :func:`explain` and ``python -m dalle
 
 from __future__ import annotations
 
+from dalle_kernels import philox
 from dalle_kernels._dispatch import Explanation, ProviderError, explain, ops, use
 from dalle_kernels._native import NativeError
 from dalle_kernels._version import __version__
@@ -51,6 +52,7 @@ __all__ = [
     "logit_laplace_loss",
     "map_pixels",
     "ops",
+    "philox",
     "sparse_attention",
     "unmap_pixels",
     "use",
