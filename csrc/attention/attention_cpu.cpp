@@ -124,6 +124,7 @@ void forward_task(const SparseAttention& p, const Plan& plan, const Dimensions& 
     const TileScores tile_scores{plan, dims, tile};
     float maxima[TILE_ROWS], sums[TILE_ROWS];
     pack_rows(q.data, q.stride, tokens, tile.rows, scale.sign, dims, scratch.queries, TILE_ROWS);
+    if (t + 1 < plan.tiles) fetch_rows(q.data, q.stride, tokens + tile.rows, plan.tile[t + 1].rows, dims);
     tile_scores.probabilities(scratch.queries, scratch.keys, scale.exponent, scratch.scores, maxima, sums);
     tile_scores.weighted_sum(scratch.scores, scratch.values, scratch.out);
     for (int32_t r = 0; r < tile.rows; ++r) {
@@ -231,6 +232,10 @@ void backward_task(const SparseAttentionBackward& p, const Plan& plan, const Dim
     float maxima[TILE_ROWS], row_sums[TILE_ROWS];
     pack_rows(q.data, q.stride, tokens, tile.rows, scale.sign, dims, scratch.queries, TILE_ROWS);
     pack_rows(grad_out.data, grad_out.stride, tokens, tile.rows, 1.0f, dims, scratch.grad_out, TILE_ROWS);
+    if (t + 1 < plan.tiles) {
+      fetch_rows(q.data, q.stride, tokens + tile.rows, plan.tile[t + 1].rows, dims);
+      fetch_rows(grad_out.data, grad_out.stride, tokens + tile.rows, plan.tile[t + 1].rows, dims);
+    }
     tile_scores.probabilities(scratch.queries, scratch.keys, scale.exponent, scratch.scores, maxima, row_sums);
     score_gradients(tile_scores, scratch.grad_out, scratch.values, row_sums, scratch.scores, scratch.grad_scores);
     tile_scores.scatter_sum(scratch.scores, scratch.grad_out, sums.dv);

@@ -96,6 +96,18 @@ DALLE_NOINLINE inline void multiply(const Product& p, int64_t rows, bool accumul
   }
 }
 
+template <class T>
+DALLE_INLINE void fetch_row(const T* from, int64_t stride, int32_t token, const Dimensions& dims) {
+  if (token < 0) return;
+  for (int64_t d = 0; d < dims.head_dim; d += CACHE_LINE / sizeof(T)) __builtin_prefetch(from + token * stride + d);
+}
+
+template <class T>
+DALLE_INLINE void fetch_rows(const T* from, int64_t stride, const int32_t* tokens, int64_t count,
+                             const Dimensions& dims) {
+  for (int64_t i = 0; i < count; ++i) fetch_row(from, stride, tokens[i], dims);
+}
+
 // Rows `tokens[0..count)` of a matrix (zeros for token -1), times `factor`, as blocked rows; `to_rows` of them a block.
 template <class T>
 DALLE_NOINLINE void pack_rows(const T* from, int64_t stride, const int32_t* tokens, int64_t count, float factor, const Dimensions& dims,
@@ -103,10 +115,7 @@ DALLE_NOINLINE void pack_rows(const T* from, int64_t stride, const int32_t* toke
   const Vector scale = broadcast(factor);
   for (int64_t i = 0; i < count; ++i) {
     const T* row = from + tokens[i] * stride;
-    if (i + ROWS_AHEAD < count && tokens[i + ROWS_AHEAD] >= 0) {
-      const T* ahead = from + tokens[i + ROWS_AHEAD] * stride;
-      for (int64_t d = 0; d < dims.head_dim; d += CACHE_LINE / sizeof(T)) __builtin_prefetch(ahead + d);
-    }
+    if (i + ROWS_AHEAD < count) fetch_row(from, stride, tokens[i + ROWS_AHEAD], dims);
     for (int64_t d = 0; d < dims.width; d += Vector::width) {
       const bool inside = tokens[i] >= 0 && d < dims.head_dim;
       const Vector x = inside ? load_first(row + d, dims.head_dim - d) : broadcast(0.0f);
@@ -133,7 +142,9 @@ DALLE_NOINLINE void unpack_rows(const float* from, int64_t from_rows, const int3
 template <class T>
 DALLE_NOINLINE void pack_panels(const T* from, int64_t stride, const Plan& plan, const Dimensions& dims, float* rows, float* to) {
   for (int64_t panel = 0; panel < plan.panels; ++panel, to += dims.width * PANEL) {
-    pack_rows(from, stride, plan.key_token + panel * PANEL, PANEL, 1.0f, dims, rows, PANEL);
+    const int32_t* tokens = plan.key_token + panel * PANEL;
+    if (panel + 1 < plan.panels) fetch_rows(from, stride, tokens + PANEL, PANEL, dims);
+    pack_rows(from, stride, tokens, PANEL, 1.0f, dims, rows, PANEL);
     for (int64_t d = 0; d < dims.width; d += 8) {
       const float* block = rows + d / PANEL * PANEL * PANEL + d % PANEL;
       for (int64_t j = 0; j < PANEL; j += 8) transpose_8x8(block + j * PANEL, PANEL, to + d * PANEL + j, PANEL);
