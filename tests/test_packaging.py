@@ -147,4 +147,6 @@ def test_a_wheel_holds_the_two_packages_and_the_compiled_libraries_only(tmp_path
     assert modules <= set(names)
     others = {name for name in names if name.startswith("dalle") and ".dist-info/" not in name}
     others -= modules | set(libraries) | {"dalle/py.typed", "dalle_kernels/py.typed"}
-    assert all(name.startswith("dalle/checkpoints/") for name in others), others
+    recipes = {f"dalle/recipes/{path.name}" for path in (ROOT / "dalle" / "recipes").iterdir()}
+    assert recipes and recipes <= others
+    assert all(name.startswith("dalle/checkpoints/") for name in others - recipes), others
