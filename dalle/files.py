@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,45 +30,80 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def _failure_is_a_user_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; nothing that was there before is lost") from error
+
+
+def _temporary(path: Path, extension: str) -> Path:
+    # "." and ".." are names of other folders: nothing can be renamed to them.
+    if path.name in ("", ".."):
+        raise UserError(f"cannot write {path}: expected a path that ends in a name")
+    return path.with_name(f".{path.name}.{os.getpid()}.{extension}")
+
+
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a crash or a full disk leaves either the old file or the new one, never a
     part.
 
-    A failure (no space, no permission, no such folder) is a UserError and removes the temporary file.
+    A failure (no space, no permission, no such folder) is a UserError; it or an interruption removes the temporary
+    file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_synced(temporary, data)
-        os.replace(temporary, path)
+    temporary = _temporary(path, "tmp")
+    with _failure_is_a_user_error(path):
+        try:
+            write_synced(temporary, data)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
         _sync_folder(path.parent)
+
+
+def require_replaceable(folder: str | Path, names: Iterable[str]) -> None:
+    """Raise UserError unless ``folder`` is absent, empty, or holds nothing beside files called ``names``."""
+    folder = Path(folder)
+    try:
+        others = sorted({entry.name for entry in folder.iterdir()} - set(names))
+    except FileNotFoundError:
+        return
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; nothing that was there before is lost") from error
+        raise UserError(f"cannot write the folder {folder}: {error.strerror}") from None
+    if others:
+        raise UserError(f"{folder} already holds {others[0]}, which would be lost: choose another folder or empty it")
 
 
 def atomic_write_folder(folder: str | Path, files: Mapping[str, bytes]) -> None:
     """Write a new folder of ``files`` (name to content) that appears under its name only when it is complete and
     synced.
+
+    An older folder of the same files is replaced; one that holds anything else is refused. A failure is a UserError; it
+    or an interruption removes the temporary folder.
     """
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    previous = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        temporary.mkdir(parents=True)
-        for name, data in files.items():
-            write_synced(temporary / name, data)
-        _sync_folder(temporary)
-        if folder.exists():
-            os.replace(folder, previous)
-        os.replace(temporary, folder)
+    temporary, previous = _temporary(folder, "tmp"), _temporary(folder, "old")
+    require_replaceable(folder, files)
+    with _failure_is_a_user_error(folder):
+        try:
+            temporary.mkdir(parents=True)
+            for name, data in files.items():
+                write_synced(temporary / name, data)
+            _sync_folder(temporary)
+            if folder.exists():
+                os.replace(folder, previous)
+            os.replace(temporary, folder)
+        except BaseException:
+            if previous.exists() and not folder.exists():
+                os.replace(previous, folder)
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         _sync_folder(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        if previous.exists() and not folder.exists():
-            os.replace(previous, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write {folder}: {error.strerror}; nothing that was there before is lost") from error
 
 
 def to_json(value: Any) -> bytes:
@@ -83,7 +119,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{path.parent} holds no {what}: {path.name} is missing") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: expected the JSON of a {what}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: expected the JSON of a {what}")

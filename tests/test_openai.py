@@ -177,6 +177,10 @@ def test_command_writes_a_model_folder(files, tmp_path, capsys):
     assert main(["import-openai", str(encoder), str(decoder), str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err.startswith("dalle: error: ")
     assert not (tmp_path / "other").exists()
+    before = {path: path.read_bytes() for path in encoder.parent.iterdir() if path.is_file()}
+    assert main(["import-openai", str(encoder), str(decoder), str(encoder.parent)]) == 2
+    assert "which would be lost: choose another folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in encoder.parent.iterdir() if path.is_file()} == before
 
 
 class Call:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 NAME = "import-openai"
-HELP = "convert the public dall_e release's encoder.pkl and decoder.pkl into a dVAE folder, running nothing in them"
+HELP = "Convert the public dall_e release's encoder.pkl and decoder.pkl into a model folder, running nothing in them."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from dalle.checkpoint import save_dvae
+    from dalle.files import require_replaceable
     from dalle.openai import load_openai_dvae
 
+    require_replaceable(args.out, ("dvae.json", "dvae.safetensors"))
     dvae = load_openai_dvae(args.encoder, args.decoder)
     save_dvae(args.out, dvae, note={"source": "the public dall_e release, github.com/openai/DALL-E"})
     parameters = sum(parameter.numel() for parameter in dvae.parameters())
