@@ -36,11 +36,17 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"the config file {path} is not valid TOML: {error}") from None
 
 
+# No model has more; a config that a stranger made must not make us build without end.
+_MOST = {"layers": 1024, "group_count": 16, "n_blk_per_group": 64}
+
+
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{type(config).__name__}.{name}: expected a positive whole number, got {value!r}")
+        value, most = getattr(config, name), _MOST.get(name, 2**20)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise UserError(
+                f"{type(config).__name__}.{name}: expected a positive whole number of at most {most}, got {value!r}"
+            )
 
 
 def _preset(presets: dict[str, _Config], name: str, what: str) -> _Config:
@@ -123,6 +129,8 @@ class DALLEConfig:
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.grid, (list, tuple)):
+            raise UserError(f"DALLEConfig.grid: expected two whole numbers (rows, columns), got {self.grid!r}")
         object.__setattr__(self, "grid", tuple(self.grid))
         numbers = (
             "text_len",
@@ -135,8 +143,10 @@ class DALLEConfig:
             "kernel_size",
         )
         _require_positive(self, *numbers)
-        if len(self.grid) != 2 or not all(isinstance(side, int) and side > 0 for side in self.grid):
-            raise UserError(f"DALLEConfig.grid: expected two positive whole numbers (rows, columns), got {self.grid}")
+        if len(self.grid) != 2 or not all(type(side) is int and 0 < side <= 2**10 for side in self.grid):
+            raise UserError(
+                f"DALLEConfig.grid: expected two whole numbers (rows, columns) from 1 to {2**10}, got {self.grid}"
+            )
         if self.kernel_size % 2 == 0:
             raise UserError(f"DALLEConfig.kernel_size: expected an odd number, got {self.kernel_size}")
 
