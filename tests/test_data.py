@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import tarfile
 import zlib
@@ -98,6 +99,28 @@ def test_what_is_unusable_is_skipped_counted_and_named(tmp_path):
     }
     summary = dataset.summary()
     assert "1 images; skipped 7: 3 corrupt or truncated (" in summary and "wide.png" in summary and "\n" not in summary
+
+
+def test_names_and_captions_that_are_no_text_can_be_read_and_printed(tmp_path):
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        add(tar, "good.png", encoded(noise()))
+        add(tar, "good.json", b'{"caption": "half a pair \\ud800"}')
+        add(tar, "bad\udcff\x1b[31m\n.png", b"no image")
+        add(tar, "bad\udcff\x1b[31m\n.txt", b"a caption")
+    dataset = open_dataset(shard)
+    assert dataset.captions == ["half a pair ?"]
+    assert dataset.summary().encode().isascii() and "a.tar:bad\\udcff\\x1b[31m\\n.png" in dataset.summary()
+    write_pair(tmp_path / "folder", "caf\udce9.png", encoded(noise()))
+    assert [sample.name for sample in open_dataset(tmp_path / "folder").samples] == ["caf\\udce9.png"]
+
+
+def test_what_is_no_file_is_skipped_and_not_waited_for(tmp_path):
+    write_pair(tmp_path, "good.png", encoded(noise()))
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "pipe.txt").write_text("nobody writes")
+    (tmp_path / "lost.png").symlink_to("nowhere.png")
+    assert reasons(open_dataset(tmp_path)) == {"pipe.png": "not a plain file", "lost.png": "unreadable"}
 
 
 def test_pixel_bound_is_checked_before_decoding(monkeypatch):
@@ -306,6 +329,15 @@ def test_wrong_paths_and_manifests_are_one_clear_sentence(tmp_path):
     write_manifest(tmp_path, {"splits": {"train": {"shards": [*shards, {"file": "train-000001.tar"}]}}})
     with pytest.raises(UserError, match=r"lacks the shard train-000001\.tar"):
         open_dataset(tmp_path)
+    for splits in ([], {"train": {}}, {"train": {"shards": [7]}}, {"train": {"shards": [{"file": 7}]}}):
+        write_manifest(tmp_path, {"splits": splits})
+        with pytest.raises(UserError, match=r"the manifest in .* is damaged"):
+            open_dataset(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"name": "of another program", "splits": [1]}')
+    assert len(open_dataset(tmp_path)) == 1
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not a readable manifest"):
+        read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "dalle-image-text-shards", "format_version": 99}')
     with pytest.raises(UserError, match="format version 99, expected 1"):
         read_manifest(tmp_path)

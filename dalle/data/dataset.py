@@ -14,7 +14,7 @@ import torch
 from dalle.data.augmentation import resize_square
 from dalle.data.filters import Filters
 from dalle.data.images import DEFAULT_LIMITS, ImageError, Limits, decode_image, image_size
-from dalle.data.shards import read_manifest
+from dalle.data.shards import FORMAT, read_manifest
 from dalle.data.sources import Found, Span, find_samples
 from dalle.errors import UserError
 
@@ -188,12 +188,15 @@ def _usable(
 
 def _require_all_shards(path: Path) -> None:
     manifest = read_manifest(path) if path.is_dir() else None
-    for split in (manifest or {}).get("splits", {}).values():
-        for shard in split["shards"]:
-            if not (path / shard["file"]).is_file():
-                raise UserError(
-                    f"{path} lacks the shard {shard['file']} of its manifest: make or copy the data set again"
-                )
+    if not manifest or manifest.get("format") != FORMAT:  # Another program's manifest.json says nothing about shards.
+        return
+    try:
+        names = [shard["file"] for split in manifest.get("splits", {}).values() for shard in split["shards"]]
+        absent = [name for name in names if not (path / name).is_file()]
+    except (AttributeError, KeyError, TypeError, ValueError, OSError):
+        raise UserError(f"the manifest in {path} is damaged: make or copy the data set again") from None
+    if absent:
+        raise UserError(f"{path} lacks the shard {absent[0]} of its manifest: make or copy the data set again")
 
 
 def load_arrays(

@@ -93,7 +93,7 @@ def read_manifest(folder: str | Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_bytes()[:MAX_MANIFEST_BYTES])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a readable manifest ({error})") from None
     if not isinstance(manifest, dict):
         raise UserError(f"{path} is not a manifest: expected a JSON object")

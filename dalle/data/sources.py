@@ -65,7 +65,10 @@ class Found:
             caption = self.text.read(Limits(max_bytes=MAX_TEXT_BYTES)).decode("utf-8", errors="replace")
         else:
             caption = metadata.get("caption", metadata.get("text"))
-        return (" ".join(caption.split()) if isinstance(caption, str) else None), metadata
+        if not isinstance(caption, str):
+            return None, metadata
+        # JSON can hold half a surrogate pair, which is no text.
+        return " ".join(caption.encode(errors="replace").decode().split()), metadata
 
 
 def find_samples(path: str | Path, split: str) -> tuple[Iterator[Found], bool]:
@@ -101,15 +104,25 @@ def find_samples(path: str | Path, split: str) -> tuple[Iterator[Found], bool]:
     return _samples_of_folder(path), True
 
 
+def _printable(name: str) -> str:
+    """A file's name, which may hold anything but a slash, as text that can be shown and hashed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def _samples_of_folder(folder: Path) -> Iterator[Found]:
-    for parent, subfolders, names in os.walk(folder):
+    unreadable: list[OSError] = []
+    for parent, subfolders, names in os.walk(folder, onerror=unreadable.append):
         subfolders.sort()
         for name in sorted(names):
             path = Path(parent) / name
             if name.startswith(".") or path.suffix[1:].lower() not in EXTENSIONS:
                 continue
-            found = Found(path.relative_to(folder).as_posix())
+            found = Found(_printable(path.relative_to(folder).as_posix()))
             try:
+                if not path.is_file():
+                    found.problem = "not a plain file" if path.exists() else "unreadable: the link leads nowhere"
+                    yield found
+                    continue
                 found.image = Span(str(path), 0, path.stat().st_size)
                 for kind, beside in (("text", path.with_suffix(".txt")), ("json", path.with_suffix(".json"))):
                     if beside.is_file():
@@ -117,6 +130,8 @@ def _samples_of_folder(folder: Path) -> Iterator[Found]:
             except OSError as error:
                 found.problem = f"unreadable: {error.strerror}"
             yield found
+    for error in unreadable:
+        yield Found(_printable(str(error.filename)), problem=f"unreadable: {error.strerror}")
 
 
 @dataclass
@@ -136,7 +151,7 @@ class _Group:
 def _samples_of_shards(shards: list[Path]) -> Iterator[Found]:
     for shard in shards:
         for found in _samples_of_shard(shard):
-            found.name = f"{shard.name}:{found.name}" if found.name else shard.name
+            found.name = _printable(f"{shard.name}:{found.name}" if found.name else shard.name)
             yield found
 
 
