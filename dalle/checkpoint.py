@@ -9,9 +9,9 @@ Weights may be stored in 16 bit; they are loaded as float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dalle.dvae import DVAE
     from dalle.tokenizer import Tokenizer
     from dalle.transformer import DALLE
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 FORMAT = 1
 _SHIPPED = Path(__file__).parent / "checkpoints"
@@ -43,15 +45,22 @@ def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
 
 
 def to_safetensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> bytes:
-    """Serialize tensors, in ``dtype`` where they are floating and one is given."""
-    stored = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in tensors.items()
-    }
-    return safetensors.torch.save(stored)
+    """Serialize tensors, in ``dtype`` where they are floating and one is given; what its range cannot hold stays as it
+    is."""
+
+    def stored(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach().to("cpu")
+        narrow = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        return (narrow if torch.equal(narrow.isfinite(), tensor.isfinite()) else tensor).contiguous()
+
+    return safetensors.torch.save({name: stored(tensor) for name, tensor in tensors.items()})
 
 
-def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+def _load_model(build: Callable[[], Model], weights: dict[str, torch.Tensor], path: Path) -> Model:
+    """The model that ``build`` makes, with ``weights`` in float32, in eval mode."""
+    # First without storage: a config alone, whatever sizes it claims, allocates nothing.
+    with torch.device("meta"):
+        model = build()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
@@ -60,7 +69,8 @@ def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path
             f"{path} does not fit its config: {name} is expected as {expected.get(name, 'absent')}, "
             f"got {found.get(name, 'absent')}"
         )
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    model.to_empty(device="cpu").load_state_dict(weights)
+    return model.eval()
 
 
 def _description(path: Path, kind: str) -> dict[str, Any]:
@@ -70,6 +80,8 @@ def _description(path: Path, kind: str) -> dict[str, Any]:
             f"{path}: expected the description of a {kind} model in format {FORMAT}, "
             f"got kind {description.get('kind')!r} in format {description.get('format')!r}"
         )
+    if not isinstance(description["config"], dict) or not isinstance(description.get("sha256"), str):
+        raise UserError(f"{path} is damaged: expected a config and the SHA-256 of the weights")
     return description
 
 
@@ -115,9 +127,8 @@ def load_dvae(folder: str | Path) -> DVAE:
     description = _description(folder / "dvae.json", "dvae")
     path = folder / "dvae.safetensors"
     check_sha256(path, description.get("sha256"))
-    dvae = DVAE(DVAEConfig.from_dict(description["config"], str(folder / "dvae.json")))
-    _load_weights(dvae, read_tensors(path, "dVAE weights"), path)
-    return dvae.eval()
+    config = DVAEConfig.from_dict(description["config"], str(folder / "dvae.json"))
+    return _load_model(lambda: DVAE(config), read_tensors(path, "dVAE weights"), path)
 
 
 def dalle_files(
@@ -129,6 +140,7 @@ def dalle_files(
 ) -> dict[str, bytes]:
     """The files of a model folder that hold a transformer, its tokenizer, and a copy of the dVAE of ``dvae_folder``."""
     dvae_folder = Path(dvae_folder)
+    check_sha256(dvae_folder / "dvae.safetensors", dvae_sha256(dvae_folder))
     weights = to_safetensors(model.state_dict(), dtype)
     tokenizer_json = tokenizer.to_json().encode()
     description = {
@@ -163,9 +175,9 @@ def load_dalle(folder: str | Path) -> tuple[DALLE, Tokenizer]:
     path = folder / "dalle.safetensors"
     check_sha256(path, description.get("sha256"))
     check_sha256(folder / "tokenizer.json", description.get("tokenizer_sha256"))
-    model = DALLE(DALLEConfig.from_dict(description["config"], str(folder / "dalle.json")))
-    _load_weights(model, read_tensors(path, "transformer weights"), path)
-    return model.eval(), Tokenizer.load(folder / "tokenizer.json")
+    config = DALLEConfig.from_dict(description["config"], str(folder / "dalle.json"))
+    model = _load_model(lambda: DALLE(config), read_tensors(path, "transformer weights"), path)
+    return model, Tokenizer.load(folder / "tokenizer.json")
 
 
 def check_dvae(dalle_folder: str | Path, dvae_folder: str | Path) -> None:
@@ -191,7 +203,6 @@ def shipped(name: str = "emoji") -> Path:
     folder = _SHIPPED / name
     if not folder.is_dir():
         names = sorted(path.name for path in _SHIPPED.iterdir() if path.is_dir()) if _SHIPPED.is_dir() else []
-        raise UserError(
-            f"no shipped checkpoint named {name!r}; expected one of: {', '.join(names) or 'none in this build'}"
-        )
+        known = f"expected one of {', '.join(names)}" if names else "this copy of the package comes without any"
+        raise UserError(f"no shipped checkpoint named {name!r}: {known}; or train one, see dalle train --help")
     return folder

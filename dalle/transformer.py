@@ -160,6 +160,8 @@ class DALLE(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
+        if self.start.is_meta:  # nothing to fill there, and torch would import much to do so
+            return
         residual_std = INIT_STD / (2 * self.config.layers) ** 0.5
         nn.init.normal_(self.start, std=INIT_STD)
         for name, module in self.named_modules():

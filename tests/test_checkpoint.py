@@ -130,10 +130,81 @@ def test_a_failed_folder_write_leaves_the_old_folder(tmp_path, monkeypatch):
         atomic_write_folder(folder, {"a": b"new"})
     assert (folder / "a").read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["folder"]
     monkeypatch.undo()
-    atomic_write_folder(folder, {"b": b"new"})
-    assert [entry.name for entry in folder.iterdir()] == ["b"]
+    atomic_write_folder(folder, {"a": b"new", "b": b"new"})
+    assert sorted(entry.name for entry in folder.iterdir()) == ["a", "b"]
+
+
+def test_a_folder_that_holds_other_files_is_not_replaced(tmp_path):
+    (tmp_path / "holiday.png").write_bytes(b"dear to somebody")
+    with pytest.raises(UserError, match=r"already holds holiday\.png, which would be lost: choose another folder"):
+        atomic_write_folder(tmp_path, {"dvae.json": b"{}"})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["holiday.png"]
+    with pytest.raises(UserError, match="Not a directory"):
+        atomic_write_folder(tmp_path / "holiday.png", {"dvae.json": b"{}"})
+
+
+@pytest.mark.parametrize("name", [".", "..", "", "x" * 300, "file/below"])
+def test_paths_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(UserError, match="cannot write"):
+        atomic_write(name, b"new")
+    with pytest.raises(UserError):
+        atomic_write_folder(name, {"a": b"new"})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interruption_leaves_no_litter(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(tmp_path / "file", b"new")
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write_folder(tmp_path / "folder", {"a": b"new"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_sixteen_bits_stay_finite(tmp_path):
+    dvae = DVAE(DVAEConfig.preset("tiny"))
+    with torch.no_grad():
+        dvae.encoder.blocks["output"].conv.b.fill_(1e6)
+    checkpoint.save_dvae(tmp_path / "half", dvae, torch.float16)
+    loaded = checkpoint.load_dvae(tmp_path / "half")
+    assert torch.equal(loaded.encoder.blocks["output"].conv.b, dvae.encoder.blocks["output"].conv.b)
+    assert torch.equal(loaded.encoder.blocks["input"].w, dvae.encoder.blocks["input"].w.half().float())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "is damaged"),
+        ({"config": None}, "is damaged: expected a config"),
+        ({"sha256": None}, "is damaged: expected a config"),
+        ({"config": {"n_hid": 4 * 10**9}}, "n_hid: expected a positive whole number of at most"),
+        ({"config": {"n_hid": 2**19, "vocab_size": 2**20}}, "is expected as"),
+        ({"config": {"width": 3}}, "unknown setting width"),
+    ],
+)
+def test_hostile_descriptions_are_one_sentence(model_folder, content, message):
+    path = model_folder[0] / "dvae.json"
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(path.read_text()), **content})
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_dvae(model_folder[0])
 
 
 def test_an_unknown_shipped_checkpoint_names_the_known(tmp_path):
     with pytest.raises(UserError, match="no shipped checkpoint named 'photos'"):
         checkpoint.shipped("photos")
+
+
+def test_a_transformer_with_the_dvae_of_another_is_refused(model_folder, capsys):
+    folder = model_folder[0]
+    for name, content in checkpoint.dvae_files(DVAE(DVAEConfig.preset("tiny"))).items():
+        (folder / name).write_bytes(content)
+    assert main(["generate", "a cat", "--checkpoint", str(folder), "-o", str(folder / "out.png")]) == 2
+    error = capsys.readouterr().err
+    assert "wrong dVAE for this transformer" in error and error.count("\n") == 1
