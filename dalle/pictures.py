@@ -18,6 +18,7 @@ TEXT = (33, 37, 41)
 FRAME = (222, 226, 230)
 MARK = (25, 113, 194)
 MAX_SIDE = 2**16
+MAX_PIXELS = 2**28
 
 
 def png(image: Image.Image) -> bytes:
@@ -150,7 +151,7 @@ def loss_curve(log: str | os.PathLike, names: Sequence[str] | None = None) -> by
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("expected matplotlib to draw a loss curve: pip install matplotlib") from error
-    records = _records(log)
+    records = read_log(log)
     names = names or sorted({name for record in records for name in record if name.endswith("loss")})
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -171,7 +172,8 @@ def loss_curve(log: str | os.PathLike, names: Sequence[str] | None = None) -> by
     return buffer.getvalue()
 
 
-def _records(log: str | os.PathLike) -> list[dict]:
+def read_log(log: str | os.PathLike) -> list[dict]:
+    """The entries of a training's JSON-lines log that say of which update they are; broken lines are left out."""
     try:
         with open(log, encoding="utf-8", errors="replace") as file:
             lines = file.read().splitlines()
@@ -193,9 +195,10 @@ def _is_number(value: object) -> bool:
 
 
 def _canvas(width: int, height: int) -> Image.Image:
-    if max(width, height) > MAX_SIDE:
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise UserError(
-            f"expected at most {MAX_SIDE} pixels a side, got a picture of {width}x{height}: draw fewer images"
+            f"expected at most {MAX_SIDE} pixels a side and {MAX_PIXELS} in all, got a picture of {width}x{height}: "
+            "draw fewer images, or a smaller scale"
         )
     return Image.new("RGB", (width, height), BACKGROUND)
 

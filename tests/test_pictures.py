@@ -108,3 +108,5 @@ def test_bad_arguments_are_refused_in_one_sentence():
         reconstruction_grid(draw_images(2), draw_images(3))
     with pytest.raises(UserError, match="draw fewer images"):
         labelled_grid(draw_images(1, 1).expand(1, 400, 3, 6, 8), ["a"], scale=40)
+    with pytest.raises(UserError, match="268435456 in all, got a picture of"):  # Each side alone would do.
+        labelled_grid(draw_images(1, 1), ["a"], scale=4000)

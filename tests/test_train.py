@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dalle.checkpoint import check_dvae, load_dalle, load_dvae
+from dalle.checkpoint import check_dvae, load_dalle, load_dvae, to_safetensors
 from dalle.cli import main
 from dalle.config import DALLEConfig, DVAEConfig
 from dalle.data import open_dataset
@@ -115,6 +115,18 @@ def test_a_log_after_the_checkpoint_is_made_again_once(pictures, tmp_path):
         file.write('{"update": 5, "loss": 0.0}\n')
     run(dvae_stage(pictures), tmp_path, QUIET, resume=True)
     assert [entry["update"] for entry in log(tmp_path)] == list(range(1, 8))
+
+
+def test_the_log_averages_over_an_interruption(pictures, tmp_path):
+    every = RunSettings(log_every=3, picture_every=0, checkpoint_every=100)
+    run(dvae_stage(pictures), tmp_path / "whole", every)
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt_after(dvae_stage(pictures), 5), tmp_path / "parts", every)
+    with open(tmp_path / "parts" / "log.jsonl", "a") as file:
+        file.write('null\n{"loss": 1.0}\n{"update": 4, "lo')
+    run(dvae_stage(pictures), tmp_path / "parts", every, resume=True)
+    whole, parts = ([{**entry, "seconds": 0} for entry in log(tmp_path / name)] for name in ("whole", "parts"))
+    assert whole == parts and [entry["update"] for entry in parts] == [3, 6, 7]
 
 
 def test_only_the_last_checkpoints_are_kept(pictures, tmp_path):
@@ -254,6 +266,19 @@ def test_tokens_are_encoded_once(pictures, trained_dvae, tmp_path, monkeypatch):
     assert first.shape == (16, 1, DALLE_CONFIG.image_len)
 
 
+def test_damaged_tokens_are_encoded_again(pictures, trained_dvae, tmp_path):
+    first = dalle_stage(pictures, trained_dvae, tmp_path).tokens
+    (cached,) = (tmp_path / "cache").iterdir()
+    content = cached.read_bytes()
+    for damaged in (content[:50], to_safetensors({"tokens": first[:3]}), to_safetensors({"other": first})):
+        cached.write_bytes(damaged)
+        assert torch.equal(dalle_stage(pictures, trained_dvae, tmp_path).tokens, first)
+        assert cached.read_bytes() == content
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        dalle_stage(pictures, trained_dvae, tmp_path / "file")
+
+
 def test_the_loop_runs_outside_the_main_thread(pictures, tmp_path):
     thread = threading.Thread(target=run, args=(dvae_stage(pictures, updates=1), tmp_path, QUIET))
     thread.start()
@@ -288,7 +313,7 @@ def test_both_stages_learn_from_the_command_line(pictures, tmp_path, capsys):
         (["--config", "absent.toml"], "cannot read the config file absent.toml: No such file"),
         (["--updates", "0"], "updates: expected a whole number from 1"),
         (["--learning-rate", "-1"], "learning_rate: expected a number from"),
-        (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N of a GPU that is there, got 'tpu'"),
         (["--threads", "0"], "--threads: expected at least 1"),
         (["--log-every", "0"], "log_every: expected a whole number of at least 1"),
     ],

@@ -26,8 +26,11 @@ from tqdm import tqdm
 from dalle.checkpoint import FORMAT, check_sha256, read_tensors, to_safetensors
 from dalle.errors import UserError
 from dalle.files import atomic_write, atomic_write_folder, read_json, sha256, to_json
-from dalle.pictures import loss_curve
+from dalle.pictures import loss_curve, read_log
 from dalle.train.averaging import IterateAverage
+
+Window = list[dict[str, torch.Tensor | float]]
+"""The figures of the updates since the last line of the log, which averages them."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,9 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
     finite.
     """
     out = Path(out)
-    update, seconds = _start(stage, out, resume)
+    update, seconds, window = _start(stage, out, resume)
     bar = tqdm(total=stage.updates, initial=update, unit="update", dynamic_ncols=True, smoothing=0.05)
     started = time.monotonic() - seconds
-    window: list[dict[str, torch.Tensor | float]] = []
     with bar, _interruptible() as interrupted:
         while update < stage.updates:
             window.append(_one_update(stage, update, out))
@@ -120,10 +122,11 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
             if settings.picture_every and (update % settings.picture_every == 0 or last):
                 figures = stage.draw_pictures(update, out / "pictures")
-                _append(out / "log.jsonl", {"update": update, **figures})
+                if figures:
+                    _append(out / "log.jsonl", {"update": update, **figures})
                 _draw_loss(out)
             if update % settings.checkpoint_every == 0 or last or interrupted():
-                _save(stage, out, update, time.monotonic() - started, settings.keep_checkpoints)
+                _save(stage, out, update, time.monotonic() - started, window, settings.keep_checkpoints)
             if interrupted():
                 tqdm.write(f"interrupted after update {update}; the same command with --resume goes on from there")
                 raise KeyboardInterrupt
@@ -150,7 +153,7 @@ def _one_update(stage: Stage, update: int, out: Path) -> dict[str, torch.Tensor 
     return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, **figures}
 
 
-def _averages(window: list[dict[str, torch.Tensor | float]]) -> dict[str, float]:
+def _averages(window: Window) -> dict[str, float]:
     return {name: sum(float(figures[name]) for figures in window) / len(window) for name in window[0]}
 
 
@@ -183,7 +186,7 @@ def require_startable(out: str | Path, resume: bool) -> None:
         raise UserError(f"nothing to resume: {Path(out) / 'checkpoints'} holds no complete checkpoint")
 
 
-def _start(stage: Stage, out: Path, resume: bool) -> tuple[int, float]:
+def _start(stage: Stage, out: Path, resume: bool) -> tuple[int, float, Window]:
     require_startable(out, resume)
     checkpoint = latest_checkpoint(out)
     try:
@@ -193,10 +196,10 @@ def _start(stage: Stage, out: Path, resume: bool) -> tuple[int, float]:
         raise UserError(f"cannot make the run folder {out}: {error.strerror}") from None
     if not checkpoint:
         (out / "log.jsonl").unlink(missing_ok=True)
-        return 0, 0.0
-    update, seconds = _load(stage, checkpoint)
-    _cut_log(out / "log.jsonl", update)
-    return update, seconds
+        return 0, 0.0, []
+    progress = _load(stage, checkpoint)
+    _cut_log(out / "log.jsonl", progress[0])
+    return progress
 
 
 def latest_checkpoint(out: str | Path) -> Path | None:
@@ -209,15 +212,8 @@ def _cut_log(path: Path, update: int) -> None:
     # Lines after the checkpoint belong to updates that will be made again; a crash may have cut the last one short.
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["update"] <= update:
-            kept.append(line + "\n")
-    atomic_write(path, "".join(kept).encode())
+    kept = [record for record in read_log(path) if record["update"] <= update]
+    atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def _draw_loss(out: Path) -> None:
@@ -234,13 +230,14 @@ def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _save(stage: Stage, out: Path, update: int, seconds: float, keep: int) -> None:
+def _save(stage: Stage, out: Path, update: int, seconds: float, window: Window, keep: int) -> None:
     data = to_safetensors(_tensors(stage))
     description = {
         "format": FORMAT,
         "kind": "training",
         "update": update,
         "seconds": seconds,
+        "window": [{name: float(value) for name, value in figures.items()} for figures in window],
         "identity": stage.identity(),
         "state": stage.state(),
         "sha256": sha256(data),
@@ -252,10 +249,12 @@ def _save(stage: Stage, out: Path, update: int, seconds: float, keep: int) -> No
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _load(stage: Stage, folder: Path) -> tuple[int, float]:
+def _load(stage: Stage, folder: Path) -> tuple[int, float, Window]:
     description = read_json(folder / "checkpoint.json", "training checkpoint")
     if description.get("format") != FORMAT or description.get("kind") != "training":
         raise UserError(f"{folder / 'checkpoint.json'}: expected a training checkpoint in format {FORMAT}")
+    if not {"identity", "state", "update", "seconds"} <= description.keys():
+        raise UserError(f"{folder / 'checkpoint.json'} is damaged: expected what it says of the run")
     _require_same(description["identity"], json.loads(to_json(stage.identity())), folder)
     path = folder / "training.safetensors"
     check_sha256(path, description.get("sha256"))
@@ -271,7 +270,7 @@ def _load(stage: Stage, folder: Path) -> tuple[int, float]:
         parameter, _, key = name.rpartition(".")
         stage.optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device)
     stage.load_state(description["state"])
-    return description["update"], description["seconds"]
+    return description["update"], description["seconds"], description.get("window", [])
 
 
 def _require_same(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from dalle.checkpoint import dvae_sha256, read_tensors, to_safetensors
 from dalle.data import ImageTextDataset
 from dalle.dvae import DVAE
+from dalle.errors import UserError
 from dalle.files import atomic_write, sha256
 from dalle.train.batches import ImageBatches
 
@@ -32,8 +34,15 @@ def encode_dataset(
     """
     key = sha256("/".join(map(str, (dvae_sha256(dvae_folder), images.fingerprint, crops, seed))).encode())
     path = Path(cache) / f"tokens-{key[:16]}.safetensors"
-    if path.exists():
-        return read_tensors(path, "cached image tokens")["tokens"]
+    try:
+        tokens = read_tensors(path, "cached image tokens").get("tokens") if path.exists() else None
+        path.parent.mkdir(parents=True, exist_ok=True)  # found out now, not after the encoding
+    except UserError:
+        tokens = None  # Damaged: they can be made again.
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path.parent} for image tokens: {error.strerror}") from None
+    if tokens is not None and tokens.shape == (len(images), crops, math.prod(dvae.config.grid)):
+        return tokens
     batches = ImageBatches(images, dvae.config.image_size, "dalle", seed)
     pairs = [(crop, sample) for sample in range(len(images)) for crop in range(crops)]
     encoded = []
@@ -41,6 +50,5 @@ def encode_dataset(
         pixels = batches.load(pairs[start : start + batch_size]).to(device)
         encoded.append(dvae.encode(pixels).flatten(1).to("cpu", torch.int32))
     tokens = torch.cat(encoded).view(len(images), crops, -1)
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, to_safetensors({"tokens": tokens}))
     return tokens
