@@ -75,6 +75,7 @@ def test_given_rows_are_kept(folder, tmp_path):
         (["a", "--prime", "missing.png"], "missing.png"),
         (["a", "--prime", __file__], "not a PNG"),
         (["a", "--tokens-out", "missing/tokens"], "no folder missing"),
+        (["a", "--tokens-out", "."], "it is a folder"),
         (["a", "--checkpoint", "missing"], "missing"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,13 +32,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; a user's mistake is one sentence on stderr and exit status 2, an interruption 130."""
+    """Run the command line; a user's mistake is one sentence on stderr and exit status 2, an interruption 130.
+
+    Too little memory counts as a mistake: of the size that was asked for.
+    """
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"dalle: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dalle: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # The reader of our output has left, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            "dalle: error: there is not enough memory for this; ask for a smaller model, batch, picture or number of "
+            "samples",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch raises a plain RuntimeError when the CPU's memory is not enough.
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory", "not enough memory")
+    )

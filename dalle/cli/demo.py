@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.samples < 1:
         raise UserError(f"--samples: expected at least 1, got {args.samples}")
+    if args.out.is_dir():
+        raise UserError(f"cannot write {args.out}: it is a folder; give the name of a file in it")
     folder = shipped("emoji")
     demo = read_json(folder / "demo.json", "list of demo captions")
     captions = [*demo["seen"], *demo["held_out"]]

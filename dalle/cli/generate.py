@@ -53,7 +53,10 @@ def run(args: argparse.Namespace) -> None:
     if args.scale < 1:
         raise UserError(f"expected a scale of at least 1, got {args.scale}")
     for path in filter(None, (args.out, args.tokens_out)):
-        if not path.parent.is_dir():  # found out now, not after the drawing
+        # Found out now, not after the drawing.
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
+        if not path.parent.is_dir():
             raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     device = _device(args.device)
     folder = args.checkpoint or shipped("emoji")

@@ -98,8 +98,12 @@ def prepare_device(args: argparse.Namespace) -> str:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: no usable NVIDIA GPU was found; leave the flag out to train on the CPU")
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device: expected cpu or cuda, got {device!r}")
+    try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("another kind of device")
+        torch.empty(0, device=device)
+    except RuntimeError:
+        raise UserError(f"--device: expected cpu, cuda or cuda:N of a GPU that is there, got {device!r}") from None
     return device
 
 
@@ -124,7 +128,8 @@ def open_images(path: Path, captions: bool) -> tuple[ImageTextDataset, ImageText
     print(f"train: {images.summary()}")
     try:
         held_out = open_dataset(path, "heldout", captions=captions)
-    except UserError:
+    except UserError as error:
+        print(f"held out: none, {error}")
         return images, None
     print(f"held out: {held_out.summary()}")
     return images, held_out
