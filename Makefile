@@ -25,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo 'make demo   draw a labelled grid of pictures with the shipped model'
 	@echo 'make test   run the tests'
-	@echo 'make bench  measure the kernels against their rivals into bench/results/'
+	@echo 'make bench  measure the kernels against their rivals into bench/results/ and the README'
 	@echo 'make lint   check style and formatting'
 	@echo 'make gpu    build for, check on and measure an NVIDIA GPU'
 	@echo 'make build  only make the environment $(VENV) and build into it; the others do so first'
@@ -39,6 +39,7 @@ test: build
 
 bench: build
 	@for script in bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	@$(BIN)/python bench/tables.py
 
 lint: build
 	@$(BIN)/ruff check .

@@ -312,6 +312,7 @@ def test_every_instruction_set(instruction_set):
         "    for pattern, seq, (batch, heads), head_dim, scale, dtype in t.sampled_cases(18, seed=5):\n"
         "        torch.manual_seed(seq)\n"
         "        t.check(t.random_draws(5, batch, heads, seq, head_dim, dtype), pattern, scale)\n"
+        "    t.test_extreme_logits('native', 'row')\n"
         "    t.test_one_overwhelming_key_takes_all('native')\n"
         "    t.test_a_nan_is_not_swallowed('native')\n"
     )
