@@ -202,6 +202,16 @@ def test_opcheck():
     torch.library.opcheck(ops.linear_cross_entropy_backward_op.overload, arguments)
 
 
+def test_only_the_loss_carries_a_gradient():
+    *floating, target = _inputs(6, 7, 5, seed=23, dtype=torch.float32)
+    hidden, weight, bias = (tensor.requires_grad_() for tensor in floating)
+    results = ops.linear_cross_entropy_with_gradient_op(hidden, weight, target, bias, IGNORE, "sum")
+    assert [result.requires_grad for result in results] == [True, False, False, False]
+    frozen = linear_cross_entropy(hidden, weight.detach(), target, bias.detach(), IGNORE, "sum")
+    (expected,) = torch.autograd.grad(_plain(hidden, weight, target, bias, IGNORE, "sum"), hidden)
+    torch.testing.assert_close(torch.autograd.grad(frozen, hidden)[0], expected)
+
+
 def test_compiles_whole():
     inputs = _inputs(6, 7, 5, seed=22, dtype=torch.float32)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")

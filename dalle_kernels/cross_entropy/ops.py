@@ -60,6 +60,7 @@ def _rows_gradient(ctx, grad_loss: Tensor):
 
 def _save_gradients(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.has_bias = inputs[3] is not None
     ctx.save_for_backward(*output[1:])
 
