@@ -117,6 +117,10 @@ def test_wrong_use_of_a_cache_gets_one_clear_sentence():
         decode_attention(two, two, two, KVCache(pattern, 1, 1, 4))
     with pytest.raises(TypeError, match=r"expected keys of the cache's dtype torch.float16, got torch.float32"):
         decode_attention(one, one, one, KVCache(pattern, 1, 1, 4, torch.float16))
+    with pytest.raises(TypeError, match="expected cache to be a KVCache, got NoneType"):
+        decode_attention(one, one, one, None)
+    with pytest.raises(TypeError, match="expected k to be a tensor, got list"):
+        KVCache(pattern, 1, 1, 4).prefill([0.0], one)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,6 +198,9 @@ def test_wrong_modules_and_inputs_get_one_clear_sentence():
         SparseSelfAttention(0, 3, pattern)
     with pytest.raises(ValueError, match=r"expected an input of shape \[batch, seq, 24\], got \[2, 16, 23\]"):
         SparseSelfAttention(24, 3, pattern)(torch.randn(2, 16, 23))
+    other = SparseSelfAttention(24, 3, AttentionPattern("column", 4, (3, 4)))
+    with pytest.raises(ValueError, match=r"expected a cache of this layer's pattern .*'row'.*, got one of .*'column'"):
+        SparseSelfAttention(24, 3, pattern)(torch.randn(2, 4, 24), other.new_cache(2))
 
 
 def test_the_public_names():

@@ -121,8 +121,9 @@ class KVCache:
         ``seq`` may go beyond the text: given image tokens (image priming) are copied to every sample of their prompt.
         The cache must be empty, and with several samples a prompt the whole text must be given.
         """
-        self._check(k, v, (self.batch, self.heads, k.shape[2] if k.dim() == 4 else 0, self.head_dim))
+        check_heads(k=k, v=v)
         seq, text_len = k.shape[2], self.pattern.text_len
+        self._check(k, (self.batch, self.heads, seq, self.head_dim))
         if self.length:
             raise ValueError(f"expected an empty cache to prefill, got one holding {self.length} tokens; reset() it")
         if seq > self.pattern.seq_len:
@@ -177,8 +178,7 @@ class KVCache:
             return self._image_keys[:, :, :, visible], self._image_values[:, :, :, visible]
         return self._image_keys.index_select(3, visible), self._image_values.index_select(3, visible)
 
-    def _check(self, k: torch.Tensor, v: torch.Tensor, shape: tuple[int, ...]) -> None:
-        check_heads(k=k, v=v)
+    def _check(self, k: torch.Tensor, shape: tuple[int, ...]) -> None:
         if tuple(k.shape) != shape:
             raise ValueError(f"expected keys of shape {list(shape)} for this cache, got {list(k.shape)}")
         if k.dtype != self.dtype:
@@ -207,9 +207,11 @@ def decode_attention(
         ValueError, TypeError: for another shape, dtype or device, a full cache, or a text token where samples share the
         text.
     """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"expected cache to be a KVCache, got {type(cache).__name__}")
     check_heads(q=q, k_new=k_new, v_new=v_new)
     batch, samples, heads, head_dim = cache.batch, cache.samples_per_prompt, cache.heads, cache.head_dim
-    cache._check(k_new, v_new, (batch * samples, heads, 1, head_dim))
+    cache._check(k_new, (batch * samples, heads, 1, head_dim))
     scale = checked_scale(scale, head_dim)
     visible = cache.append(k_new, v_new)
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32

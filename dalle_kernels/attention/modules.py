@@ -66,6 +66,11 @@ class SparseSelfAttention(nn.Module):
         """
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"expected an input of shape [batch, seq, {self.dim}], got {list(x.shape)}")
+        if cache is not None and cache.pattern != self.pattern:
+            raise ValueError(
+                f"expected a cache of this layer's pattern {self.pattern}, got one of {cache.pattern}; "
+                "make it with new_cache()"
+            )
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         if cache is not None and cache.length:
             attended = decode_attention(q, k, v, cache, self.scale)
