@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--out", type=Path, default=Path("out/demo.png"), help="PNG to write (default: %(default)s)"
     )
-    parser.add_argument("--samples", type=int, default=6, help="pictures a caption (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=4, help="pictures a caption (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
 
 
