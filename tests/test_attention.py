@@ -16,10 +16,8 @@ from dalle_kernels.attention import reference
 from dalle_kernels.attention.pattern import KINDS
 from dalle_kernels.testing import assert_accurate, poisoned_allocations
 
-NATIVE = pytest.param(
-    "native",
-    marks=pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the compiled library is not built"),
-)
+needs_native = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the compiled library is not built")
+NATIVE = pytest.param("native", marks=needs_native)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -140,9 +138,7 @@ def test_extreme_logits(provider, kind):
     left is the softmax. Of a dot product that is rounded, exp would magnify nothing but that rounding.
     """
     torch.manual_seed(3)
-    draws = [
-        ((50 * q).round(), (50 * k).round(), v, grad_out) for q, k, v, grad_out in random_draws(5, 2, 2, 47, 16)
-    ]
+    draws = [((50 * q).round(), (50 * k).round(), v, grad_out) for q, k, v, grad_out in random_draws(5, 2, 2, 47, 16)]
     check(draws, AttentionPattern(kind, 11, (6, 6), 3))
 
 
@@ -208,7 +204,7 @@ def test_a_nan_is_not_swallowed(provider):
     assert out[0, 0, 7].isnan().all() and out[0, 0, :7].isfinite().all() and out[0, 0, 8:].isfinite().all()
 
 
-@pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the compiled library is not built")
+@needs_native
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (3, 1), (4, 4)])
 def test_same_bits_run_to_run_and_for_any_number_of_threads(batch, heads):
     pattern = AttentionPattern("conv", 33, (12, 12), 5)
@@ -234,6 +230,21 @@ def test_log_sum_exp(provider, dtype):
     scores = (q.double() @ k.double().transpose(-2, -1) * -0.7).masked_fill(~pattern.mask(), -torch.inf)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+def test_the_operator_itself_reads_any_strides():
+    """A compiler may hand the operator another layout than the public function accepts."""
+    arguments = ("conv", 6, 4, 6, 3, 0.5)
+    q, k, v = random_inputs(2, 3, 30, 8, count=3)
+    backwards = k.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    explanation = dalle_kernels.explain("sparse_attention", q, backwards, v, *arguments)
+    assert explanation.runs == "reference" and "unit stride" in str(explanation)
+    expected, _ = torch.ops.dalle_kernels.sparse_attention(q, k, v, *arguments)
+    out, _ = torch.ops.dalle_kernels.sparse_attention(q, backwards, v, *arguments)
+    torch.testing.assert_close(out, expected)
+    with dalle_kernels.use("native"), pytest.raises(dalle_kernels.ProviderError, match="a unit stride"):
+        torch.ops.dalle_kernels.sparse_attention(q, backwards, v, *arguments)
 
 
 def test_float64_falls_back_to_the_reference():
@@ -282,6 +293,18 @@ def test_compiles_as_one_graph(backend):
         torch.testing.assert_close(actual, expected)
 
 
+def test_a_compiled_call_takes_other_lengths_and_scales():
+    pattern = AttentionPattern("row", 5, (4, 4))
+    compiled = torch.compile(sparse_attention, fullgraph=True, backend="aot_eager")
+    for seq, scale in ((21, 0.1), (17, 0.2), (5, -0.3), (9, None)):
+        q, k, v, grad_out = random_inputs(2, 2, seq, 8)
+        expected = gradients(sparse_attention, q, k, v, grad_out, pattern, scale)
+        for result, eager in zip(gradients(compiled, q, k, v, grad_out, pattern, scale), expected):
+            torch.testing.assert_close(result, eager)
+    with pytest.raises(ValueError, match="expected scale to be a finite number or None, got inf"):
+        sparse_attention(q, k, v, pattern, float("inf"))
+
+
 def test_output_joins_heads_without_a_copy(provider):
     q, k, v, grad_out = random_inputs(2, 3, 10, 4)
     for result in gradients(sparse_attention, q, k, v, grad_out, AttentionPattern("row", 4, (2, 3)), None):
@@ -299,7 +322,7 @@ def test_the_reference_mask_is_usable_for_training_after_inference_mode():
         gradients(sparse_attention, q, k, v, grad_out, pattern, None)
 
 
-@pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the compiled library is not built")
+@needs_native
 @pytest.mark.parametrize("instruction_set", _native.instruction_sets()[0] if not _native.unavailable("cpu") else [])
 def test_every_instruction_set(instruction_set):
     if instruction_set not in _native.instruction_sets()[1]:

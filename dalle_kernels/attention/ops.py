@@ -63,9 +63,13 @@ def _native_unavailable(device_type: str) -> str | None:
     return _native.unavailable(device_type)
 
 
-def _native_unsupported(first: torch.Tensor, *_others) -> str | None:
-    if first.dtype == torch.float64:
+def _native_unsupported(*arguments) -> str | None:
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    if tensors[0].dtype == torch.float64:
         return "the compiled kernel takes float32, float16 and bfloat16, got float64"
+    # The public function refuses such inputs; a compiler that calls the operator may still choose the layout.
+    if any(tensor.stride(-1) != 1 and tensor.shape[-1] > 1 for tensor in tensors):
+        return "the compiled kernel takes tensors with a unit stride in their last dimension"
     return None
 
 
@@ -128,7 +132,8 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
     """``scale`` as a float, by default ``head_dim ** -0.5``."""
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    # Comparisons, not math.isfinite, which a compiler that takes the scale as a variable cannot follow.
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
         raise ValueError(f"expected scale to be a finite number or None, got {scale!r}")
     return float(scale)
 
