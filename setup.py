@@ -3,8 +3,7 @@
 Neither torch nor a GPU is needed here: the libraries take addresses, sizes and strides. Environment variables:
 
 - ``DALLE_KERNELS_CUDA``: ``auto`` (the default: build the CUDA library where nvcc and an NVIDIA driver are found),
-``on``
-  (nvcc alone suffices) or ``off``.
+  ``on`` (nvcc alone suffices) or ``off``.
 - ``DALLE_KERNELS_CUDA_ARCHITECTURES``: what to compile for, such as ``80;90a`` (the default) or ``89``.
 - ``CMAKE_BUILD_PARALLEL_LEVEL``: how many compilations run at once.
 """

@@ -62,7 +62,8 @@ void bind_float16(py::module_& m) {
       "codes"_a, "sizes"_a, "strides"_a, "output"_a, "dtype"_a, "format"_a, "threads"_a);
 }
 
-// A tensor [batch, heads, seq, head_dim] comes as its address and its first three strides, a pattern as its six numbers.
+// A tensor [batch, heads, seq, head_dim] comes as its address and its first three strides, a pattern as its six
+// numbers.
 using HeadsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 using PatternTuple = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
@@ -82,8 +83,8 @@ void bind_attention(py::module_& m) {
       [](int dtype, int64_t batch, int64_t heads, int64_t head_dim, const PatternTuple& pattern, float scale,
          const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, const HeadsTuple& out, uintptr_t lse,
          int threads) {
-        const SparseAttention params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale,
-                                     heads_of(q), heads_of(k), heads_of(v), heads_of(out), pointer<float>(lse), threads};
+        const SparseAttention params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale, heads_of(q),
+                                     heads_of(k), heads_of(v), heads_of(out), pointer<float>(lse), threads};
         RUN_CPU_KERNEL(sparse_attention, params);
       },
       "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,

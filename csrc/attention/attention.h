@@ -1,9 +1,10 @@
 // Family attention: softmax attention over text and image tokens under a sparse causal pattern (arXiv 2102.12092, B.1).
 //
-// out[i] = sum_j p_ij v[j], p_i = softmax over the visible j of scale * q[i] . k[j]. Which keys are visible is said once, in
-// dalle_kernels/attention/pattern.py (the mask) and plan.cpp (the same, as tiles).
+// out[i] = sum_j p_ij v[j], p_i = softmax over the visible j of scale * q[i] . k[j]. Which keys are visible is defined
+// by the mask of dalle_kernels/attention/pattern.py; plan.cpp holds the same as tiles.
 //
-// Floor: 4 * head_dim operations a visible pair forward and 10 * head_dim backward; memory is small beside them on a CPU.
+// Floor: 4 * head_dim operations a visible pair forward and 10 * head_dim backward; memory is small beside them on a
+// CPU.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +40,8 @@ struct SparseAttention {
   int threads;
 };
 
-// Needs neither out nor lse: the softmax statistics are computed again. With logits of 1e4, lse in float32 is off by up to
-// 5e-4, which would be the relative error of every probability.
+// Needs neither out nor lse: the softmax statistics are computed again. With logits of 1e4, lse in float32 is off by up
+// to 5e-4, which would be the relative error of every probability.
 struct SparseAttentionBackward {
   Dtype dtype;  // of all tensors: any but float64
   int64_t batch, heads, head_dim;

@@ -1,5 +1,5 @@
-// Sparse attention on the CPU. A task is a head of a sample (or a run of its tiles, where heads are few): it packs the head's
-// keys and values once as float32, then takes tile after tile. Nothing depends on the number of threads but who does a task.
+// Sparse attention on the CPU. A task is a head of a sample (or a run of its tiles, where heads are few): it packs the
+// head's keys and values once as float32, then takes tile after tile. No result depends on the number of threads.
 #include "attention/attention.h"
 
 #include <cstdlib>
@@ -118,7 +118,8 @@ void forward_task(const SparseAttention& p, const Plan& plan, const Dimensions& 
 
   pack_panels(k.data, k.stride, plan, dims, scratch.rows, scratch.keys);
   pack_rows(v.data, v.stride, plan.key_token, dims.keys, 1.0f, dims, scratch.values, dims.keys);
-  for (int32_t t = plan.cut(segment, tasks.segments); t < plan.cut(segment + 1, tasks.segments); ++t) {
+  const int32_t last = plan.cut(segment + 1, tasks.segments);
+  for (int32_t t = plan.cut(segment, tasks.segments); t < last; ++t) {
     const Tile& tile = plan.tile[t];
     const int32_t* tokens = plan.query_token + tile.first_row;
     const TileScores tile_scores{plan, dims, tile};
@@ -180,8 +181,8 @@ struct KeySums {
   static int64_t floats(const Dimensions& dims) { return 2 * dims.keys * dims.width; }
 };
 
-// From unnormalized probabilities p: normalizes them, and sets ds from dp = grad_out . v. `sums` are the rows' sums of p.
-// The shift, p . dp, equals grad_out . out, but taken here it is free of the rounding of a 16-bit out.
+// From unnormalized probabilities p: normalizes them, and sets ds from dp = grad_out . v. `sums` are the rows' sums of
+// p. The shift, p . dp, equals grad_out . out, but taken here it is free of the rounding of a 16-bit out.
 DALLE_NOINLINE void score_gradients(const TileScores& tile_scores, const float* grad_out, const float* values,
                                     const float* sums, float* p, float* ds) {
   const Tile& tile = tile_scores.tile;
@@ -225,7 +226,8 @@ void backward_task(const SparseAttentionBackward& p, const Plan& plan, const Dim
   pack_panels(v.data, v.stride, plan, dims, scratch.rows, scratch.values);
   pack_rows(k.data, k.stride, plan.key_token, dims.keys, 1.0f, dims, scratch.key_rows, dims.keys);
   memset(sums.dk, 0, KeySums::floats(dims) * sizeof(float));
-  for (int32_t t = plan.cut(segment, tasks.segments); t < plan.cut(segment + 1, tasks.segments); ++t) {
+  const int32_t last = plan.cut(segment + 1, tasks.segments);
+  for (int32_t t = plan.cut(segment, tasks.segments); t < last; ++t) {
     const Tile& tile = plan.tile[t];
     const int32_t* tokens = plan.query_token + tile.first_row;
     const TileScores tile_scores{plan, dims, tile};

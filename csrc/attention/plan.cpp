@@ -85,7 +85,8 @@ class Planner {
   void add_tile(int64_t first, int64_t rows) {
     first_panel_ = plan_->panels, last_panel_ = -1;
     for (int64_t i = 0; i < rows; ++i) see_keys(i, plan_->query_tokens[first + i]);
-    Tile tile{static_cast<int32_t>(first), static_cast<int32_t>(rows), static_cast<int32_t>(plan_->slot_panels.size()), 0};
+    Tile tile{static_cast<int32_t>(first), static_cast<int32_t>(rows),
+              static_cast<int32_t>(plan_->slot_panels.size()), 0};
     for (int64_t panel = first_panel_; panel <= last_panel_; ++panel) {
       uint32_t* masks = &panel_rows_[panel * tile_rows_];
       if (std::all_of(masks, masks + rows, [](uint32_t mask) { return mask == 0; })) continue;

@@ -1,8 +1,9 @@
 // A pattern as work for kernels: tiles of queries, and for each the panels of keys that any of its queries sees.
 //
-// Queries are ordered text first, then the image: in raster order, or column by column where the pattern is `column`. Keys
-// are in the same order, with the image starting a new panel, so that what one query sees is a few runs of neighbours. The
-// plan depends on the pattern alone: every head of every sample shares it. It is compiled once, not per instruction set.
+// Queries are ordered text first, then the image: in raster order, or column by column where the pattern is `column`.
+// Keys are in the same order, with the image starting a new panel, so that what one query sees is a few runs of
+// neighbours. The plan depends on the pattern alone: every head of every sample shares it. It is compiled once, not per
+// instruction set.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,12 @@
 // What forward and backward are made of: packing rows into blocks, one matrix product, and the softmax of a tile.
 //
-// Everything is float32 in two layouts whose innermost run is one panel (two registers) wide, so that the product streams:
-// - blocked rows [block][row][PANEL]: a matrix [rows, head_dim] cut into blocks of PANEL columns, the last one padded by 0;
+// Everything is float32 in two layouts whose innermost run is one panel (two registers) wide, so that the product
+// streams:
+// - blocked rows [block][row][PANEL]: a matrix [rows, head_dim] cut into blocks of PANEL columns, the last padded by 0;
 // - transposed panels [panel][column][PANEL]: PANEL keys side by side for each column of head_dim.
-// A tile of queries is taken against all key panels it sees before the softmax, not block by block with a running maximum:
-// sparse patterns see few keys, the scores stay in cache, and the backward gets exact probabilities from the same code.
+// A tile of queries is taken against all key panels it sees before the softmax, not block by block with a running
+// maximum: sparse patterns see few keys, the scores stay in cache, and the backward gets exact probabilities from the
+// same code.
 #pragma once
 
 #include "attention/attention.h"
@@ -39,8 +41,8 @@ struct Dimensions {
         keys(plan.panels * PANEL) {}
 };
 
-// One matrix product C[r][0..PANEL) (+)= sum_t A[r][t] B[t][0..PANEL), the sum taken in chunks whose place in B may be given
-// by an index (the key panels that a tile sees).
+// One matrix product C[r][0..PANEL) (+)= sum_t A[r][t] B[t][0..PANEL), the sum taken in chunks whose place in B may be
+// given by an index (the key panels that a tile sees).
 struct Product {
   const float* a;
   int64_t a_row, a_step, a_chunk;
@@ -85,8 +87,8 @@ DALLE_INLINE void multiply_any(int rows, const Product& p, int64_t first_row, bo
   if constexpr (ROWS > 1) multiply_any<ROWS - 1>(rows, p, first_row, accumulate, c);
 }
 
-// C has `rows` rows, PANEL apart. Leftover rows are shared out evenly: a block of few rows does not hide the latency of a
-// multiply-add.
+// C has `rows` rows, PANEL apart. Leftover rows are shared out evenly: a block of few rows does not hide the latency of
+// a multiply-add.
 DALLE_NOINLINE inline void multiply(const Product& p, int64_t rows, bool accumulate, float* c) {
   for (int64_t first = 0; first < rows;) {
     const int64_t left = rows - first;
@@ -110,15 +112,15 @@ DALLE_INLINE void fetch_rows(const T* from, int64_t stride, const int32_t* token
 
 // Rows `tokens[0..count)` of a matrix (zeros for token -1), times `factor`, as blocked rows; `to_rows` of them a block.
 template <class T>
-DALLE_NOINLINE void pack_rows(const T* from, int64_t stride, const int32_t* tokens, int64_t count, float factor, const Dimensions& dims,
-               float* to, int64_t to_rows) {
+DALLE_NOINLINE void pack_rows(const T* from, int64_t stride, const int32_t* tokens, int64_t count, float factor,
+                              const Dimensions& dims, float* to, int64_t to_rows) {
   const Vector scale = broadcast(factor);
   for (int64_t i = 0; i < count; ++i) {
-    const T* row = from + tokens[i] * stride;
+    const int64_t columns = tokens[i] < 0 ? 0 : dims.head_dim;
+    const T* row = tokens[i] < 0 ? from : from + tokens[i] * stride;
     if (i + ROWS_AHEAD < count) fetch_row(from, stride, tokens[i + ROWS_AHEAD], dims);
     for (int64_t d = 0; d < dims.width; d += Vector::width) {
-      const bool inside = tokens[i] >= 0 && d < dims.head_dim;
-      const Vector x = inside ? load_first(row + d, dims.head_dim - d) : broadcast(0.0f);
+      const Vector x = d < columns ? load_first(row + d, columns - d) : broadcast(0.0f);
       store(to + (d / PANEL * to_rows + i) * PANEL + d % PANEL, x * scale);
     }
   }
@@ -126,8 +128,8 @@ DALLE_NOINLINE void pack_rows(const T* from, int64_t stride, const int32_t* toke
 
 // The other way: blocked rows times `factor` (or row i's own factors[i]) to the rows of a matrix; token -1 is left out.
 template <class T>
-DALLE_NOINLINE void unpack_rows(const float* from, int64_t from_rows, const int32_t* tokens, int64_t count, float factor,
-                 const float* factors, const Dimensions& dims, T* to, int64_t stride) {
+DALLE_NOINLINE void unpack_rows(const float* from, int64_t from_rows, const int32_t* tokens, int64_t count,
+                                float factor, const float* factors, const Dimensions& dims, T* to, int64_t stride) {
   for (int64_t i = 0; i < count; ++i) {
     if (tokens[i] < 0) continue;
     const Vector scale = broadcast(factors != nullptr ? factors[i] : factor);
@@ -140,7 +142,8 @@ DALLE_NOINLINE void unpack_rows(const float* from, int64_t from_rows, const int3
 
 // All keys of a head as transposed panels; `rows` is scratch for one panel.
 template <class T>
-DALLE_NOINLINE void pack_panels(const T* from, int64_t stride, const Plan& plan, const Dimensions& dims, float* rows, float* to) {
+DALLE_NOINLINE void pack_panels(const T* from, int64_t stride, const Plan& plan, const Dimensions& dims, float* rows,
+                                float* to) {
   for (int64_t panel = 0; panel < plan.panels; ++panel, to += dims.width * PANEL) {
     const int32_t* tokens = plan.key_token + panel * PANEL;
     if (panel + 1 < plan.panels) fetch_rows(from, stride, tokens + PANEL, PANEL, dims);
@@ -166,10 +169,10 @@ struct TileScores {
     multiply(p, tile.rows, false, c);
   }
 
-  // scores [slot][row][PANEL] = unnormalized probabilities, from queries (blocked, times the sign of scale) and transposed
-  // keys: exp(|scale| * (q . k - maximum)), 0 where hidden. `exponent` is |scale| * log2(e).
-  DALLE_NOINLINE void probabilities(const float* queries, const float* keys, double exponent, float* scores, float* maxima,
-                     float* sums) const {
+  // scores [slot][row][PANEL] = unnormalized probabilities, from queries (blocked, times the sign of scale) and
+  // transposed keys: exp(|scale| * (q . k - maximum)), 0 where hidden. `exponent` is |scale| * log2(e).
+  DALLE_NOINLINE void probabilities(const float* queries, const float* keys, double exponent, float* scores,
+                                    float* maxima, float* sums) const {
     Vector largest[TILE_ROWS];
     for (int r = 0; r < TILE_ROWS; ++r) largest[r] = broadcast(LOWEST);
     for (int64_t slot = 0; slot < tile.slots; ++slot) {
@@ -210,7 +213,8 @@ struct TileScores {
     }
   }
 
-  // sums (blocked rows of keys) += transpose of scores times the tile's blocked rows: each key gathers from its queries.
+  // sums (blocked rows of keys) += transpose of scores times the tile's blocked rows: each key gathers from its
+  // queries.
   DALLE_NOINLINE void scatter_sum(const float* scores, const float* rows, float* sums) const {
     for (int64_t slot = 0; slot < tile.slots; ++slot) {
       const float* a = scores + slot * TILE_ROWS * PANEL;

@@ -19,8 +19,8 @@ bool has_openmp();
 #if defined(DALLE_ISA_NAMESPACE)
 namespace dalle::DALLE_ISA_NAMESPACE {
 
-// Calls body(begin, end) over disjoint pieces of [0, count), one contiguous piece a thread, none shorter than `grain`
-// items (the last excepted). For work that is even and should touch memory in order.
+// Calls body(begin, end) over disjoint pieces of [0, count), one contiguous piece a thread, no more of them than it
+// takes pieces of `grain` items. For work that is even and should touch memory in order.
 template <class Body>
 inline void parallel_for(int64_t count, int64_t grain, int threads, const Body& body) {
   if (count <= 0) return;

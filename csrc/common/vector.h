@@ -137,7 +137,8 @@ DALLE_INLINE Vector times_power_of_two(Vector x, Vector n) {
   const IntLanes exponent = (__builtin_convertvector(n.lanes, IntLanes) + 127) << 23;
   return {x.lanes * reinterpret_cast<FloatLanes>(exponent)};
 }
-DALLE_INLINE Vector zero_where_less(Vector x, Vector a, Vector b) { return blend(a.lanes < b.lanes, broadcast(0.0f), x);
+DALLE_INLINE Vector zero_where_less(Vector x, Vector a, Vector b) {
+  return blend(a.lanes < b.lanes, broadcast(0.0f), x);
 }
 
 #endif
@@ -194,9 +195,9 @@ struct Factor {
       : high(broadcast(static_cast<float>(x))), low(broadcast(static_cast<float>(x - static_cast<float>(x)))) {}
 };
 
-// 2^(x * factor) for products up to 127, relative error about 1e-7 however large the product (with a fused multiply-add); 0
-// below 2^-126 (also for an infinite x), NaN for NaN. 2^f on [-1/2, 1/2] is a minimax polynomial of degree 6, of relative
-// error 2e-9 before rounding.
+// 2^(x * factor) for products up to 127, relative error about 1e-7 however large the product (with a fused
+// multiply-add); 0 below 2^-126 (also for an infinite x), NaN for NaN. 2^f on [-1/2, 1/2] is a minimax polynomial of
+// degree 6, of relative error 2e-9 before rounding.
 DALLE_INLINE Vector exp2_of_product(Vector x, const Factor& factor) {
   const Vector smallest = broadcast(-126.0f);
   const Vector product = x * factor.high;

@@ -78,8 +78,9 @@ void for_each_run(const Strided& shape, int threads, const Body& body) {
   const int64_t row = row_length(m), stride = m.strides[m.dims - 1];
   if (row == 0) return;
   if (m.dims == 1) {
-    parallel_for(row, GRAIN, threads, [&](int64_t begin, int64_t end) { body(begin * stride, stride, begin, end -
-    begin); }); return;
+    parallel_for(row, GRAIN, threads,
+                 [&](int64_t begin, int64_t end) { body(begin * stride, stride, begin, end - begin); });
+    return;
   }
   const int64_t rows = element_count(m) / row;
   parallel_for(rows, GRAIN / row + 1, threads, [&](int64_t begin, int64_t end) {
