@@ -72,7 +72,7 @@ $(VENV)/.torch: $(VENV)/.torch-wanted
 # Build isolation would fetch the build tools anew and compile everything again each time.
 $(VENV)/.built: $(VENV)/.torch $(VENV)/.cuda-wanted $(BUILD_INPUTS)
 	$(BIN)/python -m pip install -q 'setuptools>=77' 'pybind11>=3.0' 'cmake>=3.24' ninja
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[data,figures,test,bench,lint]'
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install -q --no-build-isolation -e '.[data,figures,test,bench,lint]'
 	@touch $@
 
 # Files that hold a setting and change only when it does.

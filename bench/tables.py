@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
+NOT_SHOWN = ("times", "bytes_moved", "pairs")
 BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
 
 
@@ -16,9 +17,7 @@ def table(path: Path) -> str:
     """One results file as a Markdown table: a row a case, a column a candidate, medians in milliseconds."""
     content = json.loads(path.read_text(encoding="utf-8"))
     machine, cases = content["machine"], content["cases"]
-    settings = [
-        name for name in cases[0] if name not in ("times", "bytes_moved") and not isinstance(cases[0][name], dict)
-    ]
+    settings = [name for name, value in cases[0].items() if name not in NOT_SHOWN and not isinstance(value, dict)]
     shown = [name for name in settings if len({str(case[name]) for case in cases}) > 1]
     same = [f"{name.replace('_', ' ')} {cases[0][name]}" for name in settings if name not in shown]
     candidates = list(cases[0]["times"])
@@ -31,9 +30,13 @@ def table(path: Path) -> str:
         "|" + "---|" * len(shown) + "---:|" * len(candidates),
     ]
     for case in cases:
-        times = (f"{case['times'][name]['median_ms']:.3g}" for name in candidates)
+        times = (_milliseconds(case["times"][name]["median_ms"]) for name in candidates)
         lines.append("| " + " | ".join([*(str(case[name]) for name in shown), *times]) + " |")
     return "\n".join(lines)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _details(machine: dict[str, object]) -> str:
