@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dalle_kernels.gumbel_softmax import gumbel_codebook, gumbel_softmax, gumbel_softmax_kl, ops, reference
 from dalle_kernels.philox import gumbel_noise
 from dalle_kernels.testing import assert_accurate, poisoned_allocations, sample_shapes, strided_views
 
-SEED, OFFSET = torch.tensor(0x5EED), torch.tensor(0)
+SEED, OFFSET, TAU = torch.tensor(0x5EED), torch.tensor(0), torch.tensor(0.5)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -69,7 +70,8 @@ def test_sample_kl_and_gradient_meet_the_error_rule(shape, dim, tau, dtype):
     kl_shape = reference.kl_shape(logits, dim)
     weights = (_random(shape, seed=6).to(dtype).double(), _random(kl_shape, seed=7).to(dtype).double())
     with poisoned_allocations():
-        actual = _run(lambda t: ops.gumbel_softmax_kl_op(t, SEED, OFFSET, tau, False, dim), [logits], dtype, weights)
+        scalars = SEED, OFFSET, torch.tensor(tau)
+        actual = _run(lambda t: ops.gumbel_softmax_kl_op(t, *scalars, False, dim), [logits], dtype, weights)
     plain = _run(lambda t: _plain(t, tau, dim), [logits], dtype, weights)
     exact = _run(lambda t: _plain(t, tau, dim), [logits], torch.float64, weights)
     assert [result.dtype for result in actual] == [dtype, torch.float32, dtype]
@@ -87,7 +89,8 @@ def test_codebook_meets_the_error_rule(shape, dim, width, dtype):
         _random(reference.kl_shape(inputs[0], dim), seed=11),
     )
     with poisoned_allocations():
-        actual = _run(lambda t, c: ops.gumbel_codebook_op(t, c, SEED, OFFSET, 0.7, dim), inputs, dtype, weights)
+        scalars = SEED, OFFSET, torch.tensor(0.7)
+        actual = _run(lambda t, c: ops.gumbel_codebook_op(t, c, *scalars, dim), inputs, dtype, weights)
     plain = _run(lambda t, c: _plain_codebook(t, c, 0.7, dim), inputs, dtype, weights)
     exact = _run(lambda t, c: _plain_codebook(t, c, 0.7, dim), inputs, torch.float64, weights)
     for name, *results in zip(("embedding", "kl", "logits' gradient", "codebook's gradient"), actual, plain, exact):
@@ -104,17 +107,17 @@ def test_codebook_takes_its_own_dtype():
 
 def test_float64_gradients_by_finite_differences():
     logits, codebook = _random((2, 5, 3), 14).requires_grad_(), _random((5, 4), 15).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: ops.gumbel_softmax_op(t, SEED, OFFSET, 0.7, False, 1), (logits,))
-    assert torch.autograd.gradcheck(lambda t: ops.gumbel_softmax_kl_op(t, SEED, OFFSET, 0.7, False, 1), (logits,))
-    arguments = (logits, codebook)
-    assert torch.autograd.gradcheck(lambda t, c: ops.gumbel_codebook_op(t, c, SEED, OFFSET, 0.7, 1), arguments)
+    scalars = SEED, OFFSET, torch.tensor(0.7, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda t: ops.gumbel_softmax_op(t, *scalars, False, 1), (logits,))
+    assert torch.autograd.gradcheck(lambda t: ops.gumbel_softmax_kl_op(t, *scalars, False, 1), (logits,))
+    assert torch.autograd.gradcheck(lambda t, c: ops.gumbel_codebook_op(t, c, *scalars, 1), (logits, codebook))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize(("shape", "dim"), [((31, 17), 1), ((3, 13, 5), 1)])
 def test_hard_sample_is_the_one_hot_of_the_noisy_logits_with_the_soft_gradient(shape, dim, dtype):
     logits = _random(shape, 16, dtype).requires_grad_()
-    soft, hard = (ops.gumbel_softmax_op(logits, SEED, OFFSET, 0.5, hard, dim) for hard in (False, True))
+    soft, hard = (ops.gumbel_softmax_op(logits, SEED, OFFSET, TAU, hard, dim) for hard in (False, True))
     wide = reference.compute_dtype(dtype)
     scores = logits.to(wide) + _noise(logits, dim, wide)
     expected = torch.zeros(shape, dtype=dtype).scatter_(dim, scores.argmax(dim, keepdim=True), 1.0)
@@ -141,16 +144,16 @@ def test_hard_samples_follow_the_softmax_of_the_logits():
 def test_layout_does_not_change_a_bit():
     logits = _random((3, 13, 5, 2), 19, torch.float32)
     for dim in (0, 1, -1):
-        expected = ops.gumbel_softmax_kl_op(logits, SEED, OFFSET, 0.5, False, dim)
+        expected = ops.gumbel_softmax_kl_op(logits, SEED, OFFSET, TAU, False, dim)
         for name, view in strided_views(logits):
             for result, reference_result in zip(
-                ops.gumbel_softmax_kl_op(view, SEED, OFFSET, 0.5, False, dim), expected
+                ops.gumbel_softmax_kl_op(view, SEED, OFFSET, TAU, False, dim), expected
             ):
                 assert result.is_contiguous() and torch.equal(result, reference_result), name
     codebook = _random((13, 4), 20, torch.float32)
-    expected = ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, 0.5, 1)
+    expected = ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, TAU, 1)
     for name, view in strided_views(codebook):
-        result = ops.gumbel_codebook_op(logits, view, SEED, OFFSET, 0.5, 1)
+        result = ops.gumbel_codebook_op(logits, view, SEED, OFFSET, TAU, 1)
         torch.testing.assert_close(result, expected, msg=name)
 
 
@@ -158,7 +161,7 @@ def test_strided_gradients():
     logits = _random((4, 9, 6), 21, torch.float32).requires_grad_()
     weight = _random((4, 9, 6), 22, torch.float32)
     for hard in (False, True):
-        y = ops.gumbel_softmax_op(logits, SEED, OFFSET, 0.5, hard, 1)
+        y = ops.gumbel_softmax_op(logits, SEED, OFFSET, TAU, hard, 1)
         (expected,) = torch.autograd.grad(y, logits, weight, retain_graph=True)
         for name, view in strided_views(weight):
             (grad,) = torch.autograd.grad(y, logits, view, retain_graph=True)
@@ -167,16 +170,16 @@ def test_strided_gradients():
 
 def test_neither_batch_split_nor_chunks_change_the_sample(monkeypatch):
     logits = _random((6, 11, 4), 23, torch.float32)
-    whole = ops.gumbel_softmax_op(logits, SEED, OFFSET, 0.5, False, 1)
-    rest = ops.gumbel_softmax_op(logits[2:], SEED, torch.tensor(2 * 4), 0.5, False, 1)
+    whole = ops.gumbel_softmax_op(logits, SEED, OFFSET, TAU, False, 1)
+    rest = ops.gumbel_softmax_op(logits[2:], SEED, torch.tensor(2 * 4), TAU, False, 1)
     torch.testing.assert_close(rest, whole[2:], rtol=1e-6, atol=0)
     codebook = _random((11, 3), 24, torch.float32)
-    embedding = ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, 0.5, 1)
+    embedding = ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, TAU, 1)
     for elements in (1, 30, 100):
         monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", elements)
-        chunked = ops.gumbel_softmax_op(logits, SEED, OFFSET, 0.5, False, 1)
+        chunked = ops.gumbel_softmax_op(logits, SEED, OFFSET, TAU, False, 1)
         torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=0)
-        torch.testing.assert_close(ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, 0.5, 1), embedding)
+        torch.testing.assert_close(ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, TAU, 1), embedding)
 
 
 def test_generator_decides_the_sample():
@@ -201,9 +204,9 @@ def test_bad_rows_stay_alone():
     good = torch.tensor([0, 2, 4, 6, 7])
     codebook = _random((6, 4), 27, torch.float32)
     calls = [
-        lambda t: ops.gumbel_softmax_kl_op(t, SEED, OFFSET, 0.5, False, 1),
-        lambda t: ops.gumbel_softmax_kl_op(t, SEED, OFFSET, 0.5, True, 1),
-        lambda t: ops.gumbel_codebook_op(t, codebook, SEED, OFFSET, 0.5, 1),
+        lambda t: ops.gumbel_softmax_kl_op(t, SEED, OFFSET, TAU, False, 1),
+        lambda t: ops.gumbel_softmax_kl_op(t, SEED, OFFSET, TAU, True, 1),
+        lambda t: ops.gumbel_codebook_op(t, codebook, SEED, OFFSET, TAU, 1),
     ]
     for call in calls:
         results = []
@@ -223,7 +226,7 @@ def test_extreme_logits_stay_finite(tau):
         [[1e4, -1e4, 0.0, 3.0], [-1e4, -1e4, -1e4, -1e4], [1e4, 1e4, 1e4, 1e4], [0.0, -math.inf, 1.0, -2.0]]
     )
     leaf = logits.requires_grad_()
-    y, kl = ops.gumbel_softmax_kl_op(leaf, SEED, OFFSET, tau, False, 1)
+    y, kl = ops.gumbel_softmax_kl_op(leaf, SEED, OFFSET, torch.tensor(tau), False, 1)
     (grad,) = torch.autograd.grad([y, kl], leaf, [torch.ones_like(y).cumsum(1), torch.ones_like(kl)])
     assert torch.isfinite(y).all() and torch.isfinite(kl).all() and torch.isfinite(grad).all()
     torch.testing.assert_close(y.sum(1), torch.ones(4))
@@ -249,49 +252,51 @@ def test_one_code_and_no_rows():
 
 def test_autocast_changes_nothing():
     logits, codebook = _random((4, 9), 29, torch.float32), _random((9, 3), 30, torch.float32)
-    expected = ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, 0.5, 1)
+    expected = ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, TAU, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        for result, reference_result in zip(ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, 0.5, 1), expected):
+        for result, reference_result in zip(ops.gumbel_codebook_op(logits, codebook, SEED, OFFSET, TAU, 1), expected):
             assert torch.equal(result, reference_result)
 
 
 def test_opcheck():
     logits, codebook = _random((2, 5, 3), 31, torch.float32).requires_grad_(), _random((5, 4), 32, torch.float32)
     codebook.requires_grad_()
-    sample = (logits, SEED, OFFSET, 0.5, True, 1)
+    sample = (logits, SEED, OFFSET, TAU, True, 1)
     torch.library.opcheck(ops.gumbel_softmax_op.overload, sample)
     torch.library.opcheck(ops.gumbel_softmax_kl_op.overload, sample)
-    torch.library.opcheck(ops.gumbel_codebook_op.overload, (logits, codebook, SEED, OFFSET, 0.5, 1))
+    torch.library.opcheck(ops.gumbel_codebook_op.overload, (logits, codebook, SEED, OFFSET, TAU, 1))
     logits, codebook, kl = logits.detach(), codebook.detach(), torch.ones(2, 3)
-    saved = (logits, logits, SEED, OFFSET, 0.5, False, 1)
+    saved = (logits, logits, SEED, OFFSET, TAU, False, 1)
     embedding = torch.ones(2, 4, 3)
     torch.library.opcheck(ops.gumbel_softmax_backward_op.overload, (logits, *saved))
     torch.library.opcheck(ops.gumbel_softmax_kl_backward_op.overload, (logits, kl, *saved))
-    arguments = (embedding, kl, logits, codebook, SEED, OFFSET, 0.5, 1)
+    arguments = (embedding, kl, logits, codebook, SEED, OFFSET, TAU, 1)
     torch.library.opcheck(ops.gumbel_codebook_backward_op.overload, arguments)
 
 
-def test_compiles_whole():
+def test_compiles_whole_and_once_for_every_temperature():
+    """The first temperature may be compiled as a constant; the graph of the second serves all the others."""
     logits, codebook = _random((2, 5, 3), 33, torch.float32).requires_grad_(), _random((5, 4), 34, torch.float32)
+    counter = CompileCounterWithBackend("aot_eager")
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
     def step(logits, codebook, tau):
         y = gumbel_softmax(logits, tau, hard=True, dim=1)
         sample, kl = gumbel_softmax_kl(logits, tau, dim=1)
         embedding, _ = gumbel_codebook(logits, codebook, tau, 1)
-        return y.sum() + sample.square().sum() + kl.sum() + embedding.sum()
+        return y.sum() + sample.square().sum() + kl.sum() + embedding.sum(), sample, embedding
 
-    for tau in (1.0, 0.5, 0.25):
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for tau in [1.0, *(16.0 ** -(update / 11) for update in range(1, 12))]:
         torch.manual_seed(35)
-        loss = step(logits, codebook, tau)
-        (grad,) = torch.autograd.grad(loss, logits)
+        loss, *samples = compiled(logits, codebook, tau)
         torch.manual_seed(35)
-        y = gumbel_softmax(logits, tau, hard=True, dim=1)
-        sample, kl = gumbel_softmax_kl(logits, tau, dim=1)
-        embedding, _ = gumbel_codebook(logits, codebook, tau, 1)
-        expected = y.sum() + sample.square().sum() + kl.sum() + embedding.sum()
+        expected, *expected_samples = step(logits, codebook, tau)
+        for sample, expected_sample in zip(samples, expected_samples):
+            assert torch.equal(sample, expected_sample), tau
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(grad, torch.autograd.grad(expected, logits)[0])
+        grads = (torch.autograd.grad(total, logits)[0] for total in (loss, expected))
+        torch.testing.assert_close(*grads)
+    assert counter.frame_count <= 2
 
 
 def test_compiles_with_inductor():

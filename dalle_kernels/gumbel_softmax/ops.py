@@ -4,6 +4,11 @@ The operators ``dalle_kernels::gumbel_softmax``, ``gumbel_softmax_kl`` and ``gum
 offset as int64 scalar tensors (``dalle_kernels.philox`` says what they mean). The public functions draw a fresh seed
 for each call and pass offset 0; a caller that splits a batch and wants the noise of the whole calls the operators with
 one seed and, as offset, the number of rows before the part.
+
+The temperature tau too reaches the operators as a scalar tensor, in the dtype of their arithmetic (float32, or float64
+for float64 logits), since ``torch.compile`` would compile anew for each value of a Python number. It is a constant: no
+gradient flows to it. All three scalars lie on the logits' device, so that a kernel, for CPU or CUDA, can read them
+through their address and the host need not wait for the device.
 """
 
 from __future__ import annotations
@@ -17,9 +22,9 @@ from dalle_kernels._dispatch import Op
 from dalle_kernels.gumbel_softmax import reference
 from dalle_kernels.philox import new_seed
 
-_SAMPLE = "Tensor logits, Tensor seed, Tensor offset, float tau, bool hard, int dim"
-_SAMPLE_BACKWARD = "Tensor logits, Tensor y, Tensor seed, Tensor offset, float tau, bool hard, int dim"
-_CODEBOOK = "Tensor logits, Tensor codebook, Tensor seed, Tensor offset, float tau, int dim"
+_SAMPLE = "Tensor logits, Tensor seed, Tensor offset, Tensor tau, bool hard, int dim"
+_SAMPLE_BACKWARD = "Tensor logits, Tensor y, Tensor seed, Tensor offset, Tensor tau, bool hard, int dim"
+_CODEBOOK = "Tensor logits, Tensor codebook, Tensor seed, Tensor offset, Tensor tau, int dim"
 
 
 def _fake_logits(logits: Tensor) -> Tensor:
@@ -65,28 +70,28 @@ gumbel_codebook_backward_op.provide("reference", reference.gumbel_codebook_backw
 
 
 def _save_sample(ctx, inputs, output) -> None:
-    logits, seed, offset, ctx.tau, ctx.hard, ctx.dim = inputs
+    logits, seed, offset, tau, ctx.hard, ctx.dim = inputs
     y = output[0] if isinstance(output, tuple) else output
-    ctx.save_for_backward(logits, y, seed, offset)
+    ctx.save_for_backward(logits, y, seed, offset, tau)
 
 
 def _sample_gradient(ctx, grad_y):
-    grad = gumbel_softmax_backward_op(grad_y, *ctx.saved_tensors, ctx.tau, ctx.hard, ctx.dim)
+    grad = gumbel_softmax_backward_op(grad_y, *ctx.saved_tensors, ctx.hard, ctx.dim)
     return grad, None, None, None, None, None
 
 
 def _sample_kl_gradient(ctx, grad_y, grad_kl):
-    grad = gumbel_softmax_kl_backward_op(grad_y, grad_kl, *ctx.saved_tensors, ctx.tau, ctx.hard, ctx.dim)
+    grad = gumbel_softmax_kl_backward_op(grad_y, grad_kl, *ctx.saved_tensors, ctx.hard, ctx.dim)
     return grad, None, None, None, None, None
 
 
 def _save_codebook(ctx, inputs, output) -> None:
-    logits, codebook, seed, offset, ctx.tau, ctx.dim = inputs
-    ctx.save_for_backward(logits, codebook, seed, offset)
+    logits, codebook, seed, offset, tau, ctx.dim = inputs
+    ctx.save_for_backward(logits, codebook, seed, offset, tau)
 
 
 def _codebook_gradient(ctx, grad_embedding, grad_kl):
-    grads = gumbel_codebook_backward_op(grad_embedding, grad_kl, *ctx.saved_tensors, ctx.tau, ctx.dim)
+    grads = gumbel_codebook_backward_op(grad_embedding, grad_kl, *ctx.saved_tensors, ctx.dim)
     return *grads, None, None, None, None
 
 
@@ -114,8 +119,12 @@ def _check(logits: Tensor, tau: float, dim: int) -> None:
         raise ValueError(f"expected a finite temperature tau above 0, got {tau}; for a one-hot sample pass hard=True")
 
 
-def _noise(logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    return new_seed(logits.device, generator), torch.zeros((), dtype=torch.int64, device=logits.device)
+def _scalars(logits: Tensor, tau: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The operators' seed, offset and temperature, scalar tensors on the logits' device."""
+    offset = torch.zeros((), dtype=torch.int64, device=logits.device)
+    # A product, since torch.compile makes tau a constant of the graph where it meets torch.full or torch.tensor.
+    one = torch.ones((), dtype=reference.compute_dtype(logits.dtype), device=logits.device)
+    return new_seed(logits.device, generator), offset, one * float(tau)
 
 
 def gumbel_softmax(
@@ -140,7 +149,7 @@ def gumbel_softmax(
             on another device.
     """
     _check(logits, tau, dim)
-    return gumbel_softmax_op(logits, *_noise(logits, generator), float(tau), hard, dim)
+    return gumbel_softmax_op(logits, *_scalars(logits, tau, generator), hard, dim)
 
 
 def gumbel_softmax_kl(
@@ -153,7 +162,7 @@ def gumbel_softmax_kl(
     Arguments, y and errors are those of :func:`gumbel_softmax`. Both outputs carry gradients to the logits.
     """
     _check(logits, tau, dim)
-    return gumbel_softmax_kl_op(logits, *_noise(logits, generator), float(tau), hard, dim)
+    return gumbel_softmax_kl_op(logits, *_scalars(logits, tau, generator), hard, dim)
 
 
 def gumbel_codebook(
@@ -187,4 +196,4 @@ def gumbel_codebook(
         raise ValueError(
             f"expected the codebook on the logits' device {logits.device}, got {codebook.device}; move it with .to()"
         )
-    return gumbel_codebook_op(logits, codebook, *_noise(logits, generator), float(tau), dim)
+    return gumbel_codebook_op(logits, codebook, *_scalars(logits, tau, generator), dim)

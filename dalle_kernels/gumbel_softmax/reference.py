@@ -1,8 +1,8 @@
 """Gumbel-softmax in plain PyTorch: the definition of the ops, in any floating dtype, on any device.
 
 A call is seen as ``[outer, columns, inner]``, where the columns run along ``dim``, and is worked through in chunks that
-stay in a CPU's cache. Arithmetic is float32 (float64 for float64 logits); the noise is that of
-``dalle_kernels.philox``.
+stay in a CPU's cache. Arithmetic is float32 (float64 for float64 logits), the dtype of the scalar tensor tau; the noise
+is that of ``dalle_kernels.philox``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _along_columns(function: Callable[[Tensor, int], Tensor], scores: Tensor) ->
     return function(scores.squeeze(2), 1).unsqueeze(2) if scores.shape[2] == 1 else function(scores, 1)
 
 
-def _soft_sample(logits: Tensor, seed: Tensor, rows: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def _soft_sample(logits: Tensor, seed: Tensor, rows: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """The noisy scores ``logits + gumbel`` and the soft sample ``softmax(scores / tau)`` of one chunk."""
     scores = gumbel_noise(seed, rows, logits.shape[1], logits.dtype).add_(logits)
     return scores, _along_columns(torch.softmax, scores / tau)
@@ -79,7 +79,7 @@ def _posterior(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, log_ratio, (q * log_ratio).sum(1, keepdim=True)
 
 
-def _softmax_backward(grad: Tensor, soft: Tensor, tau: float) -> Tensor:
+def _softmax_backward(grad: Tensor, soft: Tensor, tau: Tensor) -> Tensor:
     weighted = grad * soft
     return weighted.sub_(soft * weighted.sum(1, keepdim=True)).div_(tau)
 
@@ -90,12 +90,12 @@ def _kl_backward(grad_kl: Tensor, logits: Tensor) -> Tensor:
     return q.mul_(log_ratio.sub_(kl)).mul_(grad_kl)
 
 
-def gumbel_softmax(logits: Tensor, seed: Tensor, offset: Tensor, tau: float, hard: bool, dim: int) -> Tensor:
+def gumbel_softmax(logits: Tensor, seed: Tensor, offset: Tensor, tau: Tensor, hard: bool, dim: int) -> Tensor:
     return _sample(logits, seed, offset, tau, hard, dim, with_kl=False)[0]
 
 
 def gumbel_softmax_kl(
-    logits: Tensor, seed: Tensor, offset: Tensor, tau: float, hard: bool, dim: int
+    logits: Tensor, seed: Tensor, offset: Tensor, tau: Tensor, hard: bool, dim: int
 ) -> tuple[Tensor, Tensor]:
     return _sample(logits, seed, offset, tau, hard, dim, with_kl=True)
 
@@ -115,7 +115,7 @@ def _sample(logits, seed, offset, tau, hard, dim, with_kl: bool) -> tuple[Tensor
 
 
 def gumbel_softmax_backward(
-    grad_y: Tensor, logits: Tensor, y: Tensor, seed: Tensor, offset: Tensor, tau: float, hard: bool, dim: int
+    grad_y: Tensor, logits: Tensor, y: Tensor, seed: Tensor, offset: Tensor, tau: Tensor, hard: bool, dim: int
 ) -> Tensor:
     return gumbel_softmax_kl_backward(grad_y, None, logits, y, seed, offset, tau, hard, dim)
 
@@ -127,7 +127,7 @@ def gumbel_softmax_kl_backward(
     y: Tensor,
     seed: Tensor,
     offset: Tensor,
-    tau: float,
+    tau: Tensor,
     hard: bool,
     dim: int,
 ) -> Tensor:
@@ -147,7 +147,7 @@ def gumbel_softmax_kl_backward(
 
 
 def gumbel_codebook(
-    logits: Tensor, codebook: Tensor, seed: Tensor, offset: Tensor, tau: float, dim: int
+    logits: Tensor, codebook: Tensor, seed: Tensor, offset: Tensor, tau: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
     source = _as_rows(logits, dim)
     outer, _, inner = source.shape
@@ -169,7 +169,7 @@ def gumbel_codebook_backward(
     codebook: Tensor,
     seed: Tensor,
     offset: Tensor,
-    tau: float,
+    tau: Tensor,
     dim: int,
 ) -> tuple[Tensor, Tensor]:
     """The sample is never kept: it is drawn again from the same seed and offset."""
