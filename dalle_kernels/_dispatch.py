@@ -82,9 +82,22 @@ class Op:
         self.providers.append(Provider(name, run, unavailable, unsupported))
 
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
-        """Give the op its gradient, as ``torch.library.register_autograd`` does."""
+        """Give the op its gradient, as ``torch.library.register_autograd`` does; it is differentiable once.
+
+        A gradient is an op without a gradient of its own, so a second derivative would silently be zero: asking for one
+        (``create_graph=True``) raises.
+        """
+
+        def backward_once(ctx, *gradients):
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{self.name} is differentiable once: expected a backward without create_graph=True, got one with "
+                    "it; for a second derivative use the plain PyTorch expression"
+                )
+            return backward(ctx, *gradients)
+
         torch.library.register_autograd(
-            f"{NAMESPACE}::{self.name}", backward, setup_context=setup_context, lib=_library
+            f"{NAMESPACE}::{self.name}", backward_once, setup_context=setup_context, lib=_library
         )
 
     def choose(self, args: tuple) -> Provider:

@@ -198,3 +198,24 @@ def test_command_prints_versions_and_every_op(capsys):
         assert f"\n{name} " in printed
     if NATIVE:
         assert f"uses {_native.instruction_sets()[2]}" in printed
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: dalle_kernels.gumbel_softmax(x),
+        lambda x: dalle_kernels.logit_laplace_loss(torch.full((3, 5), 0.5), x, torch.zeros(3, 5)),
+        lambda x: dalle_kernels.linear_cross_entropy(x, torch.ones(7, 5), torch.tensor([1, 2, 3])),
+        lambda x: dalle_kernels.linear_cross_entropy(x, torch.ones(7, 5), torch.tensor([1, 2, 3]), reduction="none"),
+        lambda x: dalle_kernels.sparse_attention(
+            *[x[None, None]] * 3, dalle_kernels.AttentionPattern("row", 1, (1, 2))
+        ),
+    ],
+    ids=["gumbel_softmax", "logit_laplace", "cross_entropy", "cross_entropy_rows", "attention"],
+)
+def test_a_second_derivative_is_refused_and_not_zero(call):
+    x = torch.randn(3, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(call(x).sum(), x)
+    assert gradient.isfinite().all()
+    with pytest.raises(RuntimeError, match="is differentiable once"):
+        torch.autograd.grad(call(x).sum(), x, create_graph=True)
