@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         print(table([*versions(), *processor(), *gpus()]))
         header = ("op", "device", "runs", "why not a faster one")
         print("\n" + table([header, *op_rows(DEVICE_TYPES)]))
-    except (_native.NativeError, ValueError) as error:
+    except (_native.NativeError, dalle_kernels.ProviderError) as error:
         print(f"dalle_kernels: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -138,18 +138,14 @@ def ops() -> dict[str, Op]:
 _forced: str | None = None
 
 
-def _checked_provider(name: str) -> str:
-    if name not in PROVIDERS:
-        raise ValueError(f"expected a provider among {', '.join(PROVIDERS)}, got {name!r}")
-    return name
-
-
 def forced_provider() -> str | None:
     """The provider forced by :func:`use` or by the environment variable DALLE_KERNELS_PROVIDER, else None."""
     if _forced is not None:
         return _forced
-    name = os.environ.get(ENVIRONMENT_VARIABLE)
-    return _checked_provider(name) if name else None
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None and name not in PROVIDERS:
+        raise ProviderError(f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(PROVIDERS)}, got {name!r}; unset it")
+    return name
 
 
 @contextmanager
@@ -160,7 +156,9 @@ def use(provider: str) -> Iterator[None]:
     the provider cannot serve raises :class:`ProviderError`, which says why.
     """
     global _forced
-    previous, _forced = _forced, _checked_provider(provider)
+    if provider not in PROVIDERS:
+        raise ValueError(f"expected a provider among {', '.join(PROVIDERS)}, got {provider!r}")
+    previous, _forced = _forced, provider
     try:
         yield
     finally:

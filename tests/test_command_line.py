@@ -76,3 +76,18 @@ def test_every_job_is_listed():
     shared = {"__init__.py", "training_arguments.py"}
     modules = {name for name in os.listdir(folder) if name.endswith(".py")} - shared
     assert modules == {f"{name}.py" for name in cli.JOBS}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("DALLE_KERNELS_PROVIDER", "fastest", "DALLE_KERNELS_PROVIDER: expected one of native, triton, reference"),
+        ("DALLE_KERNELS_PROVIDER", "triton", "provider 'triton' was forced but"),
+    ],
+)
+def test_a_provider_that_cannot_serve_is_one_sentence(monkeypatch, tmp_path, capsys, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    assert main(["demo", "-o", str(tmp_path / "demo.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dalle: error: ") and message in error and "Traceback" not in error
+    assert not (tmp_path / "demo.png").exists()

@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (MemoryError, RuntimeError) as error:
+        if _is_about_providers(error):
+            print(f"dalle: error: {error}", file=sys.stderr)
+            return 2
         if not _is_out_of_memory(error):
             raise
         print(
@@ -59,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def _is_about_providers(error: Exception) -> bool:
+    # DALLE_KERNELS_PROVIDER and DALLE_KERNELS_ISA can ask for what is not to be had. Whoever raised this has loaded the
+    # kernels; nobody else should wait for them.
+    kernels = sys.modules.get("dalle_kernels")
+    return kernels is not None and isinstance(error, (kernels.NativeError, kernels.ProviderError))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
