@@ -85,7 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(table([*versions(), *processor(), *gpus()]))
         header = ("op", "device", "runs", "why not a faster one")
-        print("\n" + table([header, *op_rows(DEVICE_TYPES)]))
+        print("\n" + table([header, *op_rows(DEVICE_TYPES)]), flush=True)
+    except BrokenPipeError:  # The reader of our output has left, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (_native.NativeError, dalle_kernels.ProviderError) as error:
         print(f"dalle_kernels: error: {error}", file=sys.stderr)
         return 2
