@@ -19,7 +19,7 @@ import torch
 
 from dalle.config import DALLEConfig, DVAEConfig
 from dalle.errors import UserError
-from dalle.files import atomic_write_folder, read_json, sha256, to_json
+from dalle.files import atomic_write_folder, read_json, sha256, sha256_of_file, to_json
 
 if TYPE_CHECKING:
     from dalle.dvae import DVAE
@@ -88,10 +88,10 @@ def _description(path: Path, kind: str) -> dict[str, Any]:
 def check_sha256(path: Path, expected: str | None) -> None:
     """Raise UserError unless the file's SHA-256 is the ``expected`` one."""
     try:
-        data = path.read_bytes()
+        found = sha256_of_file(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; its folder is incomplete") from None
-    if sha256(data) != expected:
+    if found != expected:
         raise UserError(
             f"{path} is truncated or was changed: its SHA-256 differs from the recorded one; restore the file"
         )

@@ -126,6 +126,12 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def sha256_of_file(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal, read as a stream: weights may be larger than the memory left."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sha256(data: bytes) -> str:
     """The SHA-256 of ``data`` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

@@ -112,7 +112,7 @@ class DALLEStage(Stage):
         self._check_fit()
         self.captions = list(images.captions)
         self.fingerprint = images.fingerprint
-        self.tokens = encode_dataset(self.dvae, dvae_folder, images, training.crops, training.seed, cache, device)
+        self.tokens = self._encode(images, training.crops, cache)
         self.held_out_captions, self.held_out_tokens = self._held_out(held_out, cache)
         self.order = EpochOrder(len(images), training.seed)
         torch.manual_seed(derived_seed(training.seed, "dalle"))
@@ -140,8 +140,10 @@ class DALLEStage(Stage):
     def _held_out(self, held_out: ImageTextDataset | None, cache: str | Path) -> tuple[list[str], torch.Tensor]:
         if held_out is None or len(held_out) == 0:
             return [], self.tokens[:0, 0]
-        tokens = encode_dataset(self.dvae, self.dvae_folder, held_out, 1, self.training.seed, cache, self.device)
-        return list(held_out.captions), tokens[:, 0]
+        return list(held_out.captions), self._encode(held_out, 1, cache)[:, 0]
+
+    def _encode(self, images: ImageTextDataset, crops: int, cache: str | Path) -> torch.Tensor:
+        return encode_dataset(self.dvae, self.dvae_sha256, images, crops, self.training.seed, cache, self.device)
 
     def learning_rate(self, update: int) -> float:
         settings = self.training

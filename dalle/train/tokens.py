@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dalle.checkpoint import dvae_sha256, read_tensors, to_safetensors
+from dalle.checkpoint import read_tensors, to_safetensors
 from dalle.data import ImageTextDataset
 from dalle.dvae import DVAE
 from dalle.errors import UserError
@@ -19,7 +19,7 @@ from dalle.train.batches import ImageBatches
 @torch.no_grad()
 def encode_dataset(
     dvae: DVAE,
-    dvae_folder: str | Path,
+    dvae_sha256: str,
     images: ImageTextDataset,
     crops: int,
     seed: int,
@@ -29,10 +29,11 @@ def encode_dataset(
 ) -> torch.Tensor:
     """Image tokens of every sample, int32 [len(images), crops, H * W], in raster order.
 
-    Crop c of an image is its augmentation (paper Listing 2) of epoch c. The tokens are read from ``cache`` when it
-    holds those of the same dVAE, data, crops and seed, else encoded and written there.
+    ``dvae_sha256`` is the identity of ``dvae`` (``dalle.checkpoint.dvae_sha256``). Crop c of an image is its
+    augmentation (paper Listing 2) of epoch c. The tokens are read from ``cache`` when it holds those of the same dVAE,
+    data, crops and seed, else encoded and written there.
     """
-    key = sha256("/".join(map(str, (dvae_sha256(dvae_folder), images.fingerprint, crops, seed))).encode())
+    key = sha256("/".join(map(str, (dvae_sha256, images.fingerprint, crops, seed))).encode())
     path = Path(cache) / f"tokens-{key[:16]}.safetensors"
     try:
         tokens = read_tensors(path, "cached image tokens").get("tokens") if path.exists() else None
