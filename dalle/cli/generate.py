@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     import time
 
     from dalle.checkpoint import load_dalle, load_dvae, shipped, to_safetensors
+    from dalle.device import usable_device
     from dalle.errors import UserError
     from dalle.files import atomic_write
     from dalle.generation import generate
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
         if not path.parent.is_dir():
             raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    device = _device(args.device)
+    device = usable_device(args.device)
     folder = args.checkpoint or shipped("emoji")
     model, tokenizer = load_dalle(folder)
     model, dvae = model.to(device), load_dvae(folder).to(device)
@@ -82,19 +83,6 @@ def run(args: argparse.Namespace) -> None:
         atomic_write(args.tokens_out, to_safetensors({"tokens": drawn.tokens}))
     count = len(args.prompts) * args.samples
     print(f"{args.out.resolve()}: {count} {'image' if count == 1 else 'images'} in {time.monotonic() - started:.1f} s")
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    from dalle.errors import UserError
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"expected a device that torch can use, as cpu or cuda, got {name!r}: {error}") from error
-    return device
 
 
 def _prime(path: Path | None, rows: int | None, dvae: DVAE, grid: tuple[int, int]) -> torch.Tensor | None:

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dalle.cli.training_arguments import (
-    add_training_arguments,
-    model_config,
-    open_images,
-    prepare_device,
-    read_sections,
-    run_settings,
-)
+from dalle.cli.training_arguments import add_training_arguments, train_stage
 
 NAME = "train-dvae"
 HELP = "Train the discrete VAE of stage 1 on images; captions are not needed."
@@ -23,18 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train stage 1 and print where its model folder is."""
-    device = prepare_device(args)
-
-    from dalle.config import DVAEConfig, from_mapping
+    from dalle.config import DVAEConfig
     from dalle.train.dvae import DVAEStage, DVAETraining
-    from dalle.train.loop import require_startable
-    from dalle.train.loop import run as train
 
-    driving = run_settings(args)
-    require_startable(args.out, args.resume)
-    where, (model, training) = read_sections(args, "dvae", "dvae_training")
-    config = model_config(DVAEConfig, model, f"{where}, [dvae]")
-    settings = from_mapping(DVAETraining, training, f"{where}, [dvae_training]")
-    images, held_out = open_images(args.data, captions=False)
-    stage = DVAEStage(config, settings, images, held_out, device)
-    print(f"stage 1 is done; its model: {train(stage, args.out, driving, args.resume)}")
+    print(f"stage 1 is done; its model: {train_stage(args, 'dvae', DVAEConfig, DVAETraining, False, DVAEStage)}")

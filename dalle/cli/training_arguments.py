@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import ctypes
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalle.config import read_toml
+from dalle.device import usable_device
 from dalle.errors import UserError
 
 if TYPE_CHECKING:
     from dalle.data import ImageTextDataset
-    from dalle.train.loop import RunSettings
+    from dalle.train.loop import RunSettings, Stage
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OVERRIDES = ("updates", "batch_size", "learning_rate", "seed")
@@ -44,7 +46,35 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-checkpoints", type=int, default=3, help="how many to keep (default: %(default)s)")
 
 
-def read_sections(args: argparse.Namespace, *names: str) -> tuple[str, list[dict[str, Any]]]:
+def train_stage(
+    args: argparse.Namespace,
+    stage: str,
+    config_class: Any,
+    settings_class: Any,
+    captions: bool,
+    make: Callable[..., Stage],
+) -> Path:
+    """Train one stage as the flags say and return its model folder.
+
+    ``stage`` names the config's sections, ``[<stage>]`` of ``config_class`` and ``[<stage>_training]`` of
+    ``settings_class``; ``make(config, settings, images, held_out, device)`` builds what the loop drives. ``captions``:
+    whether images need them.
+    """
+    device = _prepare_device(args)
+
+    from dalle.config import from_mapping
+    from dalle.train.loop import require_startable, run
+
+    driving = _run_settings(args)
+    require_startable(args.out, args.resume)
+    where, (model, training) = _read_sections(args, stage, f"{stage}_training")
+    config = model_config(config_class, model, f"{where}, [{stage}]")
+    settings = from_mapping(settings_class, training, f"{where}, [{stage}_training]")
+    images, held_out = _open_images(args.data, captions)
+    return run(make(config, settings, images, held_out, device), args.out, driving, args.resume)
+
+
+def _read_sections(args: argparse.Namespace, *names: str) -> tuple[str, list[dict[str, Any]]]:
     """The config's sections called ``names``, and where they come from for error messages.
 
     A model section may name a ``preset`` that its other keys change; ``--preset`` replaces the section. The other flags
@@ -78,7 +108,7 @@ def _config_path(name: str) -> Path:
     return shipped if shipped.exists() else Path(name)
 
 
-def run_settings(args: argparse.Namespace) -> RunSettings:
+def _run_settings(args: argparse.Namespace) -> RunSettings:
     """The settings of the loop that the flags give."""
     from dalle.train.loop import RunSettings
 
@@ -86,7 +116,7 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
     return RunSettings(**{name: getattr(args, name) for name in names})
 
 
-def prepare_device(args: argparse.Namespace) -> str:
+def _prepare_device(args: argparse.Namespace) -> str:
     """Set the thread count, keep freed memory, and return the device to train on."""
     import torch
 
@@ -98,18 +128,13 @@ def prepare_device(args: argparse.Namespace) -> str:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: no usable NVIDIA GPU was found; leave the flag out to train on the CPU")
-    try:
-        if torch.device(device).type not in ("cpu", "cuda"):
-            raise RuntimeError("another kind of device")
-        torch.empty(0, device=device)
-    except RuntimeError:
-        raise UserError(f"--device: expected cpu, cuda or cuda:N of a GPU that is there, got {device!r}") from None
+    usable_device(device, kinds=("cpu", "cuda"))
     return device
 
 
 def _keep_freed_memory() -> None:
-    # glibc returns every large buffer to the kernel on free; fetching its pages anew each update took half the time of
-    # a small dVAE's training here. So tell it to keep them: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD at their largest.
+    # glibc returns every large buffer to the kernel on free, and each update would fetch its pages anew. So tell it to
+    # keep them: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD at their largest.
     if sys.platform != "linux":
         return
     try:
@@ -120,7 +145,7 @@ def _keep_freed_memory() -> None:
     mallopt(-1, 2**31 - 1)
 
 
-def open_images(path: Path, captions: bool) -> tuple[ImageTextDataset, ImageTextDataset | None]:
+def _open_images(path: Path, captions: bool) -> tuple[ImageTextDataset, ImageTextDataset | None]:
     """The training images and the held-out ones, where there are any; prints how many were skipped and why."""
     from dalle.data import open_dataset
 
