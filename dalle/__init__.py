@@ -6,10 +6,7 @@ them.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
-__version__ = "0.1.0"
+from dalle.lazy import lazy_attributes
 
 _HOMES = {
     "DALLE": "dalle.transformer",
@@ -23,9 +20,5 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: `import dalle` and `dalle --help` must not wait for torch.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dalle' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+# `import dalle` and `dalle --help` must not wait for torch.
+__getattr__ = lazy_attributes(__name__, {**_HOMES, "__version__": "dalle_kernels"})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from dalle.lazy import lazy_attributes
 
 _HOMES = {
     "Filters": "dalle.data.filters",
@@ -18,9 +17,5 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: the processes that render pictures need no torch.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dalle.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+# The processes that render pictures need no torch.
+__getattr__ = lazy_attributes(__name__, _HOMES)
