@@ -106,6 +106,6 @@ def call(kernel: str, device: torch.device, **arguments) -> None:
     module = library(device.type)
     if device.type == "cuda":
         with torch.cuda.device(device):
-            getattr(module, kernel)(**arguments, stream=torch.cuda.current_stream(device).cuda_stream)
+            getattr(module, kernel)(**arguments, executor=torch.cuda.current_stream(device).cuda_stream)
     else:
-        getattr(module, kernel)(**arguments, threads=torch.get_num_threads())
+        getattr(module, kernel)(**arguments, executor=torch.get_num_threads())

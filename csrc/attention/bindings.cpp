@@ -1,0 +1,52 @@
+#include <tuple>
+
+#include "attention/attention.h"
+#include "common/module.h"
+
+using namespace dalle;
+using namespace pybind11::literals;
+
+namespace {
+
+// A tensor [batch, heads, seq, head_dim] comes as its address and its first three strides, a pattern as its six
+// numbers.
+using HeadsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+using PatternTuple = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+Heads heads_of(const HeadsTuple& t) {
+  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+Pattern pattern_of(const PatternTuple& t) {
+  const auto [kind, seq, text_len, height, width, kernel_size] = t;
+  return {PatternKind{kind}, seq, text_len, height, width, kernel_size};
+}
+
+}  // namespace
+
+DALLE_BINDINGS(m) {
+  m.def(
+      "sparse_attention",
+      [](int dtype, int64_t batch, int64_t heads, int64_t head_dim, const PatternTuple& pattern, float scale,
+         const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, const HeadsTuple& out, uintptr_t lse,
+         uintptr_t executor) {
+        const SparseAttention params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale, heads_of(q),
+                                     heads_of(k), heads_of(v), heads_of(out), pointer<float>(lse),
+                                     threads_of(executor)};
+        DALLE_RUN(sparse_attention, params, executor);
+      },
+      "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
+      "executor"_a);
+  m.def(
+      "sparse_attention_backward",
+      [](int dtype, int64_t batch, int64_t heads, int64_t head_dim, const PatternTuple& pattern, float scale,
+         const HeadsTuple& grad_out, const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v,
+         const HeadsTuple& dq, const HeadsTuple& dk, const HeadsTuple& dv, uintptr_t executor) {
+        const SparseAttentionBackward params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale,
+                                             heads_of(grad_out), heads_of(q), heads_of(k), heads_of(v),
+                                             heads_of(dq), heads_of(dk), heads_of(dv), threads_of(executor)};
+        DALLE_RUN(sparse_attention_backward, params, executor);
+      },
+      "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "grad_out"_a, "q"_a, "k"_a, "v"_a, "dq"_a,
+      "dk"_a, "dv"_a, "executor"_a);
+}
