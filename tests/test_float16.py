@@ -207,7 +207,7 @@ def test_kernels_write_within_bounds_and_all_of_them():
     codes = torch.full((1002,), 0x7ABC, dtype=torch.int16)
     flag = torch.full((3,), 7, dtype=torch.uint8)
     library = _native.library("cpu")
-    common = {"sizes": [1000], "strides": [1], "format": 0, "threads": 2}
+    common = {"sizes": [1000], "strides": [1], "format": 0, "executor": 2}
     library.float16_encode(
         input=x.data_ptr(), dtype=0, codes=codes[1:].data_ptr(), nonfinite=flag[1:].data_ptr(), **common
     )
