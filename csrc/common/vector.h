@@ -39,8 +39,11 @@ DALLE_INLINE Vector broadcast(float x) { return {_mm512_set1_ps(x)}; }
 DALLE_INLINE Vector operator+(Vector a, Vector b) { return {_mm512_add_ps(a.lanes, b.lanes)}; }
 DALLE_INLINE Vector operator-(Vector a, Vector b) { return {_mm512_sub_ps(a.lanes, b.lanes)}; }
 DALLE_INLINE Vector operator*(Vector a, Vector b) { return {_mm512_mul_ps(a.lanes, b.lanes)}; }
+DALLE_INLINE Vector operator/(Vector a, Vector b) { return {_mm512_div_ps(a.lanes, b.lanes)}; }
 DALLE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
 DALLE_INLINE Vector maximum(Vector a, Vector b) { return {_mm512_max_ps(a.lanes, b.lanes)}; }
+DALLE_INLINE Vector minimum(Vector a, Vector b) { return {_mm512_min_ps(a.lanes, b.lanes)}; }
+DALLE_INLINE Vector square_root(Vector x) { return {_mm512_sqrt_ps(x.lanes)}; }
 DALLE_INLINE Vector select(uint32_t bits, Vector a, Vector b) {
   return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), b.lanes, a.lanes)};
 }
@@ -74,8 +77,11 @@ DALLE_INLINE Vector broadcast(float x) { return {_mm256_set1_ps(x)}; }
 DALLE_INLINE Vector operator+(Vector a, Vector b) { return {_mm256_add_ps(a.lanes, b.lanes)}; }
 DALLE_INLINE Vector operator-(Vector a, Vector b) { return {_mm256_sub_ps(a.lanes, b.lanes)}; }
 DALLE_INLINE Vector operator*(Vector a, Vector b) { return {_mm256_mul_ps(a.lanes, b.lanes)}; }
+DALLE_INLINE Vector operator/(Vector a, Vector b) { return {_mm256_div_ps(a.lanes, b.lanes)}; }
 DALLE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return {_mm256_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
 DALLE_INLINE Vector maximum(Vector a, Vector b) { return {_mm256_max_ps(a.lanes, b.lanes)}; }
+DALLE_INLINE Vector minimum(Vector a, Vector b) { return {_mm256_min_ps(a.lanes, b.lanes)}; }
+DALLE_INLINE Vector square_root(Vector x) { return {_mm256_sqrt_ps(x.lanes)}; }
 DALLE_INLINE Vector select(uint32_t bits, Vector a, Vector b) {
   const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i chosen = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane_bit);
@@ -119,12 +125,18 @@ DALLE_INLINE Vector broadcast(float x) { return {FloatLanes{x, x, x, x}}; }
 DALLE_INLINE Vector operator+(Vector a, Vector b) { return {a.lanes + b.lanes}; }
 DALLE_INLINE Vector operator-(Vector a, Vector b) { return {a.lanes - b.lanes}; }
 DALLE_INLINE Vector operator*(Vector a, Vector b) { return {a.lanes * b.lanes}; }
+DALLE_INLINE Vector operator/(Vector a, Vector b) { return {a.lanes / b.lanes}; }
 DALLE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return {a.lanes * b.lanes + c.lanes}; }
 DALLE_INLINE Vector blend(IntLanes chosen, Vector a, Vector b) {
   return {reinterpret_cast<FloatLanes>((chosen & reinterpret_cast<IntLanes>(a.lanes)) |
                                        (~chosen & reinterpret_cast<IntLanes>(b.lanes)))};
 }
 DALLE_INLINE Vector maximum(Vector a, Vector b) { return blend(a.lanes > b.lanes, a, b); }
+DALLE_INLINE Vector minimum(Vector a, Vector b) { return blend(a.lanes < b.lanes, a, b); }
+DALLE_INLINE Vector square_root(Vector x) {
+  for (int i = 0; i < Vector::width; ++i) x.lanes[i] = __builtin_sqrtf(x.lanes[i]);
+  return x;
+}
 DALLE_INLINE Vector select(uint32_t bits, Vector a, Vector b) {
   constexpr IntLanes lane_bit = {1, 2, 4, 8};
   return blend((lane_bit & static_cast<int32_t>(bits)) == lane_bit, a, b);
@@ -143,7 +155,7 @@ DALLE_INLINE Vector zero_where_less(Vector x, Vector a, Vector b) {
 
 #endif
 
-// maximum(a, b) is b where either is NaN; select takes lane i of a where bit i is set, else of b; times_power_of_two
+// maximum(a, b) and minimum(a, b) are b where either is NaN; select takes lane i of a where bit i is set, else of b; times_power_of_two
 // wants a whole n in [-126, 127]; zero_where_less(x, a, b) is 0 where a < b, else x, also where a is NaN.
 
 // Round to nearest, ties to even; NaN stays NaN.
