@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -101,11 +102,17 @@ def instruction_sets() -> tuple[list[str], list[str], str]:
     return module.instruction_sets_built(), module.instruction_sets_available(), module.instruction_set_used()
 
 
+@cache
+def _kernel(device_type: str, name: str) -> Callable[..., None]:
+    return getattr(library(device_type), name)
+
+
 def call(kernel: str, device: torch.device, **arguments) -> None:
     """Run a compiled kernel, with torch's number of threads on CPU and on torch's current stream on CUDA."""
-    module = library(device.type)
-    if device.type == "cuda":
+    device_type = device.type
+    run = _kernel(device_type, kernel)
+    if device_type == "cuda":
         with torch.cuda.device(device):
-            getattr(module, kernel)(**arguments, executor=torch.cuda.current_stream(device).cuda_stream)
+            run(**arguments, executor=torch.cuda.current_stream(device).cuda_stream)
     else:
-        getattr(module, kernel)(**arguments, executor=torch.get_num_threads())
+        run(**arguments, executor=torch.get_num_threads())

@@ -79,14 +79,27 @@ def test_a_forced_provider_that_cannot_serve_says_why(double):
 
 
 def test_the_environment_variable_forces_too(double, monkeypatch):
+    forget = dalle_kernels._dispatch._provider_of_environment.cache_clear  # it is read once a process
     monkeypatch.setenv("DALLE_KERNELS_PROVIDER", "reference")
-    double(torch.ones(3))
-    with dalle_kernels.use("native"):
+    forget()
+    try:
         double(torch.ones(3))
-    assert double.calls == ["reference", "native"]
-    monkeypatch.setenv("DALLE_KERNELS_PROVIDER", "fastest")
-    with pytest.raises(dalle_kernels.ProviderError, match="expected one of native, triton, reference, got 'fastest'"):
-        double(torch.ones(3))
+        with dalle_kernels.use("native"):
+            double(torch.ones(3))
+        assert double.calls == ["reference", "native"]
+        monkeypatch.setenv("DALLE_KERNELS_PROVIDER", "fastest")
+        forget()
+        with pytest.raises(dalle_kernels.ProviderError, match="one of native, triton, reference, got 'fastest'"):
+            double(torch.ones(3))
+    finally:
+        forget()
+
+
+def test_the_environment_variable_reaches_a_process():
+    code = "import torch, dalle_kernels as d; d.encode_fp169(torch.ones(3)); print(d.explain('encode_fp169').runs)"
+    assert run_python(code, DALLE_KERNELS_PROVIDER="reference").stdout == "reference\n"
+    wrong = run_python(code, DALLE_KERNELS_PROVIDER="fastest")
+    assert "DALLE_KERNELS_PROVIDER: expected one of native, triton, reference, got 'fastest'; unset it" in wrong.stderr
 
 
 def test_use_refuses_an_unknown_provider():

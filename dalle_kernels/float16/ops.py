@@ -18,11 +18,12 @@ _MAX_DIMS = 8  # Strided::MAX_DIMS in csrc/common/strided.h
 
 
 def _encode_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int16), x.new_empty((), dtype=torch.bool)
+    codes = torch.empty_like(x, dtype=torch.int16, memory_format=torch.contiguous_format)
+    return codes, torch.empty((), dtype=torch.bool, device=x.device)
 
 
 def _decode_fake(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return codes.new_empty(codes.shape, dtype=dtype)
+    return torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _encode_reference(form: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
