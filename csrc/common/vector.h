@@ -155,8 +155,9 @@ DALLE_INLINE Vector zero_where_less(Vector x, Vector a, Vector b) {
 
 #endif
 
-// maximum(a, b) and minimum(a, b) are b where either is NaN; select takes lane i of a where bit i is set, else of b; times_power_of_two
-// wants a whole n in [-126, 127]; zero_where_less(x, a, b) is 0 where a < b, else x, also where a is NaN.
+// maximum(a, b) and minimum(a, b) are b where either is NaN; select takes lane i of a where bit i is set, else of b;
+// times_power_of_two wants a whole n in [-126, 127]; zero_where_less(x, a, b) is 0 where a < b, else x, also where a is
+// NaN.
 
 // Round to nearest, ties to even; NaN stays NaN.
 DALLE_INLINE void store(BFloat16* p, Vector x) {

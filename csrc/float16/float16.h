@@ -6,6 +6,9 @@
 // Floor: bytes. float32 takes 4 + 2 bytes an element either way, a 16-bit dtype 2 + 2, float64 8 + 2; the dozen integer
 // operations an element hide behind memory from AVX2 on and on any GPU. A copy of as many bytes is the yardstick:
 // 2^26 float32 elements are 403 MB, 84 us of an H200's 4.8 TB/s peak, 94 us of the 4.3 TB/s that its copies reach.
+//
+// Reached: on 2 cores of an EPYC (Zen 3, AVX2) both directions of both formats take from 94 % to 131 % of the bandwidth
+// of torch's copy of equal bytes, for 2^24 elements of float32, bfloat16 and float16 (bench/bench_float16.py).
 #pragma once
 
 #include "common/dtype.h"

@@ -1,7 +1,7 @@
 #include "float16/float16.h"
 
 #include "common/parallel.h"
-#include "float16/codec.h"
+#include "float16/codec_pair.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
@@ -9,13 +9,27 @@ namespace {
 // A thread is worth waking for about this many elements.
 constexpr int64_t GRAIN = 32768;
 
-// Elements of half precision pass through a buffer of this many floats, which stays in the nearest cache.
-constexpr int64_t BLOCK = 1024;
-
-// These return whether the run held an infinity or NaN. Contiguous runs have a loop of their own, which the compiler
-// vectorizes.
+// These return whether the run held an infinity or NaN. Contiguous runs have a loop of their own.
 template <Float16Format format, class Element>
 bool encode_contiguous(const Element* input, uint16_t* codes, int64_t count) {
+  NonfiniteWatch watch;
+  int64_t i = 0;
+  for (; i + Pair::width <= count; i += Pair::width) {
+    const Pair x = load_pair(input + i);
+    watch.see(x);
+    store_pair(reinterpret_cast<Code<format>*>(codes + i), x);
+  }
+  bool nonfinite = watch.seen();
+  for (; i < count; ++i) {
+    const auto bits = encodable_bits(input[i]);
+    nonfinite |= is_nonfinite(bits);
+    codes[i] = encode_bits<format>(bits);
+  }
+  return nonfinite;
+}
+
+template <Float16Format format>
+bool encode_contiguous(const double* input, uint16_t* codes, int64_t count) {
   uint32_t nonfinite = 0;
   for (int64_t i = 0; i < count; ++i) {
     const auto bits = encodable_bits(input[i]);
@@ -23,18 +37,6 @@ bool encode_contiguous(const Element* input, uint16_t* codes, int64_t count) {
     codes[i] = encode_bits<format>(bits);
   }
   return nonfinite != 0;
-}
-
-template <Float16Format format>
-bool encode_contiguous(const Half* input, uint16_t* codes, int64_t count) {
-  bool nonfinite = false;
-  float block[BLOCK];
-  for (int64_t i = 0; i < count; i += BLOCK) {
-    const int64_t length = count - i < BLOCK ? count - i : BLOCK;
-    to_float_run(input + i, block, length);
-    nonfinite |= encode_contiguous<format>(block, codes + i, length);
-  }
-  return nonfinite;
 }
 
 template <Float16Format format, class Element>
@@ -51,17 +53,16 @@ bool encode_run(const Element* input, int64_t stride, uint16_t* codes, int64_t c
 
 template <Float16Format format, class Element>
 void decode_contiguous(const uint16_t* codes, Element* output, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) from_float(decode_code<format>(codes[i]), output[i]);
+  int64_t i = 0;
+  for (; i + Pair::width <= count; i += Pair::width) {
+    store_pair(output + i, load_pair(reinterpret_cast<const Code<format>*>(codes + i)));
+  }
+  for (; i < count; ++i) from_float(decode_code<format>(codes[i]), output[i]);
 }
 
 template <Float16Format format>
-void decode_contiguous(const uint16_t* codes, Half* output, int64_t count) {
-  float block[BLOCK];
-  for (int64_t i = 0; i < count; i += BLOCK) {
-    const int64_t length = count - i < BLOCK ? count - i : BLOCK;
-    decode_contiguous<format>(codes + i, block, length);
-    from_float_run(block, output + i, length);
-  }
+void decode_contiguous(const uint16_t* codes, double* output, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) from_float(decode_code<format>(codes[i]), output[i]);
 }
 
 template <Float16Format format, class Element>
