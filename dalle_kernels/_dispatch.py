@@ -20,6 +20,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 PROVIDERS = ("native", "triton", "reference")
 NAMESPACE = "dalle_kernels"
@@ -70,18 +71,16 @@ class Op:
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        # Where an argument may be a tensor, or a list of tensors.
-        self._tensors = [i for i, a in enumerate(self.overload._schema.arguments) if "Tensor" in str(a.type)]
+        # The first arguments, up to the last one that may be a tensor or a list of tensors.
+        holds_tensor = ["Tensor" in str(argument.type) for argument in self.overload._schema.arguments]
+        self._tensors = slice(max(i + 1 for i, holds in enumerate(holds_tensor) if holds))
         OPS[self.name] = self
 
     def __call__(self, *args):
         # Asked first and by this name, so that a compiler that follows these lines goes no further.
-        if torch.compiler.is_compiling() or _dispatcher_is_watched():
+        if torch.compiler.is_compiling() or _dispatcher_is_needed(args[self._tensors]):
             return self.overload(*args)
-        tensors = [args[i] for i in self._tensors]
-        if not _are_plain(tensors):
-            return self.overload(*args)
-        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*tensors):
+        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args[self._tensors]):
             return self._run(*args)
         # Without a gradient of its own the op is torch's to warn of.
         return self._function.apply(*args) if self._function else self.overload(*args)
@@ -157,33 +156,33 @@ class Op:
             torch.set_autocast_enabled(device_type, True)
 
 
-def _dispatcher_is_watched() -> bool:
-    """Whether something that is active on this thread must see the operators that are called."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
+# Of the thread: modes, transforms, a tracer or a profiler, which must see the operators that are called.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_tracer = torch._C._get_tracing_state
+_profiler = torch.autograd._profiler_enabled
 
 
-def _are_plain(tensors: list) -> bool:
-    """Whether these arguments (tensors, lists of tensors, None) are memory of a CPU or a CUDA GPU and no more.
+def _dispatcher_is_needed(args: tuple) -> bool:
+    """Whether something listens in torch's dispatcher, or one of ``args`` is more than memory of a CPU or CUDA GPU.
 
-    Not so are subclasses, and tensors whose values the dispatcher makes on the way: negative views, symbolic zeros.
+    That are subclasses of Tensor, and tensors whose values the dispatcher makes on the way: negative views, symbolic
+    zeros.
     """
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if not (tensor.is_cpu or tensor.is_cuda) or tensor.is_neg() or tensor._is_zerotensor():
-                return False
+    if _dispatch_modes() or _function_modes() or _transform() or _tracer() or _profiler():
+        return True
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if not (arg.is_cpu or arg.is_cuda) or arg.is_neg() or arg._is_zerotensor():
+                return True
         elif kind is list or kind is tuple:
-            if not _are_plain(tensor):
-                return False
-        elif tensor is not None:
-            return False
-    return True
+            if _dispatcher_is_needed(arg):
+                return True
+        elif isinstance(arg, Tensor):
+            return True
+    return False
 
 
 def _device_type(args: tuple) -> str:

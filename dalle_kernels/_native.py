@@ -103,16 +103,19 @@ def instruction_sets() -> tuple[list[str], list[str], str]:
 
 
 @cache
-def _kernel(device_type: str, name: str) -> Callable[..., None]:
-    return getattr(library(device_type), name)
+def _kernel(device: torch.device, name: str) -> Callable[..., None]:
+    return getattr(library(device.type), name)
+
+
+_CPU = torch.device("cpu")
 
 
 def call(kernel: str, device: torch.device, **arguments) -> None:
     """Run a compiled kernel, with torch's number of threads on CPU and on torch's current stream on CUDA."""
-    device_type = device.type
-    run = _kernel(device_type, kernel)
-    if device_type == "cuda":
+    run = _kernel(device, kernel)
+    if device == _CPU:
+        arguments["executor"] = torch.get_num_threads()
+        run(**arguments)
+    else:
         with torch.cuda.device(device):
             run(**arguments, executor=torch.cuda.current_stream(device).cuda_stream)
-    else:
-        run(**arguments, executor=torch.get_num_threads())

@@ -30,8 +30,9 @@ def empty_heads(like: torch.Tensor) -> torch.Tensor:
 
     Joining the heads of such a tensor for the output projection moves no memory.
     """
-    batch, heads, seq, head_dim = like.shape
-    return like.new_empty(batch, seq, heads, head_dim).transpose(1, 2)
+    _, heads, seq, head_dim = like.shape
+    strides = (seq * heads * head_dim, head_dim, heads * head_dim, 1)
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
 
 
 def sparse_attention(
