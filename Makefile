@@ -1,7 +1,7 @@
 # Everything from a fresh clone, with nothing but Python 3.11 to 3.13, a C++ compiler and make. `make help` lists it.
 #
 # Settings, as `make NAME=value`: PYTHON (which one to use), VENV (the environment's folder), TORCH (what to install) and
-# DALLE_KERNELS_CUDA (auto, on or off: see setup.py).
+# DALLE_KERNELS_CUDA (auto, on or off: see setup.py); for `make bench` also BENCH, such as BENCH='attention --rounds 3'.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -17,6 +17,7 @@ COMMA := ,
 export DALLE_KERNELS_CUDA ?= auto
 
 BIN := $(VENV)/bin
+RIVALS := $(VENV)/rivals
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -37,8 +38,8 @@ demo: build
 test: build
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q
 
-bench: build
-	@for script in bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
+bench: build $(RIVALS)/.installed
+	@PYTHONPATH=$(abspath $(RIVALS)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python bench/compare.py $(BENCH)
 	@$(BIN)/python bench/tables.py
 
 lint: build
@@ -73,6 +74,11 @@ $(VENV)/.torch: $(VENV)/.torch-wanted
 $(VENV)/.built: $(VENV)/.torch $(VENV)/.cuda-wanted $(BUILD_INPUTS)
 	$(BIN)/python -m pip install -q 'setuptools>=77' 'pybind11>=3.0' 'cmake>=3.24' ninja
 	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install -q --no-build-isolation -e '.[data,figures,test,bench,lint]'
+	@touch $@
+
+# What the benchmarks compare with, apart from the environment.
+$(RIVALS)/.installed: bench/rivals.txt $(VENV)/.torch
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(RIVALS) -r bench/rivals.txt
 	@touch $@
 
 # Files that hold a setting and change only when it does.

@@ -1,96 +1,298 @@
-"""Sparse attention against scaled_dot_product_attention, by the mask and dense causal (another function)."""
+"""Sparse attention against its rivals at the main shape, and against SDPA with the boolean mask at others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
+import attention_rivals as rivals
+import dalle_pytorch_rival
+import pytest
 import torch
-import torch.nn.functional as F
-from harness import arguments, measure, report
+from harness import BEST_RIVAL, OURS, Candidate, Case, Goal, Unavailable
 
 import dalle_kernels
-from dalle_kernels import AttentionPattern, sparse_attention
-from dalle_kernels.testing import assert_accurate
+from dalle_kernels import AttentionPattern, KVCache, decode_attention, sparse_attention
+from dalle_kernels.testing import assert_accurate, measure_errors
 
 KINDS = ("row", "column", "conv")
+DTYPES = (torch.float32, torch.bfloat16)
+BATCH, HEADS = 4, 8
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
+# Multiplications and additions for each allowed pair and head dimension.
+OPERATIONS = {FORWARD: 4, BACKWARD: 10, BOTH: 14}
+DALLE_PYTORCH_KIND = {"row": "axial_row", "column": "column", "conv": "conv_corner"}
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def attend(call: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], backward: bool) -> tuple:
-    """The output, or the gradients of q, k and v for an output gradient of v."""
-    if not backward:
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Each case compiles for itself: torch stops to compile a function anew after some settings of it."""
+    torch._dynamo.reset()
+
+
+class Problem:
+    """Random q, k, v of one pattern, the exact result, and what each candidate must do with them."""
+
+    def __init__(self, pattern: AttentionPattern, seq: int, head_dim: int, dtype: torch.dtype, work: str, device: str):
+        self.pattern, self.seq, self.dtype, self.work, self.device = pattern, seq, dtype, work, device
+        shape = (BATCH, HEADS, seq, head_dim)
+        self.inputs = tuple(
+            torch.randn(shape, device=device).to(dtype).requires_grad_(work != FORWARD) for _ in range(3)
+        )
+        self.settings = {
+            "pattern": pattern.kind,
+            "text": pattern.text_len,
+            "grid": "x".join(map(str, pattern.grid)),
+            "seq": seq,
+            "head dim": head_dim,
+            "batch x heads": f"{BATCH} x {HEADS}",
+        }
+        self.operations = OPERATIONS[work] * head_dim * pattern.pairs(seq) * BATCH * HEADS
+        tensors = {FORWARD: 4, BACKWARD: 8, BOTH: 12}[work]
+        self.bytes_moved = tensors * self.inputs[0].nbytes
+        self._checks: list[tuple[str, Callable[[], tuple], AttentionPattern]] = []
+
+    def ours(self) -> Candidate:
+        return self.candidate(OURS, lambda q, k, v: sparse_attention(q, k, v, self.pattern))
+
+    def candidate(
+        self, name: str, attend: rivals.Attention, *, order: torch.Tensor | None = None, **options
+    ) -> Candidate:
+        """``attend`` on the inputs, or on their tokens in another ``order`` (arranged beforehand)."""
+        inputs = self.inputs
+        if order is not None:
+            inputs = tuple(x.detach()[:, :, order].requires_grad_(x.requires_grad) for x in inputs)
+        if options.get("same_function", True):
+            back = None if order is None else order.argsort()
+            self._checks.append((name, lambda: _in_order(_work(attend, inputs, self.work), back), self.pattern))
+        return _candidate(name, attend, inputs, self.work, **options)
+
+    def dalle_pytorch(self) -> Candidate | Unavailable:
+        """Its layer of the nearest kind, between the projections, on the stream of a start token more."""
+        kind = DALLE_PYTORCH_KIND[self.pattern.kind]
+        name = f"DALLE-pytorch's {kind} layer (other pairs)"
+        _, heads, _, head_dim = self.inputs[0].shape
+        nearest = AttentionPattern(kind, self.pattern.text_len + 1, self.pattern.grid, 11)
+        try:
+            core = dalle_pytorch_rival.attention_core(kind, heads, head_dim, nearest.text_len, nearest.grid[0])
+        except dalle_pytorch_rival.NotInstalled as error:
+            return Unavailable(name, str(error))
+        joined = dalle_pytorch_rival.join(*self.inputs).requires_grad_(self.work != FORWARD)
+        note = f"{nearest.pairs(self.seq)} pairs instead of {self.pattern.pairs(self.seq)}"
+        if self.work == FORWARD:
+            self._checks.append((name, lambda: (_split(core(joined.detach()), heads),), nearest))
+        return _candidate(name, core, (joined,), self.work, same_function=False, note=note)
+
+    @property
+    def name(self) -> str:
+        return f"{self.pattern.kind}, {self.dtype}, {self.work}"
+
+    def check(self) -> None:
+        """Hold ours to the error rule, and the rivals to ten times the plain error, on the first batch entry."""
+        first = tuple(x.detach()[:1].requires_grad_(x.requires_grad) for x in self.inputs)
+        work = BOTH if self.work == BACKWARD else self.work
+        known = {}
+        for name, run, pattern in self._checks:
+            if pattern not in known:
+                plain = partial(sparse_attention, pattern=pattern)
+                with dalle_kernels.use("reference"):
+                    plain = _work(plain, first, work)
+                double = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in first)
+                known[pattern] = plain, _work(rivals.masked(pattern, self.seq, self.device), double, work)
+            plain, exact = known[pattern]
+            for actual, nearly, right in zip(run(), plain, exact, strict=True):
+                if name == OURS:
+                    assert_accurate(actual[:1], nearly, right, name=self.name)
+                else:
+                    report = measure_errors(actual[:1], nearly, right, f"{name}, {self.name}")
+                    assert report.errors[1] <= 10 * max(report.plain_errors[1], report.floors[1]), str(report)
+
+    def case(self, ours: Candidate, others: Sequence[Candidate | Unavailable], goals=(), **options) -> Case:
+        return Case(
+            family="attention",
+            work=self.work,
+            dtype=self.dtype,
+            settings=self.settings,
+            ours=ours,
+            rivals=others,
+            check=self.check,
+            goals=goals,
+            operations=self.operations,
+            bytes_moved=self.bytes_moved,
+            **options,
+        )
+
+
+def _work(attend: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], work: str) -> tuple:
+    """The output, or the gradients of the inputs for an output gradient of v."""
+    if work == FORWARD:
         with torch.no_grad():
-            return (call(*inputs),)
-    out = call(*inputs)
-    return torch.autograd.grad(out, inputs, inputs[2].detach())
+            return (attend(*inputs),)
+    out = attend(*inputs)
+    return torch.autograd.grad(out, inputs, _output_gradient(out, inputs))
 
 
-def candidates(pattern: AttentionPattern, mask: torch.Tensor) -> dict[str, Callable[..., torch.Tensor]]:
-    return {
-        "dalle_kernels": lambda q, k, v: sparse_attention(q, k, v, pattern),
-        "SDPA with the mask": partial(F.scaled_dot_product_attention, attn_mask=mask),
-        "SDPA dense causal (another function)": partial(F.scaled_dot_product_attention, is_causal=True),
-    }
+def _output_gradient(out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The values of v in the output's shape."""
+    last = inputs[-1].detach()
+    return last if last.shape == out.shape else last[..., -out.shape[-1] :]
 
 
-def check(pattern: AttentionPattern, mask: torch.Tensor, inputs: tuple[torch.Tensor, ...], backward: bool) -> None:
-    """Hold the op to the error rule on the first batch entry of the inputs that are timed."""
-    few = tuple(x[:1].detach().requires_grad_(backward) for x in inputs)
-    exact_inputs = tuple(x.detach().double().requires_grad_(backward) for x in few)
-    masked = candidates(pattern, mask)
-    actual = attend(masked["dalle_kernels"], few, backward)
-    with dalle_kernels.use("reference"):
-        plain = attend(masked["dalle_kernels"], few, backward)
-    exact = attend(masked["SDPA with the mask"], exact_inputs, backward)
-    for results in zip(actual, plain, exact, strict=True):
-        assert_accurate(*results, name=f"{pattern.kind}, backward {backward}")
+def _candidate(name, attend, inputs, work, **options) -> Candidate:
+    if work != BACKWARD:
+        return Candidate(name, partial(_work, attend, inputs, work), **options)
+    graph = []
+
+    def forward() -> None:
+        graph[:] = [attend(*inputs)]
+
+    def backward() -> tuple:
+        (out,) = graph
+        graph.clear()
+        return torch.autograd.grad(out, inputs, _output_gradient(out, inputs))
+
+    return Candidate(name, backward, forward, **options)
 
 
-def main() -> None:
-    parser = arguments(__doc__.partition("\n")[0])
-    parser.add_argument("--batch", type=int, default=4, help="(default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="(default: %(default)s)")
-    parser.add_argument("--head-dim", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--text-len", type=int, default=256, help="(default: %(default)s)")
-    parser.add_argument("--side", type=int, default=32, help="of the grid (default: %(default)s)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    cases = []
-    for kind in KINDS:
-        pattern = AttentionPattern(kind, options.text_len, (options.side, options.side))
-        mask = pattern.mask().to(options.device)
-        for dtype in (torch.float32, torch.bfloat16):
-            shape = (options.batch, options.heads, pattern.seq_len, options.head_dim)
-            for backward in (False, True):
-                inputs = tuple(
-                    torch.randn(shape, device=options.device).to(dtype).requires_grad_(backward) for _ in range(3)
-                )
-                calls = candidates(pattern, mask)
-                times = measure(
-                    {name: partial(attend, call, inputs, backward) for name, call in calls.items()},
-                    check=partial(check, pattern, mask, inputs, backward),
-                    device=options.device,
-                    rounds=options.rounds,
-                )
-                work = "forward + backward" if backward else "forward"
-                cases.append(
-                    {
-                        "batch x heads": f"{options.batch} x {options.heads}",
-                        "text": options.text_len,
-                        "grid": f"{options.side}x{options.side}",
-                        "head dim": options.head_dim,
-                        "pattern": kind,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "work": work,
-                        "pairs": pattern.pairs(),
-                        "times": times,
-                    }
-                )
-                medians = "  ".join(f"{name} {found['median_ms']:.1f} ms" for name, found in times.items())
-                print(f"{kind:7} {cases[-1]['dtype']:9} {work:19} {medians}", flush=True)
-    report("attention", options.device, cases)
+def _in_order(results: tuple, order: torch.Tensor | None) -> tuple:
+    return results if order is None else tuple(x[:, :, order] for x in results)
 
 
-if __name__ == "__main__":
-    main()
+def _split(joined: torch.Tensor, heads: int) -> torch.Tensor:
+    return joined.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def goals(work: str, dtype: torch.dtype, kind: str) -> list[Goal]:
+    wide = dtype == torch.float32
+    if work == FORWARD:
+        best, dense, share = (1.5, 2.5, 0.55) if wide else (2.0, 3.5, 0.35)
+        found = [Goal("speed", best, BEST_RIVAL), Goal("speed", dense, rivals.DENSE_CAUSAL)]
+        return [*found, Goal("share", share)] if kind == "row" else found
+    return [Goal("speed", 2.2 if wide else 3.0, rivals.DENSE_CAUSAL)] if work == BOTH else []
+
+
+def flex_rivals(problem: Problem) -> list[Candidate | Unavailable]:
+    """FlexAttention with blocks of 64 and 128, for column also on permuted tokens, as far as it compiles here."""
+    rule = rivals.mask_rule(problem.pattern)
+    forms = [(f"FlexAttention, blocks of {block}", rule, block, None) for block in (64, 128)]
+    if problem.pattern.kind == "column":
+        order = rivals.column_order(problem.pattern)
+        rule = rivals.permuted_column_rule(problem.pattern)
+        forms += [(f"FlexAttention, blocks of {block}, permuted", rule, block, order) for block in (64, 128)]
+    found: list[Candidate | Unavailable] = []
+    for name, rule, block, order in forms:
+        if problem.device == "cpu" and problem.work != FORWARD:
+            found.append(Unavailable(name, "FlexAttention has no backward on a CPU"))
+            continue
+        try:
+            attend = rivals.flex(rule, problem.seq, block, problem.device)
+            with torch.no_grad():
+                attend(*problem.inputs)
+        except Exception as error:  # whatever the compiler or its C++ compiler stumbles over
+            found.append(Unavailable(name, f"it does not compile here: {str(error).splitlines()[0]}"))
+            continue
+        found.append(problem.candidate(name, attend, order=order))
+    return found
+
+
+@pytest.mark.parametrize("work", (FORWARD, BOTH))
+@each_dtype
+@each_kind
+def test_main_shape(side_by_side, device, kind, dtype, work):
+    pattern = AttentionPattern(kind, 256, (32, 32))
+    problem = Problem(pattern, pattern.seq_len, 64, dtype, work, device)
+    others = [
+        problem.candidate(rivals.DENSE_CAUSAL, rivals.dense_causal, same_function=False),
+        problem.candidate(rivals.MASKED, rivals.masked(pattern, problem.seq, device)),
+        *flex_rivals(problem),
+        problem.candidate("SDPA on gathered windows", rivals.gathered(pattern, device)),
+        problem.dalle_pytorch(),
+    ]
+    side_by_side(problem.case(problem.ours(), others, goals(work, dtype, kind)))
+
+
+@each_dtype
+@each_kind
+def test_backward_alone(side_by_side, device, kind, dtype):
+    pattern = AttentionPattern(kind, 256, (32, 32))
+    problem = Problem(pattern, pattern.seq_len, 64, dtype, BACKWARD, device)
+    others = [problem.candidate(rivals.DENSE_CAUSAL, rivals.dense_causal, same_function=False)]
+    # What backward computes is checked with the forward before it, in one go.
+    ours = problem.ours()
+    attend = partial(sparse_attention, pattern=pattern)
+    problem._checks = [(OURS, partial(_work, attend, problem.inputs, BOTH), pattern)]
+    side_by_side(problem.case(ours, others, seconds=5))
+
+
+OTHER_SHAPES = {
+    "a start token": (AttentionPattern("row", 257, (32, 32)), 1280, 64),
+    "16x16": (AttentionPattern("row", 256, (16, 16)), 512, 64),
+    "head dim 32": (AttentionPattern("row", 256, (32, 32)), 1280, 32),
+    "head dim 80": (AttentionPattern("row", 256, (32, 32)), 1280, 80),
+    "head dim 128": (AttentionPattern("row", 256, (32, 32)), 1280, 128),
+    "24x40": (AttentionPattern("row", 77, (24, 40)), 1037, 64),
+}
+
+
+@each_dtype
+@each_kind
+@pytest.mark.parametrize("shape", OTHER_SHAPES)
+def test_other_shapes(side_by_side, device, shape, kind, dtype):
+    row, seq, head_dim = OTHER_SHAPES[shape]
+    pattern = AttentionPattern(kind, row.text_len, row.grid)
+    problem = Problem(pattern, seq, head_dim, dtype, FORWARD, device)
+    others = [problem.candidate(rivals.MASKED, rivals.masked(pattern, seq, device))]
+    side_by_side(problem.case(problem.ours(), others, seconds=1, memory=False))
+
+
+@each_dtype
+@each_kind
+def test_decode_at_the_last_token(side_by_side, device, kind, dtype):
+    pattern = AttentionPattern(kind, 256, (32, 32))
+    last, head_dim = pattern.seq_len - 1, 64
+    q, k, v = (torch.randn(BATCH, HEADS, pattern.seq_len, head_dim, device=device).to(dtype) for _ in range(3))
+    step = tuple(x[:, :, last:].contiguous() for x in (q, k, v))
+    cache = KVCache(pattern, BATCH, HEADS, head_dim, dtype, device)
+    cache.prefill(k[:, :, :last], v[:, :, :last])
+    whole_k, whole_v = k.clone(), v.clone()
+    row = pattern.mask()[last:].to(device)
+
+    def ours() -> torch.Tensor:
+        cache.length = last
+        return decode_attention(*step, cache)
+
+    def full_cache(mask: torch.Tensor | None) -> torch.Tensor:
+        whole_k[:, :, last:], whole_v[:, :, last:] = step[1:]
+        return torch.nn.functional.scaled_dot_product_attention(step[0], whole_k, whole_v, attn_mask=mask)
+
+    def check() -> None:
+        with dalle_kernels.use("reference"):
+            plain = sparse_attention(q, k, v, pattern)[:, :, last:]
+        exact = rivals.masked(pattern, pattern.seq_len, device)(q.double(), k.double(), v.double())[:, :, last:]
+        assert_accurate(ours(), plain, exact, name=f"decode, {kind}, {dtype}")
+
+    seen = int(row.sum())
+    with torch.no_grad():
+        side_by_side(
+            Case(
+                family="attention",
+                work="decode step",
+                dtype=dtype,
+                settings={"pattern": kind, "text": 256, "grid": "32x32", "head dim": 64, "batch x heads": "4 x 8"},
+                ours=Candidate(OURS, ours),
+                rivals=[
+                    Candidate("SDPA on the full cache", partial(full_cache, None), same_function=False),
+                    Candidate("SDPA on the full cache, boolean mask", partial(full_cache, row)),
+                ],
+                check=check,
+                goals=[Goal("speed", 3.0, "SDPA on the full cache")],
+                operations=4 * head_dim * seen * BATCH * HEADS,
+                bytes_moved=2 * head_dim * seen * BATCH * HEADS * q.element_size(),
+                calls=20,
+                memory=False,
+                seconds=2,
+            )
+        )

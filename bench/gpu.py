@@ -29,8 +29,7 @@ def main() -> None:
         sys.exit(f"make gpu: {reason}")
     run(sys.executable, "-m", "dalle_kernels")
     run(sys.executable, "-m", "pytest", "-q", "-m", "gpu")
-    for script in sorted(BENCH.glob("bench_*.py")):
-        run(sys.executable, str(script), "--device", "cuda")
+    run(sys.executable, "bench/compare.py", "--device=cuda")
 
 
 if __name__ == "__main__":

@@ -1,108 +1,264 @@
-"""What every benchmark shares: candidates measured in turn in one process, quantiles, the machine, results as JSON.
+"""What every benchmark shares: a case, candidates that take turns in one process, medians, memory, floors and goals.
 
-A time is only taken after the candidates passed their check on the very inputs that are timed.
+A benchmark hands a :class:`Case` to the fixture ``side_by_side`` of ``conftest.py``. Its check runs first, so that no
+time is ever taken of wrong work; then every round times each rival once and ours once, so that whatever else the
+machine does is spread over all of them.
+
+Peak memory is the growth of the process's resident memory during one call after a warm one: freed memory is given back
+to the system first (``malloc_trim``), the kernel's high-water mark is reset through ``/proc/self/clear_refs`` and read
+from ``VmHWM`` afterwards. It holds what a call returns; ``result_bytes`` says how much of it that is. The kernel counts
+it in steps of up to some hundred KiB. On CUDA it is the allocator's own peak.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
+import ctypes
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-import dalle_kernels
-from dalle_kernels import _native
-
-RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="where to measure (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on CPU (default: torch's number)")
-    parser.add_argument("--rounds", type=int, default=25, help="times each candidate runs (default: %(default)s)")
-    return parser
+OURS = "dalle_kernels"
+BEST_RIVAL = "the best rival of the same function"
+LEAST_ROUNDS = 5
+SLOW, SLOW_ROUNDS = 1.0, 3
+"""A rival that takes more seconds than this takes part in so many rounds only."""
 
 
-def machine(device: str) -> dict[str, object]:
-    """Where the figures come from, the load of other work on it included."""
-    found: dict[str, object] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": _processor_name(),
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dalle_kernels": dalle_kernels.__version__,
-    }
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = f"{properties.name}, sm_{properties.major}{properties.minor}"
-        found["cuda"] = torch.version.cuda
-    else:
-        found["threads"] = torch.get_num_threads()
-        found["instruction_set"] = _native.unavailable("cpu") or _native.instruction_sets()[2]
-    return found
+@dataclass(frozen=True)
+class Candidate:
+    """One way to do the work.
 
-
-def _processor_name() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _seconds(run: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    begin_time = time.perf_counter()
-    run()
-    return time.perf_counter() - begin_time
-
-
-def measure(
-    candidates: dict[str, Callable[[], object]], *, check: Callable[[], None], device: str, rounds: int
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of each candidate, as median and quantiles of ``rounds`` runs that take turns.
-
-    Taking turns spreads whatever else the machine does over all of them. ``check`` raises when a result is wrong; it
-    runs first, so that no time is ever shown for wrong work.
+    ``run`` does it once and returns its results; ``before`` prepares a call and is not timed. ``same_function`` is
+    False for what computes something else, and its name or note says what.
     """
-    check()
-    for run in candidates.values():  # warm up: allocations, thread pools, compilation
-        run()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            times[name].append(_seconds(run, device) * 1e3)
-    return {name: _quantiles(values) for name, values in times.items()}
+
+    name: str
+    run: Callable[[], object]
+    before: Callable[[], object] | None = None
+    same_function: bool = True
+    note: str = ""
 
 
-def _quantiles(values: list[float]) -> dict[str, float]:
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return {"median_ms": statistics.median(values), "p10_ms": tenths[0], "p90_ms": tenths[-1]}
+@dataclass(frozen=True)
+class Unavailable:
+    """A rival that cannot run here, and why."""
+
+    name: str
+    reason: str
 
 
-def report(name: str, device: str, cases: list[dict[str, object]]) -> Path:
-    """Write ``bench/results/<name>-<device>.json`` and return its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{device}.json"
-    path.write_text(json.dumps({"machine": machine(device), "cases": cases}, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
-    return path
+@dataclass(frozen=True)
+class Goal:
+    """A bound from the goals on one measure of a case.
+
+    ``measure`` is "speed" (time of ``against`` over ours), "memory" (peak extra memory of ours over that of
+    ``against``), "extra bytes" (of ours beyond its results), "share" (floor over time), "milliseconds" or "rate" (units
+    of work a second, where the case says how many units a call does). ``against`` is a candidate's name or
+    BEST_RIVAL.
+    """
+
+    measure: str
+    bound: float
+    against: str | None = None
+
+    @property
+    def at_least(self) -> bool:
+        return self.measure in ("speed", "share", "rate")
+
+
+@dataclass
+class Case:
+    """One row of the results: a work of a family with its settings, who does it, and what it is held to.
+
+    ``check`` raises unless the work passed the error rule on these inputs. ``operations`` (floating point, ideal) and
+    ``bytes_moved`` (ideal) make the floor; ``units`` is how many tokens or elements one call makes. ``calls`` is how
+    many calls one round times, for work too short for a clock.
+    """
+
+    family: str
+    work: str
+    dtype: torch.dtype | None
+    settings: dict[str, object]
+    ours: Candidate
+    rivals: Sequence[Candidate | Unavailable]
+    check: Callable[[], object]
+    goals: Sequence[Goal] = ()
+    operations: float | None = None
+    bytes_moved: float | None = None
+    units: float | None = None
+    unit: str = ""
+    calls: int = 1
+    memory: bool = True
+    seconds: float = 10.0
+    command: str = ""
+    extra: dict[str, object] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, object]:
+        """All that is known before anything is measured, for the results file."""
+        return {
+            "family": self.family,
+            "work": self.work,
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "settings": self.settings,
+            "operations": self.operations,
+            "bytes_moved": self.bytes_moved,
+            "units": self.units,
+            "unit": self.unit,
+            "goals": [asdict(goal) for goal in self.goals],
+            **self.extra,
+        }
+
+
+def run_in_turns(
+    candidates: Sequence[Candidate], slow: set[str], rounds: int, run: Callable[[Candidate], None]
+) -> Iterator[int]:
+    """A generator of rounds: each runs every candidate once, starting one further along than the round before.
+
+    Those of a ``slow`` name take part in the first SLOW_ROUNDS only.
+    """
+    for turn in range(rounds):
+        first = turn % max(1, len(candidates))
+        for candidate in (*candidates[first:], *candidates[:first]):
+            if turn < SLOW_ROUNDS or candidate.name not in slow:
+                run(candidate)
+        yield turn
+
+
+class Contest:
+    """The candidates of one case and the seconds they took, ours apart: its turn comes at the end of each round."""
+
+    def __init__(self, case: Case, device: str = "cpu"):
+        self.case, self.device = case, device
+        self.rivals = [rival for rival in case.rivals if isinstance(rival, Candidate)]
+        self.unavailable = [rival for rival in case.rivals if isinstance(rival, Unavailable)]
+        self.seconds: dict[str, list[float]] = {case.ours.name: []} | {rival.name: [] for rival in self.rivals}
+        if len(self.seconds) != 1 + len(self.rivals):
+            raise ValueError(f"expected candidates of different names, got {[rival.name for rival in self.rivals]}")
+        self.memory: dict[str, dict[str, int]] = {}
+        self.slow: set[str] = set()
+        self._turns: Iterator[int] = iter(())
+
+    def warm_up(self) -> float:
+        """Run everyone once or twice (compilation, thread pools) and take their memory; the seconds of a round."""
+        total = 0.0
+        for candidate in (self.case.ours, *self.rivals):
+            seconds = self.clock(candidate)
+            if self.case.memory:
+                self.memory[candidate.name] = peak_memory(candidate, self.device)
+            elif seconds < SLOW:
+                seconds = self.clock(candidate)
+            if seconds * self.case.calls > SLOW and candidate is not self.case.ours:
+                self.slow.add(candidate.name)
+            else:
+                total += seconds * self.case.calls
+        return total
+
+    def rounds(self, most: int) -> int:
+        """How many rounds fit the case's time: at least 5 (or ``most``), at most ``most``."""
+        return max(min(LEAST_ROUNDS, most), min(most, int(self.case.seconds / max(self.warm_up(), 1e-9))))
+
+    def begin(self, rounds: int) -> None:
+        self._turns = run_in_turns(self.rivals, self.slow, rounds, lambda rival: self._record(rival, self.clock(rival)))
+
+    def rivals_turn(self) -> None:
+        """The part of a round that comes before ours."""
+        next(self._turns)
+
+    def our_turn(self) -> None:
+        self._record(self.case.ours, self.clock(self.case.ours))
+
+    def _record(self, candidate: Candidate, seconds: float) -> None:
+        self.seconds[candidate.name].append(seconds)
+
+    def clock(self, candidate: Candidate) -> float:
+        """Seconds of one call; where a case times several at once, their mean."""
+        if candidate.before is not None:
+            candidate.before()
+        if self.device == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            for _ in range(self.case.calls):
+                candidate.run()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3 / self.case.calls
+        begin_time = time.perf_counter()
+        for _ in range(self.case.calls):
+            candidate.run()
+        return (time.perf_counter() - begin_time) / self.case.calls
+
+    def results(self) -> dict[str, object]:
+        """Every candidate's quantiles and memory, and who could not run."""
+        found: dict[str, object] = {}
+        for candidate in (self.case.ours, *self.rivals):
+            found[candidate.name] = {
+                **quantiles(self.seconds[candidate.name]),
+                **self.memory.get(candidate.name, {}),
+                "same_function": candidate.same_function,
+                "note": candidate.note,
+            }
+        skipped = {rival.name: rival.reason for rival in self.unavailable}
+        return {**self.case.describe(), "candidates": found, "unavailable": skipped}
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, first and last decile in milliseconds, and how many rounds they come from."""
+    milliseconds = [value * 1e3 for value in seconds]
+    if len(milliseconds) == 1:
+        milliseconds *= 2
+    tenths = statistics.quantiles(milliseconds, n=10, method="inclusive")
+    return {
+        "median_ms": statistics.median(milliseconds),
+        "p10_ms": tenths[0],
+        "p90_ms": tenths[-1],
+        "rounds": len(seconds),
+    }
+
+
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def result_bytes(results: object) -> int:
+    """Bytes of the tensors in what a call returned, each storage once."""
+    storages: dict[int, int] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                visit(item)
+
+    visit(results)
+    return sum(storages.values())
+
+
+def peak_memory(candidate: Candidate, device: str) -> dict[str, int]:
+    """``peak_bytes`` that one more call adds, results included, and their ``result_bytes``; {} where not to be had."""
+    if candidate.before is not None:
+        candidate.before()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = candidate.run()
+        torch.cuda.synchronize()
+        return {"peak_bytes": torch.cuda.max_memory_allocated() - before, "result_bytes": result_bytes(results)}
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = _resident("VmHWM")
+    except (OSError, AttributeError):  # not Linux with glibc
+        return {}
+    results = candidate.run()
+    return {"peak_bytes": max(0, _resident("VmHWM") - before), "result_bytes": result_bytes(results)}

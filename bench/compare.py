@@ -1,0 +1,186 @@
+"""Run the benchmarks, print how everyone compares with us, and write ``bench/results/<machine>-<family>.json``.
+
+    python bench/compare.py                        every family (what `make bench` does)
+    python bench/compare.py attention --rounds 3   one family, quickly
+    python bench/compare.py --from out.json        what an earlier pytest run wrote with --benchmark-json
+
+Each family runs in a process of its own, which measures that machine's peaks too: floors and shares come from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import machine
+from harness import BEST_RIVAL
+
+BENCH = Path(__file__).resolve().parent
+RESULTS = BENCH / "results"
+
+
+def families() -> list[str]:
+    return sorted(path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py"))
+
+
+def measure(family: str, options: list[str], output: Path) -> bool:
+    """Run one family's benchmarks into ``output``; False when a check or a benchmark failed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-quiet"]
+    command += [f"--benchmark-json={output}", *options, str(BENCH / f"bench_{family}.py")]
+    return subprocess.run(command, cwd=BENCH.parent, check=False).returncode == 0
+
+
+def best_rival(case: dict) -> str | None:
+    """The fastest of those that compute the same function."""
+    times = {
+        name: found["median_ms"]
+        for name, found in case["candidates"].items()
+        if name != case["ours"] and found["same_function"]
+    }
+    return min(times, key=times.get) if times else None
+
+
+def reached(goal: dict, case: dict) -> tuple[float | None, str | None]:
+    """What was reached on a goal's measure, and against whom; None where it was not measured."""
+    ours = case["candidates"][case["ours"]]
+    against = best_rival(case) if goal["against"] == BEST_RIVAL else goal["against"]
+    rival = case["candidates"].get(against)
+    if goal["against"] is not None and rival is None:
+        return None, against
+    match goal["measure"]:
+        case "speed":
+            return rival["median_ms"] / ours["median_ms"], against
+        case "memory" if "peak_bytes" in ours and rival["peak_bytes"]:
+            return ours["peak_bytes"] / rival["peak_bytes"], against
+        case "extra bytes" if "peak_bytes" in ours:
+            return max(0, ours["peak_bytes"] - ours["result_bytes"]), None
+        case "share" if case["floor_ms"] is not None:
+            return case["floor_ms"] / ours["median_ms"], None
+        case "milliseconds":
+            return ours["median_ms"], None
+        case "rate":
+            return case["units"] / ours["median_ms"] * 1e3, None
+    return None, against
+
+
+def judge(case: dict, peaks: dict[str, float]) -> dict:
+    """The case with its floor, the share of it that was reached, and what became of each goal."""
+    case = {"ours": next(iter(case["candidates"])), **case}
+    case["floor_ms"] = machine.floor_ms(case, peaks)
+    if case["floor_ms"] is not None:
+        case["share_of_floor"] = case["floor_ms"] / case["candidates"][case["ours"]]["median_ms"]
+    goals = []
+    for goal in case["goals"]:
+        value, against = reached(goal, case)
+        at_least = goal["measure"] in ("speed", "share", "rate")
+        met = None if value is None else (value >= goal["bound"] if at_least else value <= goal["bound"])
+        goals.append({**goal, "against": against, "reached": value, "met": met})
+    return {**case, "goals": goals}
+
+
+def results(report: dict) -> dict[str, dict]:
+    """The results files' contents by family, from what pytest-benchmark wrote."""
+    found = report["machine_info"]["side_by_side"]
+    peaks = found["peaks"]
+    by_family: dict[str, dict] = {}
+    for benchmark in report["benchmarks"]:
+        case = judge(benchmark["extra_info"], peaks)
+        by_family.setdefault(case["family"], {"machine": found, "cases": []})["cases"].append(case)
+    return by_family
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.1 else f"{value:.2g}"
+
+
+def describe(case: dict) -> str:
+    settings = " ".join(f"{name} {value}" for name, value in case["settings"].items())
+    return ", ".join(part for part in (case["family"], settings, case["dtype"], case["work"]) if part)
+
+
+def describe_goal(goal: dict, unit: str) -> str:
+    """One goal in words, such as ``goal: 2.5x against SDPA, reached 2.7x: met``."""
+    formats = {
+        "speed": lambda value: f"{value:.2f}x",
+        "memory": lambda value: f"{value:.3f} of the peak memory",
+        "extra bytes": lambda value: f"{value / 2**20:.1f} MiB beyond the results",
+        "share": lambda value: f"{value:.0%} of the floor",
+        "milliseconds": lambda value: f"{milliseconds(value)} ms",
+        "rate": lambda value: f"{value:,.0f} {unit}/s",
+    }
+    show = formats[goal["measure"]]
+    verdict = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
+    against = f" against {goal['against']}" if goal["against"] else ""
+    got = "" if goal["reached"] is None else f", reached {show(goal['reached'])}"
+    return f"goal {show(goal['bound'])}{against}{got}: {verdict}"
+
+
+def ratio_table(case: dict) -> str:
+    """One case for the eye: every candidate's median, its ratio to ours, its memory; the goals; the floor."""
+    ours = case["candidates"][case["ours"]]["median_ms"]
+    lines = [describe(case)]
+    for name, found in case["candidates"].items():
+        memory = f"  {found['peak_bytes'] / 2**20:8.1f} MiB" if "peak_bytes" in found else ""
+        other = "" if found["same_function"] else "  (another function)"
+        lines.append(
+            f"  {name:58} {milliseconds(found['median_ms']):>9} ms  {found['median_ms'] / ours:7.2f}x{memory}{other}"
+        )
+    lines += [f"  {name:58} not here: {reason}" for name, reason in case["unavailable"].items()]
+    if case["floor_ms"] is not None:
+        lines.append(f"  {'floor':58} {milliseconds(case['floor_ms']):>9} ms  {case['share_of_floor']:7.0%} reached")
+    lines += [f"  {describe_goal(goal, case['unit'])}" for goal in case["goals"]]
+    return "\n".join(lines)
+
+
+def write(family: str, content: dict, name: str) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{family}.json"
+    path.write_text(json.dumps({"family": family, **content}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="Other options go to pytest, such as -k row."
+    )
+    parser.add_argument("families", nargs="*", metavar="family", help=f"of {', '.join(families())} (default: all)")
+    parser.add_argument("--from", dest="report", type=Path, help="read this pytest-benchmark JSON, measure nothing")
+    parser.add_argument("--machine", help="its name in the files' names (default: made from the processor's)")
+    parser.add_argument("--dry", action="store_true", help="print, write no file")
+    for name in ("rounds", "threads", "device"):
+        parser.add_argument(f"--{name}", help=f"as pytest's --{name} of bench/conftest.py")
+    options, others = parser.parse_known_args()
+    unknown = sorted(set(options.families) - set(families()))
+    if unknown:
+        parser.error(f"expected families among {', '.join(families())}, got {', '.join(unknown)}")
+    values = {name: getattr(options, name) for name in ("rounds", "threads", "device")}
+    passed = [f"--{name}={value}" for name, value in values.items() if value]
+    failed, missed = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [options.report] if options.report else []
+        for family in () if options.report else options.families or families():
+            output = Path(folder) / f"{family}.json"
+            if not measure(family, [*passed, *others], output):
+                failed.append(family)
+            elif output.exists():
+                outputs.append(output)
+        for output in outputs:
+            for family, content in results(json.loads(output.read_text(encoding="utf-8"))).items():
+                for case in content["cases"]:
+                    print(ratio_table(case), end="\n\n")
+                    failing = [goal for goal in case["goals"] if goal["met"] is False]
+                    missed += [f"{describe(case)}: {describe_goal(goal, case['unit'])}" for goal in failing]
+                if not options.dry:
+                    print(f"wrote {write(family, content, options.machine or machine.slug(content['machine']))}\n")
+    if missed:
+        print("goals missed:", *missed, sep="\n  ")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
