@@ -63,13 +63,15 @@ inline void check(const char* kernel, const char* status) {
   if (status != nullptr) throw std::runtime_error(std::string(kernel) + ": " + status);
 }
 
-// What a parameter struct's `threads` gets, at least 1; kernels on CUDA do not read it.
+// What a parameter struct's `threads` gets, between 1 and a number that no machine's cores exceed; kernels on CUDA do
+// not read it.
 inline int threads_of(uintptr_t executor) {
 #if defined(DALLE_MODULE_CUDA)
   (void)executor;
   return 1;
 #else
-  return executor == 0 ? 1 : static_cast<int>(executor);
+  constexpr uintptr_t MOST = 1024;
+  return executor == 0 ? 1 : static_cast<int>(executor < MOST ? executor : MOST);
 #endif
 }
 

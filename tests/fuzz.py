@@ -1,0 +1,337 @@
+"""Compiled kernels against the reference on random shapes, strides, dtypes and numbers of threads.
+
+``python tests/fuzz.py [--seed S] [--count N] [OP ...]`` draws N calls of each op with the given seed (by default one of
+its own, which is printed) under the instruction set that the environment gives, and ends with status 1 where the error
+rule is broken, an output's bits depend on the number of threads, an input is changed or an output is not written whole.
+
+Each family has one function in :data:`SAMPLERS` that draws a call of its ops. An op with a native provider and no
+sampler is an error, so a new family cannot be forgotten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import dalle_kernels
+from dalle_kernels import AttentionPattern, _native
+from dalle_kernels.attention.pattern import KINDS
+from dalle_kernels.testing import ODD_SIZES, ErrorReport, measure_errors, poisoned_allocations, strided_views
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = tuple(size for size in ODD_SIZES if size <= 33)
+
+
+@dataclass
+class Call:
+    """One call of an op: its arguments, and those of the float64 reference (by default the same in float64).
+
+    ``bits``: the outputs must equal the reference's bit for bit instead of keeping the error rule.
+    """
+
+    args: tuple
+    exact: tuple | None = None
+    bits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.exact is None:
+            self.exact = doubled(self.args)
+
+
+def doubled(args: tuple) -> tuple:
+    """The arguments with floating-point tensors in float64."""
+    return tuple(
+        arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else doubled(arg) if _is_list(arg) else arg
+        for arg in args
+    )
+
+
+def _is_list(arg: object) -> bool:
+    return isinstance(arg, (list, tuple))
+
+
+def reference(op: str, *args) -> tuple:
+    """The op by its reference, always as a tuple."""
+    with dalle_kernels.use("reference"):
+        return _as_tuple(dalle_kernels.ops()[op](*args))
+
+
+def _as_tuple(output: object) -> tuple:
+    return tuple(output) if _is_list(output) else (output,)
+
+
+def laid_out(draw: random.Random, tensor: Tensor, unit_last: bool = False) -> Tensor:
+    """The tensor, or equal values in another memory layout."""
+    views = [view for _, view in strided_views(tensor) if not unit_last or view.dim() == 0 or view.stride(-1) == 1]
+    return draw.choice([tensor, *views])
+
+
+def shape_of(draw: random.Random, lowest: int, highest: int, elements: int = 1 << 15) -> list[int]:
+    """Sizes of ``lowest`` to ``highest`` dimensions, now and then an empty one, ``elements`` in all at most."""
+    sizes: list[int] = []
+    for _ in range(draw.randint(lowest, highest)):
+        room = [size for size in ODD_SIZES if size <= elements]
+        sizes.append(draw.choice(room) if draw.random() > 0.03 else 0)
+        elements //= max(1, sizes[-1])
+    return sizes
+
+
+# ---- One sampler a family
+
+
+def float16_call(op: str, draw: random.Random) -> Call:
+    shape = shape_of(draw, 0, 5)
+    dtype = draw.choice((*FLOATS, torch.float64))
+    if op.startswith("decode"):
+        return Call((laid_out(draw, torch.randint(-(2**15), 2**15, shape).short()), dtype), bits=True)
+    values = (torch.randn(shape) * torch.exp2(torch.empty(shape).uniform_(-70, 8))).to(dtype)
+    if draw.random() < 0.3:
+        values[torch.rand(shape) < 0.1] = draw.choice((torch.nan, torch.inf, -torch.inf))
+    return Call((laid_out(draw, values),), bits=True)
+
+
+def attention_call(op: str, draw: random.Random) -> Call:
+    pattern = AttentionPattern(
+        draw.choice(KINDS), draw.randint(0, 40), (draw.randint(1, 12), draw.randint(1, 12)), draw.choice((1, 3, 5, 11))
+    )
+    batch, heads, seq = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, pattern.seq_len)
+    shape, dtype = (batch, heads, seq, draw.choice((1, 3, 8, 16, 20, 33, 64, 80, 128))), draw.choice(FLOATS)
+    scale = draw.choice((shape[-1] ** -0.5, draw.uniform(-2, 2)))
+    settings = (pattern.kind, pattern.text_len, *pattern.grid, pattern.kernel_size, scale)
+    tensors = [laid_out(draw, torch.randn(shape).to(dtype), unit_last=True) for _ in range(4)]
+    if op == "sparse_attention":
+        return Call((*tensors[:3], *settings))
+    *inputs, grad_out = tensors
+    saved = reference("sparse_attention", *inputs, *settings)
+    exact = reference("sparse_attention", *doubled(tuple(inputs)), *settings)
+    return Call((grad_out, *inputs, *saved, *settings), (grad_out.double(), *doubled(tuple(inputs)), *exact, *settings))
+
+
+def gumbel_softmax_call(op: str, draw: random.Random) -> Call:
+    shape, dtype = shape_of(draw, 1, 4), draw.choice(FLOATS)
+    dim = draw.randrange(-len(shape), len(shape))
+    shape[dim] = draw.choice(ODD_SIZES[1:])
+    logits = laid_out(draw, (torch.randn(shape) * draw.choice((0.1, 1, 10))).to(dtype))
+    seed, offset = torch.tensor(draw.getrandbits(62)), torch.tensor(draw.choice((0, 3, 2**40)))
+    noise = (seed, offset, torch.tensor(draw.choice((0.07, 0.5, 1.0, 1.7))))
+    if "codebook" in op:
+        codebook = torch.randn(shape[dim], draw.choice(SMALL)).to(draw.choice((dtype, torch.float32)))
+        forward = (logits, laid_out(draw, codebook), *noise, dim)
+    else:
+        forward = (logits, *noise, draw.random() < 0.3, dim)
+    if not op.endswith("_backward"):
+        return Call(forward)
+    return _backward_of(op, draw, forward, saved=() if "codebook" in op else (1,))
+
+
+def _backward_of(op: str, draw: random.Random, forward: tuple, saved: tuple[int, ...]) -> Call:
+    """Gradients of the forward's outputs, the forward's arguments, and its first output after the logits if saved."""
+    name = op.removesuffix("_backward")
+    outputs, exact = reference(name, *forward), reference(name, *doubled(forward))
+    gradients = tuple(laid_out(draw, torch.randn(output.shape).to(output.dtype)) for output in outputs)
+
+    def arguments(inputs: tuple, results: tuple) -> tuple:
+        return (*inputs[:1], *results[: len(saved)], *inputs[1:])
+
+    args = (*gradients, *arguments(forward, outputs))
+    return Call(args, (*doubled(gradients), *arguments(doubled(forward), exact)))
+
+
+def cross_entropy_call(op: str, draw: random.Random) -> Call:
+    rows, width, classes = draw.choice((0, *ODD_SIZES)), draw.choice(ODD_SIZES), draw.choice((*ODD_SIZES, 1000))
+    dtype = draw.choice(FLOATS)
+    hidden = laid_out(draw, torch.randn(rows, width).to(dtype))
+    weight = laid_out(draw, (torch.randn(classes, width) * width**-0.5).to(draw.choice((dtype, torch.float32))))
+    bias = laid_out(draw, torch.randn(classes).to(dtype)) if draw.random() < 0.5 else None
+    target = torch.randint(classes, (rows,))
+    target[torch.rand(rows) < draw.choice((0, 0.2))] = -100
+    inputs = (hidden, weight, laid_out(draw, target), bias, -100)
+    if op.endswith("_backward"):
+        return Call((laid_out(draw, torch.randn(rows)), *inputs))
+    if op.endswith("_with_gradient"):
+        return Call((*inputs, draw.choice(("mean", "sum"))))
+    return Call(inputs)
+
+
+def logit_laplace_call(op: str, draw: random.Random) -> Call:
+    shape, dtype = shape_of(draw, 0, 4), draw.choice(FLOATS)
+    x = torch.empty(shape).uniform_(0.1, 0.9).to(draw.choice((dtype, torch.float32)))
+    tensors = [laid_out(draw, t) for t in (x, torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))]
+    reduction = draw.choice(("none", "mean", "sum"))
+    if not op.endswith("_backward"):
+        return Call((*tensors, reduction))
+    grad = laid_out(draw, torch.randn(shape)) if reduction == "none" else torch.randn(())
+    return Call((grad, *tensors, reduction))
+
+
+SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
+    **dict.fromkeys([f"{job}_{form}" for job in ("encode", "decode") for form in ("fp169", "fp0610")], float16_call),
+    **dict.fromkeys(["sparse_attention", "sparse_attention_backward"], attention_call),
+    **dict.fromkeys(
+        [f"gumbel_{name}{way}" for name in ("softmax", "softmax_kl", "codebook") for way in ("", "_backward")],
+        gumbel_softmax_call,
+    ),
+    **dict.fromkeys(
+        [f"linear_cross_entropy{name}" for name in ("", "_backward", "_with_gradient")], cross_entropy_call
+    ),
+    **dict.fromkeys(["logit_laplace_loss", "logit_laplace_loss_backward"], logit_laplace_call),
+}
+
+
+# ---- Running and judging
+
+
+def native_ops() -> list[str]:
+    """The ops that have a compiled CPU kernel here."""
+    found = dalle_kernels.ops().values()
+    return sorted(
+        op.name for op in found if any(p.name == "native" and p.unavailable("cpu") is None for p in op.providers)
+    )
+
+
+@dataclass
+class Findings:
+    """What was found for one op; ``reports`` holds one for each output and dtype, over all calls together."""
+
+    op: str
+    native: int = 0
+    served_otherwise: int = 0
+    reports: list[ErrorReport] = field(default_factory=list)
+    mistakes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return self.native > 0 and not self.mistakes and all(report.passed for report in self.reports)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {'passed' if self.passed else 'FAILED'}, {self.native} calls of the compiled kernel"]
+        if self.served_otherwise:
+            lines[0] += f", {self.served_otherwise} that only the reference serves"
+        lines += [f"  {mistake}" for mistake in self.mistakes]
+        lines += [f"  {report}" for report in self.reports if not report.passed]
+        return "\n".join(lines)
+
+
+def _copied(args: tuple) -> tuple:
+    """Copies in the same layout, NaN between rows included, so that a call can be made again with the same inputs."""
+    return tuple(_copied(arg) if _is_list(arg) else _copy(arg) if isinstance(arg, Tensor) else arg for arg in args)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    whole = tensor.new_empty(0).set_(
+        tensor.untyped_storage().clone(), 0, (tensor.untyped_storage().nbytes() // tensor.itemsize,)
+    )
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _flat(args: tuple) -> list[Tensor]:
+    return [t for arg in args for t in (_flat(arg) if _is_list(arg) else [arg] if isinstance(arg, Tensor) else [])]
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(_INTEGERS[a.itemsize]), b.view(_INTEGERS[b.itemsize]))
+
+
+def _run(op: dalle_kernels._dispatch.Op, provider: str, args: tuple) -> tuple[Tensor, ...]:
+    """The outputs, and the arguments that the op writes, after a call on copies."""
+    writes = [
+        argument.alias_info is not None and argument.alias_info.is_write for argument in op.overload._schema.arguments
+    ]
+    args = _copied(args)
+    before = _copied(args)
+    with dalle_kernels.use(provider), poisoned_allocations():
+        output = _as_tuple(op(*args))
+    for written, argument, earlier in zip(writes, args, before, strict=True):
+        for now, then in zip(_flat((argument,)), _flat((earlier,))):
+            if not written and not _same_bits(now, then):
+                raise AssertionError("an input was changed")
+    return *(o for o in output if o is not None), *_flat(tuple(a for w, a in zip(writes, args) if w))
+
+
+def fuzz(name: str, count: int, seed: int) -> Findings:
+    """Draw ``count`` calls of an op and hold the compiled kernel to the error rule over all of them together."""
+    op, found = dalle_kernels.ops()[name], Findings(name)
+    results: dict[tuple[int, torch.dtype], list[tuple[Tensor, ...]]] = defaultdict(list)
+    threads = torch.get_num_threads()
+    for index in range(count):
+        draw = random.Random(f"{name} {seed} {index}")
+        torch.manual_seed(draw.getrandbits(32))
+        call = SAMPLERS[name](name, draw)
+        if dalle_kernels.explain(name, *call.args).runs != "native":
+            found.served_otherwise += 1
+            continue
+        found.native += 1
+        where = f"call {index} of seed {seed}"
+        try:
+            torch.set_num_threads(draw.choice((1, 2, 3)))
+            actual = _run(op, "native", call.args)
+            torch.set_num_threads(draw.choice((1, 2, 4)))
+            again = _run(op, "native", call.args)
+            torch.set_num_threads(threads)
+            plain = _run(op, "reference", call.args)
+            exact = plain if call.bits else _run(op, "reference", call.exact)
+            if not all(map(_same_bits, actual, again)):
+                found.mistakes.append(f"{where}: the bits depend on the number of threads or on the run")
+            for output, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+                if (a.shape, a.dtype) != (p.shape, p.dtype):
+                    found.mistakes.append(f"{where}: output {output} is {a.dtype} {list(a.shape)}")
+                elif call.bits or not a.is_floating_point():
+                    if not _same_bits(a, p):
+                        found.mistakes.append(f"{where}: output {output} differs from the reference")
+                else:
+                    results[output, a.dtype].append(_scaled(a, p, e))
+        except Exception as error:
+            found.mistakes.append(f"{where}: {type(error).__name__}: {error}")
+        finally:
+            torch.set_num_threads(threads)
+    for (output, dtype), draws in results.items():
+        try:
+            found.reports.append(measure_errors(*map(list, zip(*draws)), f"output {output}, {dtype}"))
+        except AssertionError as error:
+            found.mistakes.append(str(error))
+    return found
+
+
+def _scaled(actual: Tensor, plain: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Brought to a largest value of about 1 (by a power of two), so that no call outweighs the others."""
+    finite = exact[exact.isfinite()]
+    largest = finite.abs().max().double() if finite.numel() else torch.zeros(())
+    factor = 2.0 ** -max(-100, min(100, int(largest.frexp().exponent)))
+    return tuple((tensor * factor).flatten() for tensor in (actual, plain, exact))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("ops", nargs="*", help="names of ops (default: all that have a compiled CPU kernel)")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31), help="(default: any)")
+    parser.add_argument("--count", type=int, default=50, help="calls of each op (default: %(default)s)")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", message=".*deterministic")
+    print(
+        f"instruction set {_native.instruction_sets()[2]}, seed {args.seed}, library {_native.library('cpu').__file__}"
+    )
+    failed = 0
+    for name in args.ops or native_ops():
+        if name not in SAMPLERS:
+            print(f"{name}: FAILED, no function in tests/fuzz.py draws its arguments")
+            failed += 1
+            continue
+        found = fuzz(name, args.count, args.seed)
+        failed += not found.passed
+        print(found, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
