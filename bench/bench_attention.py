@@ -9,7 +9,7 @@ import attention_rivals as rivals
 import dalle_pytorch_rival
 import pytest
 import torch
-from harness import BEST_RIVAL, OURS, Candidate, Case, Goal, Unavailable
+from harness import BEST_RIVAL, OURS, Candidate, Case, Goal, Unavailable, compiles
 
 import dalle_kernels
 from dalle_kernels import AttentionPattern, KVCache, decode_attention, sparse_attention
@@ -69,6 +69,10 @@ class Problem:
             back = None if order is None else order.argsort()
             self._checks.append((name, lambda: _in_order(_work(attend, inputs, self.work), back), self.pattern))
         return _candidate(name, attend, inputs, self.work, **options)
+
+    def forget(self, name: str) -> None:
+        """Check ``name`` no more: it cannot run here."""
+        self._checks = [check for check in self._checks if check[0] != name]
 
     def dalle_pytorch(self) -> Candidate | Unavailable:
         """Its layer of the nearest kind, between the projections, on the stream of a start token more."""
@@ -187,14 +191,11 @@ def flex_rivals(problem: Problem) -> list[Candidate | Unavailable]:
         if problem.device == "cpu" and problem.work != FORWARD:
             found.append(Unavailable(name, "FlexAttention has no backward on a CPU"))
             continue
-        try:
-            attend = rivals.flex(rule, problem.seq, block, problem.device)
-            with torch.no_grad():
-                attend(*problem.inputs)
-        except Exception as error:  # whatever the compiler or its C++ compiler stumbles over
-            found.append(Unavailable(name, f"it does not compile here: {str(error).splitlines()[0]}"))
-            continue
-        found.append(problem.candidate(name, attend, order=order))
+        attend = rivals.flex(rule, problem.seq, block, problem.device)
+        candidate = problem.candidate(name, attend, order=order)
+        found.append(compiles(candidate))
+        if isinstance(found[-1], Unavailable):
+            problem.forget(name)
     return found
 
 

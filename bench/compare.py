@@ -29,7 +29,7 @@ def families() -> list[str]:
 
 def measure(family: str, options: list[str], output: Path) -> bool:
     """Run one family's benchmarks into ``output``; False when a check or a benchmark failed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-quiet"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--benchmark-quiet"]
     command += [f"--benchmark-json={output}", *options, str(BENCH / f"bench_{family}.py")]
     return subprocess.run(command, cwd=BENCH.parent, check=False).returncode == 0
 
@@ -44,6 +44,11 @@ def best_rival(case: dict) -> str | None:
     return min(times, key=times.get) if times else None
 
 
+def extra_bytes(found: dict) -> int | None:
+    """Peak memory of a call beyond its results; None where it was not measured."""
+    return max(0, found["peak_bytes"] - found["result_bytes"]) if "peak_bytes" in found else None
+
+
 def reached(goal: dict, case: dict) -> tuple[float | None, str | None]:
     """What was reached on a goal's measure, and against whom; None where it was not measured."""
     ours = case["candidates"][case["ours"]]
@@ -54,16 +59,16 @@ def reached(goal: dict, case: dict) -> tuple[float | None, str | None]:
     match goal["measure"]:
         case "speed":
             return rival["median_ms"] / ours["median_ms"], against
-        case "memory" if "peak_bytes" in ours and rival["peak_bytes"]:
-            return ours["peak_bytes"] / rival["peak_bytes"], against
+        case "memory" if extra_bytes(rival):
+            return extra_bytes(ours) / extra_bytes(rival), against
         case "extra bytes" if "peak_bytes" in ours:
-            return max(0, ours["peak_bytes"] - ours["result_bytes"]), None
+            return extra_bytes(ours), None
         case "share" if case["floor_ms"] is not None:
             return case["floor_ms"] / ours["median_ms"], None
         case "milliseconds":
             return ours["median_ms"], None
         case "rate":
-            return case["units"] / ours["median_ms"] * 1e3, None
+            return 1e3 / ours["median_ms"], None
     return None, against
 
 
@@ -106,7 +111,7 @@ def describe_goal(goal: dict, unit: str) -> str:
     """One goal in words, such as ``goal: 2.5x against SDPA, reached 2.7x: met``."""
     formats = {
         "speed": lambda value: f"{value:.2f}x",
-        "memory": lambda value: f"{value:.3f} of the peak memory",
+        "memory": lambda value: f"{value:.3f} of the memory beyond the results",
         "extra bytes": lambda value: f"{value / 2**20:.1f} MiB beyond the results",
         "share": lambda value: f"{value:.0%} of the floor",
         "milliseconds": lambda value: f"{milliseconds(value)} ms",
@@ -120,11 +125,11 @@ def describe_goal(goal: dict, unit: str) -> str:
 
 
 def ratio_table(case: dict) -> str:
-    """One case for the eye: every candidate's median, its ratio to ours, its memory; the goals; the floor."""
+    """One case for the eye: every candidate's median, its ratio to ours, its extra memory; the floor; the goals."""
     ours = case["candidates"][case["ours"]]["median_ms"]
     lines = [describe(case)]
     for name, found in case["candidates"].items():
-        memory = f"  {found['peak_bytes'] / 2**20:8.1f} MiB" if "peak_bytes" in found else ""
+        memory = f"  {extra_bytes(found) / 2**20:8.1f} MiB" if "peak_bytes" in found else ""
         other = "" if found["same_function"] else "  (another function)"
         lines.append(
             f"  {name:58} {milliseconds(found['median_ms']):>9} ms  {found['median_ms'] / ours:7.2f}x{memory}{other}"
@@ -166,7 +171,7 @@ def main() -> None:
             output = Path(folder) / f"{family}.json"
             if not measure(family, [*passed, *others], output):
                 failed.append(family)
-            elif output.exists():
+            if output.exists() and output.stat().st_size:
                 outputs.append(output)
         for output in outputs:
             for family, content in results(json.loads(output.read_text(encoding="utf-8"))).items():

@@ -17,7 +17,8 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,22 +27,26 @@ OURS = "dalle_kernels"
 BEST_RIVAL = "the best rival of the same function"
 LEAST_ROUNDS = 5
 SLOW, SLOW_ROUNDS = 1.0, 3
-"""A rival that takes more seconds than this takes part in so many rounds only."""
+"""A rival that takes more seconds than this takes part in so many rounds only; where we do, there are no more."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One way to do the work.
 
-    ``run`` does it once and returns its results; ``before`` prepares a call and is not timed. ``same_function`` is
-    False for what computes something else, and its name or note says what.
+    ``run`` does it once and returns its results; ``before`` prepares a call and is not timed. One call makes ``units``
+    of what the case counts, tokens say; times are those of one unit. ``same_function`` is False for what computes
+    something else, and its name or note says what. ``seconds`` tells how long the last call took, where the clock of
+    this process cannot.
     """
 
     name: str
     run: Callable[[], object]
     before: Callable[[], object] | None = None
+    units: int = 1
     same_function: bool = True
     note: str = ""
+    seconds: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,19 +61,14 @@ class Unavailable:
 class Goal:
     """A bound from the goals on one measure of a case.
 
-    ``measure`` is "speed" (time of ``against`` over ours), "memory" (peak extra memory of ours over that of
-    ``against``), "extra bytes" (of ours beyond its results), "share" (floor over time), "milliseconds" or "rate" (units
-    of work a second, where the case says how many units a call does). ``against`` is a candidate's name or
-    BEST_RIVAL.
+    ``measure`` is "speed" (time of ``against`` over ours), "memory" (peak memory beyond the results, of ours over that
+    of ``against``), "extra bytes" (that of ours), "share" (floor over time), "milliseconds" or "rate" (units a second).
+    ``against`` is a candidate's name or BEST_RIVAL.
     """
 
     measure: str
     bound: float
     against: str | None = None
-
-    @property
-    def at_least(self) -> bool:
-        return self.measure in ("speed", "share", "rate")
 
 
 @dataclass
@@ -76,8 +76,9 @@ class Case:
     """One row of the results: a work of a family with its settings, who does it, and what it is held to.
 
     ``check`` raises unless the work passed the error rule on these inputs. ``operations`` (floating point, ideal) and
-    ``bytes_moved`` (ideal) make the floor; ``units`` is how many tokens or elements one call makes. ``calls`` is how
-    many calls one round times, for work too short for a clock.
+    ``bytes_moved`` (ideal), of one unit, make the floor; ``unit`` is a unit's name where a call makes several.
+    ``calls`` is how many calls one round times, for work too short for a clock. ``seconds`` is about how long the
+    rounds take in all.
     """
 
     family: str
@@ -90,13 +91,10 @@ class Case:
     goals: Sequence[Goal] = ()
     operations: float | None = None
     bytes_moved: float | None = None
-    units: float | None = None
     unit: str = ""
     calls: int = 1
     memory: bool = True
     seconds: float = 10.0
-    command: str = ""
-    extra: dict[str, object] = field(default_factory=dict)
 
     def describe(self) -> dict[str, object]:
         """All that is known before anything is measured, for the results file."""
@@ -107,10 +105,8 @@ class Case:
             "settings": self.settings,
             "operations": self.operations,
             "bytes_moved": self.bytes_moved,
-            "units": self.units,
             "unit": self.unit,
             "goals": [asdict(goal) for goal in self.goals],
-            **self.extra,
         }
 
 
@@ -143,24 +139,25 @@ class Contest:
         self.slow: set[str] = set()
         self._turns: Iterator[int] = iter(())
 
-    def warm_up(self) -> float:
-        """Run everyone once or twice (compilation, thread pools) and take their memory; the seconds of a round."""
-        total = 0.0
+    def warm_up(self) -> dict[str, float]:
+        """Run everyone once or twice (compilation, thread pools) and take their memory; seconds of each one's turn."""
+        turns = {}
         for candidate in (self.case.ours, *self.rivals):
-            seconds = self.clock(candidate)
+            turns[candidate.name] = self.clock(candidate) * candidate.units * self.case.calls
             if self.case.memory:
                 self.memory[candidate.name] = peak_memory(candidate, self.device)
-            elif seconds < SLOW:
-                seconds = self.clock(candidate)
-            if seconds * self.case.calls > SLOW and candidate is not self.case.ours:
-                self.slow.add(candidate.name)
-            else:
-                total += seconds * self.case.calls
-        return total
+            elif turns[candidate.name] < SLOW:
+                turns[candidate.name] = self.clock(candidate) * candidate.units * self.case.calls
+        return turns
 
     def rounds(self, most: int) -> int:
-        """How many rounds fit the case's time: at least 5 (or ``most``), at most ``most``."""
-        return max(min(LEAST_ROUNDS, most), min(most, int(self.case.seconds / max(self.warm_up(), 1e-9))))
+        """How many rounds fit the case's time, at most ``most`` and at least LEAST_ROUNDS; who is slow takes fewer."""
+        turns = self.warm_up()
+        self.slow = {name for name, seconds in turns.items() if seconds > SLOW}
+        if self.case.ours.name in self.slow:
+            return min(most, SLOW_ROUNDS)
+        fast = sum(seconds for name, seconds in turns.items() if name not in self.slow)
+        return min(most, max(LEAST_ROUNDS, int(self.case.seconds / max(fast, 1e-9))))
 
     def begin(self, rounds: int) -> None:
         self._turns = run_in_turns(self.rivals, self.slow, rounds, lambda rival: self._record(rival, self.clock(rival)))
@@ -176,9 +173,10 @@ class Contest:
         self.seconds[candidate.name].append(seconds)
 
     def clock(self, candidate: Candidate) -> float:
-        """Seconds of one call; where a case times several at once, their mean."""
+        """Seconds of one unit: the mean over the units of a call and the calls that are timed at once."""
         if candidate.before is not None:
             candidate.before()
+        each = candidate.units * self.case.calls
         if self.device == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -186,11 +184,12 @@ class Contest:
                 candidate.run()
             end.record()
             end.synchronize()
-            return begin.elapsed_time(end) / 1e3 / self.case.calls
+            return begin.elapsed_time(end) / 1e3 / each
         begin_time = time.perf_counter()
         for _ in range(self.case.calls):
             candidate.run()
-        return (time.perf_counter() - begin_time) / self.case.calls
+        took = time.perf_counter() - begin_time
+        return (took if candidate.seconds is None else candidate.seconds()) / each
 
     def results(self) -> dict[str, object]:
         """Every candidate's quantiles and memory, and who could not run."""
@@ -262,3 +261,20 @@ def peak_memory(candidate: Candidate, device: str) -> dict[str, int]:
         return {}
     results = candidate.run()
     return {"peak_bytes": max(0, _resident("VmHWM") - before), "result_bytes": result_bytes(results)}
+
+
+def compiles(candidate: Candidate) -> Candidate | Unavailable:
+    """The candidate after a first call, or why ``torch.compile`` fails on it here (for want of a C++ compiler, say)."""
+    try:
+        if candidate.before is not None:
+            candidate.before()
+        candidate.run()
+    except Exception as error:
+        first_line = (str(error).splitlines() or [repr(error)])[0]
+        return Unavailable(candidate.name, f"it does not compile here: {first_line}")
+    return candidate
+
+
+def compiled(name: str, function: Callable, call: Callable[[Callable], object], **options) -> Candidate | Unavailable:
+    """``call(function)``, the function under ``torch.compile``, as a candidate where it compiles."""
+    return compiles(Candidate(name, partial(call, torch.compile(function, fullgraph=True, dynamic=False)), **options))

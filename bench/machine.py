@@ -68,7 +68,7 @@ def _best_seconds(run: Callable[[], object], device: str) -> float:
     return best
 
 
-def _product_rate(dtype: torch.dtype, device: str) -> float:
+def product_rate(dtype: torch.dtype, device: str) -> float:
     """Operations a second of a square product; of a small one where a large one would take seconds."""
     rate = 0.0
     for size in (256, 8192 if device == "cuda" else 1536):
@@ -87,7 +87,7 @@ def peaks(device: str) -> dict[str, float]:
     """
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        found[f"gemm_{str(dtype).removeprefix('torch.')}_per_s"] = _product_rate(dtype, device)
+        found[f"gemm_{str(dtype).removeprefix('torch.')}_per_s"] = product_rate(dtype, device)
     source = torch.ones(1 << (30 if device == "cuda" else 26), device=device)
     target = torch.empty_like(source)
     target.copy_(source)

@@ -1,0 +1,137 @@
+"""Gumbel-softmax, and with its KL forward and backward, against torch eager, compiled and DALLE-pytorch's way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import OURS, Candidate, Case, Goal, compiled
+from torch import Tensor
+
+from dalle_kernels import gumbel_softmax, gumbel_softmax_kl
+from dalle_kernels.philox import gumbel_noise, new_seed
+from dalle_kernels.testing import assert_accurate
+
+EAGER = "torch, eager"
+COMPILED = "torch, compiled"
+CODES = 8192
+# What a call may take beyond its results, in the steps in which memory is counted.
+EXTRA_BYTES = 2 << 20
+
+each_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def plain(logits: Tensor, tau: float, dim: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The sample and the KL as a user writes them, in the logits' dtype."""
+    log_q = logits.log_softmax(dim)
+    kl = (log_q.exp() * (log_q + math.log(CODES))).sum(dim)
+    return ((logits + noise.to(logits.dtype)) / tau).softmax(dim), kl
+
+
+def eager_kl(logits: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+    """``F.gumbel_softmax`` and the KL to the uniform prior along dimension 1."""
+    log_q = logits.log_softmax(1)
+    return F.gumbel_softmax(logits, tau=tau, dim=1), (log_q.exp() * (log_q + math.log(CODES))).sum(1)
+
+
+def dalle_pytorch_kl(logits: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+    """As DALLE-pytorch's ``DiscreteVAE.forward``; its KL is one number, divided by the batch."""
+    one_hot = F.gumbel_softmax(logits, tau=tau, dim=1)
+    log_q = logits.flatten(2).transpose(1, 2).log_softmax(-1)
+    uniform = torch.log(torch.tensor([1.0 / CODES], device=logits.device))
+    return one_hot, F.kl_div(uniform, log_q, None, None, "batchmean", log_target=True)
+
+
+def with_gradient(function: Callable[[Tensor], tuple[Tensor, Tensor]], logits: Tensor, grad_y: Tensor) -> tuple:
+    """y, the KL and the gradient of the logits, for ``grad_y`` and a KL that counts once."""
+    y, kl = function(logits)
+    (grad,) = torch.autograd.grad((y, kl), logits, (grad_y, torch.ones_like(kl)))
+    return y.detach(), kl.detach(), grad
+
+
+@each_dtype
+def test_forward(side_by_side, device, dtype):
+    rows = 8 * 1024
+    logits = (2 * torch.randn(rows, CODES, device=device)).to(dtype)
+
+    def check() -> None:
+        some = 64
+        actual = gumbel_softmax(logits, generator=seeded())[:some]
+        noise = partial(gumbel_noise, new_seed(logits.device, seeded()), torch.arange(some).view(-1, 1, 1), CODES)
+        near, exact = (
+            plain(logits[:some].to(kind), 1.0, -1, noise(wide).view(some, CODES))[0]
+            for kind, wide in ((dtype, torch.float32), (torch.float64, torch.float64))
+        )
+        assert_accurate(actual, near, exact, f"gumbel_softmax, {dtype}")
+
+    with torch.no_grad():
+        side_by_side(
+            Case(
+                family="gumbel_softmax",
+                work="forward",
+                dtype=dtype,
+                settings={"shape": f"{rows}x{CODES}", "dim": -1},
+                ours=Candidate(OURS, lambda: gumbel_softmax(logits)),
+                rivals=[
+                    Candidate(EAGER, lambda: F.gumbel_softmax(logits)),
+                    compiled(COMPILED, F.gumbel_softmax, lambda function: function(logits)),
+                ],
+                check=check,
+                goals=[Goal("speed", 12, EAGER), Goal("extra bytes", 4 * rows + EXTRA_BYTES)],
+                bytes_moved=2 * logits.nbytes,
+            )
+        )
+
+
+@each_dtype
+def test_with_kl_and_backward(side_by_side, device, dtype):
+    batch, side = 8, 32
+    shape = (batch, CODES, side, side)
+    logits = (2 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+    grad_y = torch.randn(shape, device=device).to(dtype)
+
+    def check() -> None:
+        few = (slice(1), slice(None), slice(4))
+        rows = torch.arange(4 * side).view(1, 1, -1)
+        actual = with_gradient(partial(gumbel_softmax_kl, dim=1, generator=seeded()), logits, grad_y)
+        actual = (actual[0][few], actual[1][0:1, :4], actual[2][few])
+        noise = partial(gumbel_noise, new_seed(logits.device, seeded()), rows, CODES)
+        known = []
+        for kind, wide in ((dtype, torch.float32), (torch.float64, torch.float64)):
+            function = partial(plain, tau=1.0, dim=1, noise=noise(wide).view(1, CODES, 4, side))
+            leaf = logits.detach()[few].to(kind).requires_grad_()
+            known.append(with_gradient(function, leaf, grad_y[few].to(kind)))
+        for name, *results in zip(("y", "kl", "gradient"), actual, *known, strict=True):
+            assert_accurate(*results, f"gumbel_softmax_kl, {name}, {dtype}")
+
+    ours = partial(gumbel_softmax_kl, dim=1)
+    compiled_rival = compiled(COMPILED, eager_kl, partial(with_gradient, logits=logits, grad_y=grad_y))
+    side_by_side(
+        Case(
+            family="gumbel_softmax",
+            work="with KL, forward + backward",
+            dtype=dtype,
+            settings={"shape": "x".join(map(str, shape)), "dim": 1},
+            ours=Candidate(OURS, partial(with_gradient, ours, logits, grad_y)),
+            rivals=[
+                Candidate(EAGER, partial(with_gradient, eager_kl, logits, grad_y)),
+                compiled_rival,
+                Candidate("as DALLE-pytorch writes it", partial(with_gradient, dalle_pytorch_kl, logits, grad_y)),
+            ],
+            check=check,
+            goals=[
+                Goal("speed", 12 if dtype == torch.float32 else 10, EAGER),
+                Goal("extra bytes", 4 * batch * side * side + EXTRA_BYTES),
+            ],
+            # Forward reads the logits and writes y; backward reads both and y's gradient and writes the logits'.
+            bytes_moved=6 * logits.nbytes,
+        )
+    )
