@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_kernels.cross_entropy import linear_cross_entropy, ops, reference
+import dalle_kernels
+from dalle_kernels import _native
+from dalle_kernels.cross_entropy import linear_cross_entropy, native, ops, reference
 from dalle_kernels.testing import assert_accurate, poisoned_allocations, strided_views
 
 IGNORE = -100
+needs_native = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the compiled library is not built")
+ALL = [True] * 3
+
+
+@pytest.fixture(params=[pytest.param("native", marks=needs_native), "reference"])
+def provider(request):
+    with dalle_kernels.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Many chunks of rows and panels of classes already in small problems."""
+    monkeypatch.setattr(reference, "_CHUNK_LOGITS", 1000)
+    monkeypatch.setattr(native, "_CHUNK_FLOATS", 3000)
+    monkeypatch.setattr(native, "_PANEL_FLOATS", 700)
 
 
 def _inputs(
@@ -41,12 +65,14 @@ def _run(function, inputs, dtype: torch.dtype, reduction: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ops.REDUCTIONS)
-def test_loss_and_gradients_meet_the_error_rule(reduction, dtype, monkeypatch):
-    """Eight draws of a shape are measured together: the largest error of a few bias gradients alone is luck."""
-    monkeypatch.setattr(reference, "_CHUNK_LOGITS", 1000)
-    for sizes in ((33, 97, 31), (7, 257, 64), (65, 3, 17), (31, 129, 5)):
+def test_loss_and_gradients_meet_the_error_rule(reduction, dtype, provider, small_chunks):
+    """Draws of a shape are measured together: the largest error of a few rows, which one logit's rounding makes, is
+    luck."""
+    # More than one of the kernel's segments of classes; the reference would take them row by row.
+    wide = [(20, 600, 33)] if provider == "native" else []
+    for sizes in ((33, 97, 31), (7, 257, 64), (65, 3, 17), (31, 129, 5), (3, 1, 2), *wide):
         draws = []
-        for seed in range(8):
+        for seed in range(24):
             *floating, target = _inputs(*sizes, seed)
             inputs = [tensor.to(dtype).double() for tensor in floating] + [target]
             with poisoned_allocations():
@@ -68,9 +94,8 @@ def test_float64_gradients_by_finite_differences(reduction):
     )
 
 
-def test_both_routes_to_the_gradient_agree(monkeypatch):
+def test_both_routes_to_the_gradient_agree(provider, small_chunks):
     """A mean's gradient comes from the forward pass, that of the rows from logits computed again."""
-    monkeypatch.setattr(reference, "_CHUNK_LOGITS", 200)
     inputs = _inputs(33, 41, 17, seed=11, dtype=torch.float32)
 
     def mean_of_rows(hidden, weight, target, bias, ignore_index, reduction):
@@ -81,7 +106,7 @@ def test_both_routes_to_the_gradient_agree(monkeypatch):
         torch.testing.assert_close(one, other)
 
 
-def test_a_loss_scale_saves_small_float16_gradients():
+def test_a_loss_scale_saves_small_float16_gradients(provider):
     """These gradients would round to zero if they were rounded before the incoming scale reaches them."""
     hidden, weight, _, target = _inputs(64, 33, 9, seed=12, dtype=torch.float16)
     hidden = (hidden * 1e-3).requires_grad_()
@@ -93,7 +118,7 @@ def test_a_loss_scale_saves_small_float16_gradients():
     torch.testing.assert_close(grad.double(), expected, rtol=1e-2, atol=1e-7)
 
 
-def test_leading_dimensions_and_no_gradient():
+def test_leading_dimensions_and_no_gradient(provider):
     hidden, weight, bias, target = _inputs(12, 9, 5, seed=13, dtype=torch.float32)
     for reduction in ops.REDUCTIONS:
         expected = _plain(hidden, weight, target, bias, reduction=reduction)
@@ -104,7 +129,7 @@ def test_leading_dimensions_and_no_gradient():
     torch.testing.assert_close(single, _plain(hidden, weight, target, bias, reduction="none")[0])
 
 
-def test_layout_changes_no_more_than_rounding():
+def test_layout_changes_no_more_than_rounding(provider):
     hidden, weight, bias, target = _inputs(13, 11, 7, seed=14, dtype=torch.float32)
     expected = _run(linear_cross_entropy, (hidden, weight, bias, target), torch.float32, "mean")
     for views in zip(*map(strided_views, (hidden, weight, bias, target)), strict=False):
@@ -115,7 +140,7 @@ def test_layout_changes_no_more_than_rounding():
         torch.testing.assert_close([loss, *grads], expected, msg=name)
 
 
-def test_ignored_rows_count_for_nothing():
+def test_ignored_rows_count_for_nothing(provider):
     hidden, weight, bias, _ = _inputs(6, 5, 4, seed=15, dtype=torch.float32)
     nobody = torch.full((6,), 3)
     for reduction, loss in (("sum", 0.0), ("mean", float("nan"))):
@@ -130,7 +155,7 @@ def test_ignored_rows_count_for_nothing():
     assert torch.isfinite(rows).all() and rows[1] == 0
 
 
-def test_a_bad_row_spoils_only_its_own_loss_and_hidden_gradient():
+def test_a_bad_row_spoils_only_its_own_loss_and_hidden_gradient(provider):
     hidden, weight, bias, target = _inputs(5, 6, 4, seed=16, dtype=torch.float32)
     hidden[1, 2] = float("nan")
     hidden.requires_grad_()
@@ -140,7 +165,7 @@ def test_a_bad_row_spoils_only_its_own_loss_and_hidden_gradient():
     assert hidden.grad.isnan().any(1).tolist() == [False, True, False, False, False]
 
 
-def test_no_rows():
+def test_no_rows(provider):
     weight = torch.randn(5, 3, requires_grad=True)
     hidden, target = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.int64)
     assert linear_cross_entropy(hidden, weight, target, reduction="none").shape == (0,)
@@ -151,7 +176,7 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("wrong", [6, -1, 2**40])
-def test_a_target_that_is_no_class(wrong, monkeypatch):
+def test_a_target_that_is_no_class(wrong, provider, monkeypatch):
     hidden, weight, bias, target = _inputs(4, 6, 3, seed=17, dtype=torch.float32)
     target[1] = wrong
     with pytest.raises(ValueError, match=f"expected targets from 0 to 5 or ignore_index -100, got {wrong};"):
@@ -164,7 +189,7 @@ def test_a_target_that_is_no_class(wrong, monkeypatch):
     assert torch.autograd.grad(rows.sum(), weight)[0].isnan().all()
 
 
-def test_mixed_dtypes_and_autocast():
+def test_mixed_dtypes_and_autocast(provider):
     hidden, weight, bias, target = _inputs(9, 13, 8, seed=18, dtype=torch.float32)
     mixed = linear_cross_entropy(hidden.bfloat16(), weight, target, bias)
     torch.testing.assert_close(mixed, _plain(hidden.bfloat16().float(), weight, target, bias))
@@ -174,42 +199,182 @@ def test_mixed_dtypes_and_autocast():
         assert torch.equal(linear_cross_entropy(hidden, weight, target, bias), expected)
 
 
-def test_same_input_same_bits():
+def test_same_input_same_bits(provider):
     inputs = _inputs(65, 33, 17, seed=19, dtype=torch.float32)
     first, again = (_run(linear_cross_entropy, inputs, torch.float32, "mean") for _ in range(2))
     assert all(map(torch.equal, first, again))
 
 
-def test_logits_exist_for_one_chunk_at_a_time(monkeypatch):
+def _memory(name: str) -> int:
+    """This process's memory in bytes: "VmRSS" now, "VmHWM" at its highest."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{name}:\s*(\d+) kB", status, re.MULTILINE)[1]) * 1024
+
+
+def test_the_reference_has_logits_for_one_chunk_at_a_time(monkeypatch):
     monkeypatch.setattr(reference, "_CHUNK_LOGITS", 300)
     sizes = []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda *arguments: sizes.append(linear(*arguments).numel()) or linear(*arguments))
     hidden, weight, bias, target = _inputs(20, 100, 4, seed=20, dtype=torch.float32)
-    linear_cross_entropy(hidden, weight.requires_grad_(), target, bias).backward()
+    with dalle_kernels.use("reference"):
+        linear_cross_entropy(hidden, weight.requires_grad_(), target, bias).backward()
     assert len(sizes) == 7 and max(sizes) == 300
 
 
-def test_opcheck():
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's highest memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_exist_for_one_chunk_at_a_time(reduction, dtype):
+    """In float32 the logits of this problem would take 160 MiB, and as much again for their gradient."""
+    hidden, weight, bias, target = _inputs(2560, 16384, 16, seed=20, dtype=dtype)
+    for tensor in (hidden, weight, bias):
+        tensor.requires_grad_()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest memory becomes that of now
+    before = _memory("VmRSS")
+    linear_cross_entropy(hidden, weight, target, bias, IGNORE, reduction).sum().backward()
+    assert _memory("VmHWM") - before < 40 * 2**20
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit_of_the_compiled_kernel(dtype):
+    """The matrix products are torch's and may depend on the threads, so the kernels between them are tried alone."""
+    classes, rows = 1300, 37
+    generator = torch.Generator().manual_seed(24)
+    logits = 5 * torch.randn(classes, rows, generator=generator)
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    library = _native.library("cpu")
+    results = []
+    for threads in (1, 2, 3, 7):
+        written = logits.clone()
+        loss, row_factor, bias_sums = torch.empty(rows), torch.empty(rows), torch.zeros(classes, dtype=torch.float64)
+        total, scale = torch.zeros((), dtype=torch.float64), torch.full((rows,), 0.3)
+        workspace = torch.full((library.cross_entropy_workspace(classes, rows),), torch.nan)
+        library.cross_entropy_chunk(
+            logits=written.data_ptr(),
+            classes=classes,
+            rows=rows,
+            bias=logits.data_ptr(),
+            target=target.data_ptr(),
+            target_stride=1,
+            ignore_index=IGNORE,
+            row_scale=scale.data_ptr(),
+            row_scale_stride=1,
+            loss=loss.data_ptr(),
+            total=total.data_ptr(),
+            row_factor=row_factor.data_ptr(),
+            bias_sums=bias_sums.data_ptr(),
+            workspace=workspace.data_ptr(),
+            executor=threads,
+        )
+        results.append((written, loss, row_factor, bias_sums, total))
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+    biased = (logits + logits.flatten()[:classes, None]).double()
+    expected = F.cross_entropy(biased.t(), target, reduction="none")
+    torch.testing.assert_close(results[0][1].double(), expected, rtol=1e-6, atol=1e-6)
+    gradient = 0.3 * (biased.softmax(0) - F.one_hot(target, classes).t())
+    torch.testing.assert_close(results[0][0].double() * results[0][2], gradient, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(results[0][3], gradient.sum(1), rtol=1e-5, atol=1e-7)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_gradient_is_rounded_once(dtype):
+    """Many terms, of which each alone would be lost beside the sum in 16 bits."""
+    library, count = _native.library("cpu"), 70_001
+    generator = torch.Generator().manual_seed(25)
+    terms = [torch.randn(count, generator=generator)] + [torch.full((count,), 2.0**-11)] * 64
+    gradient, low = torch.empty(count, dtype=dtype), torch.empty(count, dtype=torch.uint8)
+    for i, term in enumerate(terms):
+        library.gradient_sum(
+            term=term.data_ptr(),
+            gradient=gradient.data_ptr(),
+            low=low.data_ptr(),
+            count=count,
+            first=i == 0,
+            last=i == 64,
+            dtype=_native.DTYPES[dtype],
+            executor=2,
+        )
+    exact = torch.stack(terms).double().sum(0)
+    torch.testing.assert_close(gradient.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-3 * 2**-4)
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_work_for_what_is_frozen(reduction, wanted, provider):
+    """What needs no gradient gets none, and the operators are not asked for it."""
+    hidden, weight, bias, target = _inputs(6, 7, 5, seed=26, dtype=torch.float32)
+    leaves = [tensor.requires_grad_(bool(flag)) for tensor, flag in zip((hidden, weight, bias), wanted)]
+    loss = linear_cross_entropy(*leaves[:2], target, leaves[2], IGNORE, reduction).sum()
+    chosen = [leaf for leaf in leaves if leaf.requires_grad]
+    expected = torch.autograd.grad(_plain(*leaves[:2], target, leaves[2], IGNORE, reduction).sum(), chosen)
+    torch.testing.assert_close(torch.autograd.grad(loss, chosen), expected)
+    gradients = ops.linear_cross_entropy_with_gradient_op(
+        *(leaf.detach() for leaf in leaves[:2]), target, leaves[2].detach(), IGNORE, "mean", [*map(bool, wanted)]
+    )[1:]
+    assert [gradient.numel() for gradient in gradients] == [
+        leaf.numel() if flag else 0 for leaf, flag in zip(leaves, wanted)
+    ]
+
+
+def test_opcheck(provider):
     hidden, weight, bias, target = _inputs(6, 7, 5, seed=21, dtype=torch.float32)
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     for given_bias in (leaves[2], None):
         arguments = (*leaves[:2], target, given_bias, IGNORE)
         torch.library.opcheck(ops.linear_cross_entropy_op.overload, arguments)
-        torch.library.opcheck(ops.linear_cross_entropy_with_gradient_op.overload, (*arguments, "mean"))
+        mask = [True, True, given_bias is not None]
+        torch.library.opcheck(ops.linear_cross_entropy_with_gradient_op.overload, (*arguments, "mean", mask))
     hidden, weight, bias = (tensor.detach() for tensor in leaves)
     arguments = (torch.ones(6), hidden, weight, target, bias, IGNORE)
-    torch.library.opcheck(ops.linear_cross_entropy_backward_op.overload, arguments)
+    for mask in (ALL, [False, True, False]):
+        torch.library.opcheck(ops.linear_cross_entropy_backward_op.overload, (*arguments, mask))
+    torch.library.opcheck(ops.linear_cross_entropy_scaled_gradient_op.overload, (weight, torch.tensor(0.5)))
 
 
-def test_only_the_loss_carries_a_gradient():
+def test_only_the_loss_carries_a_gradient(provider):
     *floating, target = _inputs(6, 7, 5, seed=23, dtype=torch.float32)
     hidden, weight, bias = (tensor.requires_grad_() for tensor in floating)
-    results = ops.linear_cross_entropy_with_gradient_op(hidden, weight, target, bias, IGNORE, "sum")
+    results = ops.linear_cross_entropy_with_gradient_op(hidden, weight, target, bias, IGNORE, "sum", ALL)
     assert [result.requires_grad for result in results] == [True, False, False, False]
     frozen = linear_cross_entropy(hidden, weight.detach(), target, bias.detach(), IGNORE, "sum")
     (expected,) = torch.autograd.grad(_plain(hidden, weight, target, bias, IGNORE, "sum"), hidden)
     torch.testing.assert_close(torch.autograd.grad(frozen, hidden)[0], expected)
+
+
+CHECK_ONE_INSTRUCTION_SET = """
+import torch, dalle_kernels
+from dalle_kernels import _native
+from dalle_kernels.testing import assert_accurate
+assert _native.instruction_sets()[2] == {isa!r}
+generator = torch.Generator().manual_seed(27)
+hidden, weight = torch.randn(45, 19, generator=generator), torch.randn(1100, 19, generator=generator)
+bias, target = torch.randn(1100, generator=generator), torch.randint(0, 1100, (45,), generator=generator)
+target[::7] = -100
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for reduction in ("mean", "none"):
+        results = []
+        for provider, kind in (("native", dtype), ("reference", dtype), ("reference", torch.float64)):
+            leaves = [tensor.to(dtype).to(kind).requires_grad_() for tensor in (hidden, weight, bias)]
+            with dalle_kernels.use(provider):
+                loss = dalle_kernels.linear_cross_entropy(*leaves[:2], target, leaves[2], reduction=reduction)
+                results.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
+        for native, reference, exact in zip(*results):
+            assert_accurate(native, reference, exact, str((dtype, reduction)))
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ("portable", "avx2", "avx512", "avx512_bf16"))
+def test_every_instruction_set_is_as_accurate_as_the_reference(isa):
+    if isa not in _native.instruction_sets()[1]:
+        pytest.skip(f"{isa} is not built or this processor does not run it")
+    environment = {**os.environ, "DALLE_KERNELS_ISA": isa}
+    subprocess.run([sys.executable, "-c", CHECK_ONE_INSTRUCTION_SET.format(isa=isa)], check=True, env=environment)
 
 
 def test_compiles_whole():

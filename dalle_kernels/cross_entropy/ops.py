@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dalle_kernels._dispatch import Op
-from dalle_kernels.cross_entropy import reference
+from dalle_kernels.cross_entropy import native, reference
 
 REDUCTIONS = ("none", "mean", "sum")
 _INPUTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
@@ -22,29 +22,39 @@ def _fake_rows(hidden, weight, target, bias, ignore_index):
     return hidden.new_empty(hidden.shape[0], dtype=reference.compute_dtype(hidden, weight, bias))
 
 
-def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    grad_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), grad_bias
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, output_mask: list[bool]) -> tuple[Tensor, ...]:
+    inputs = (hidden, weight, weight if bias is None else bias)
+    return tuple(tensor.new_empty(tensor.shape if wanted else 0) for tensor, wanted in zip(inputs, output_mask))
 
 
-def _fake_with_gradient(hidden, weight, target, bias, ignore_index, reduction):
+def _fake_with_gradient(hidden, weight, target, bias, ignore_index, reduction, output_mask):
     loss = hidden.new_empty((), dtype=reference.compute_dtype(hidden, weight, bias))
-    return loss, *_fake_gradients(hidden, weight, bias)
+    return loss, *_fake_gradients(hidden, weight, bias, output_mask)
 
 
 linear_cross_entropy_op = Op(f"linear_cross_entropy({_INPUTS}, int ignore_index) -> Tensor", _fake_rows)
 linear_cross_entropy_backward_op = Op(
-    f"linear_cross_entropy_backward(Tensor grad_loss, {_INPUTS}, int ignore_index) -> (Tensor, Tensor, Tensor)",
-    lambda grad_loss, hidden, weight, target, bias, *rest: _fake_gradients(hidden, weight, bias),
+    f"linear_cross_entropy_backward(Tensor grad_loss, {_INPUTS}, int ignore_index, bool[3] output_mask)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda grad_loss, hidden, weight, target, bias, _, output_mask: _fake_gradients(hidden, weight, bias, output_mask),
 )
 linear_cross_entropy_with_gradient_op = Op(
-    f"linear_cross_entropy_with_gradient({_INPUTS}, int ignore_index, str reduction)"
+    f"linear_cross_entropy_with_gradient({_INPUTS}, int ignore_index, str reduction, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_with_gradient,
 )
-linear_cross_entropy_op.provide("reference", reference.linear_cross_entropy)
-linear_cross_entropy_backward_op.provide("reference", reference.linear_cross_entropy_backward)
-linear_cross_entropy_with_gradient_op.provide("reference", reference.linear_cross_entropy_with_gradient)
+linear_cross_entropy_scaled_gradient_op = Op(
+    "linear_cross_entropy_scaled_gradient(Tensor gradient, Tensor factor) -> Tensor",
+    lambda gradient, factor: gradient.new_empty(gradient.shape),
+)
+for _op in (
+    linear_cross_entropy_op,
+    linear_cross_entropy_backward_op,
+    linear_cross_entropy_with_gradient_op,
+    linear_cross_entropy_scaled_gradient_op,
+):
+    _op.provide("native", getattr(native, _op.name), unavailable=native.unavailable, unsupported=native.unsupported)
+    _op.provide("reference", getattr(reference, _op.name))
 
 
 def _save_rows(ctx, inputs, output) -> None:
@@ -52,27 +62,34 @@ def _save_rows(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, target, bias)
 
 
+def _where_wanted(gradients, output_mask: list[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of the inputs hidden, weight, target, bias."""
+    hidden, weight, bias = (gradient if wanted else None for gradient, wanted in zip(gradients, output_mask))
+    return hidden, weight, None, bias
+
+
 def _rows_gradient(ctx, grad_loss: Tensor):
-    bias = ctx.saved_tensors[3]
-    *grads, grad_bias = linear_cross_entropy_backward_op(grad_loss, *ctx.saved_tensors, ctx.ignore_index)
-    return *grads, None, None if bias is None else grad_bias, None
+    hidden, weight, _, bias = ctx.needs_input_grad[:4]
+    output_mask = [hidden, weight, bias]
+    gradients = linear_cross_entropy_backward_op(grad_loss, *ctx.saved_tensors, ctx.ignore_index, output_mask)
+    return *_where_wanted(gradients, output_mask), None
 
 
 def _save_gradients(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.has_bias = inputs[3] is not None
+    ctx.output_mask = inputs[-1]
     ctx.save_for_backward(*output[1:])
 
 
 def _scaled_gradients(ctx, grad_loss: Tensor | None, *unused):
     if grad_loss is None:
-        return (None,) * 6
-    # The product is taken in the loss's dtype, so that a 16-bit gradient meets an unrounded factor.
-    hidden, weight, bias = (
-        (gradient.to(grad_loss.dtype) * grad_loss).to(gradient.dtype) for gradient in ctx.saved_tensors
-    )
-    return hidden, weight, None, bias if ctx.has_bias else None, None, None
+        return (None,) * 7
+    gradients = [
+        linear_cross_entropy_scaled_gradient_op(gradient, grad_loss) if wanted else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.output_mask)
+    ]
+    return *_where_wanted(gradients, ctx.output_mask), None, None, None
 
 
 linear_cross_entropy_op.register_autograd(_rows_gradient, _save_rows)
@@ -146,7 +163,10 @@ def linear_cross_entropy(
     inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if wants_gradient and reduction != "none" and all(tensor.dtype != torch.float16 for tensor in inputs):
-        return linear_cross_entropy_with_gradient_op(rows, weight, classes, bias, ignore_index, reduction)[0]
+        output_mask = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+        return linear_cross_entropy_with_gradient_op(rows, weight, classes, bias, ignore_index, reduction, output_mask)[
+            0
+        ]
     loss = linear_cross_entropy_op(rows, weight, classes, bias, ignore_index)
     if reduction == "none":
         return loss.view(target.shape)

@@ -26,6 +26,18 @@ def _must_not_wait(target: Tensor) -> bool:
     return target.device.type != "cpu"
 
 
+def checked_targets(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Which rows count, and which of them have a target that is no class; on the CPU such a target raises."""
+    kept = target != ignore_index
+    outside = kept & ((target < 0) | (target >= classes))
+    if not _must_not_wait(target) and outside.any():
+        raise ValueError(
+            f"expected targets from 0 to {classes - 1} or ignore_index {ignore_index}, got {int(target[outside][0])}; "
+            f"the weight has one row per class"
+        )
+    return kept, outside
+
+
 class _Problem:
     """The inputs in the arithmetic's dtype, and what both directions need of the targets."""
 
@@ -33,15 +45,8 @@ class _Problem:
         self.dtype = compute_dtype(hidden, weight, bias)
         self.hidden, self.weight = hidden, weight.to(self.dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
-        self.kept = target != ignore_index
-        self.outside = self.kept & ((target < 0) | (target >= weight.shape[0]))
+        self.kept, self.outside = checked_targets(target, weight.shape[0], ignore_index)
         self.target = target.masked_fill(self.outside | ~self.kept, 0)
-        if not _must_not_wait(target) and self.outside.any():
-            first = int(target[self.outside][0])
-            raise ValueError(
-                f"expected targets from 0 to {weight.shape[0] - 1} or ignore_index {ignore_index}, got {first}; "
-                f"the weight has one row per class"
-            )
 
     def chunks(self) -> Iterator[slice]:
         step = max(1, _CHUNK_LOGITS // self.weight.shape[0])
@@ -69,12 +74,12 @@ class _Gradients:
     The bias's is a plain sum over every row, which float32 would blur; it is kept in float64.
     """
 
-    def __init__(self, problem: _Problem):
-        self.problem = problem
-        self.hidden = torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
-        self.weight = torch.zeros_like(problem.weight, memory_format=torch.contiguous_format)
-        classes = 0 if problem.bias is None else self.weight.shape[0]
-        self.bias = torch.zeros(classes, dtype=torch.float64, device=self.weight.device)
+    def __init__(self, problem: _Problem, output_mask: list[bool]):
+        self.problem, self.output_mask = problem, output_mask
+        hidden, weight = problem.hidden, problem.weight
+        self.hidden = hidden.new_empty(hidden.shape if output_mask[0] else 0)
+        self.weight = weight.new_zeros(weight.shape if output_mask[1] else 0)
+        self.bias = weight.new_zeros(len(weight) if output_mask[2] else 0, dtype=torch.float64)
 
     def add(self, chunk: slice, rows: Tensor, log_p: Tensor, row_scale: Tensor) -> None:
         """``(softmax - one_hot)·row_scale`` overwrites the log-probabilities, then goes to the three inputs."""
@@ -82,9 +87,11 @@ class _Gradients:
         grad_logits.scatter_add_(1, self.problem.target[chunk, None], grad_logits.new_full((len(rows), 1), -1.0))
         grad_logits.mul_(row_scale[:, None])
         grad_logits.masked_fill_(~self.problem.kept[chunk, None], 0.0)  # a NaN in an ignored row stays out of the sums
-        self.hidden[chunk] = grad_logits @ self.problem.weight
-        self.weight.addmm_(grad_logits.t(), rows)
-        if self.problem.bias is not None:
+        if self.output_mask[0]:
+            self.hidden[chunk] = grad_logits @ self.problem.weight
+        if self.output_mask[1]:
+            self.weight.addmm_(grad_logits.t(), rows)
+        if self.output_mask[2]:
             self.bias += grad_logits.sum(0, dtype=torch.float64)
 
     def cast(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,10 +115,11 @@ def linear_cross_entropy_backward(
     target: Tensor,
     bias: Tensor | None,
     ignore_index: int,
+    output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the row losses, from logits that are computed again."""
+    """Gradients of the row losses, from logits that are computed again; empty where ``output_mask`` wants none."""
     problem = _Problem(hidden, weight, target, bias, ignore_index)
-    gradients = _Gradients(problem)
+    gradients = _Gradients(problem, output_mask)
     row_scale = problem.row_scale(grad_loss)
     for chunk in problem.chunks():
         rows, log_p = problem.log_softmax(chunk)
@@ -120,11 +128,17 @@ def linear_cross_entropy_backward(
 
 
 def linear_cross_entropy_with_gradient(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reduced loss and its gradients while a chunk's logits are at hand: three matrix products instead of four."""
     problem = _Problem(hidden, weight, target, bias, ignore_index)
-    gradients = _Gradients(problem)
+    gradients = _Gradients(problem, output_mask)
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     share = problem.kept.sum().double().reciprocal() if reduction == "mean" else torch.ones_like(loss)
     row_scale = problem.row_scale(share.expand(len(hidden)))
@@ -133,3 +147,8 @@ def linear_cross_entropy_with_gradient(
         loss += problem.loss(chunk, log_p).sum(dtype=torch.float64)
         gradients.add(chunk, rows, log_p, row_scale[chunk])
     return (loss * share).to(problem.dtype), *gradients.cast(weight, bias)
+
+
+def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A gradient times what reaches the loss, in the loss's dtype: a 16-bit gradient meets an unrounded factor."""
+    return (gradient.to(factor.dtype) * factor).to(gradient.dtype)

@@ -1,0 +1,51 @@
+#include "cross_entropy/cross_entropy.h"
+
+#include "common/module.h"
+
+using namespace dalle;
+using namespace pybind11::literals;
+
+DALLE_BINDINGS(m) {
+  m.def("cross_entropy_workspace", &cross_entropy_workspace, "classes"_a, "rows"_a);
+  m.def(
+      "cross_entropy_chunk",
+      [](uintptr_t logits, int64_t classes, int64_t rows, uintptr_t bias, uintptr_t target, int64_t target_stride,
+         int64_t ignore_index, uintptr_t row_scale, int64_t row_scale_stride, uintptr_t loss, uintptr_t total,
+         uintptr_t row_factor, uintptr_t bias_sums, uintptr_t workspace, uintptr_t executor) {
+        const CrossEntropyChunk params{pointer<float>(logits),
+                                       classes,
+                                       rows,
+                                       pointer<const float>(bias),
+                                       pointer<const int64_t>(target),
+                                       target_stride,
+                                       ignore_index,
+                                       pointer<const float>(row_scale),
+                                       row_scale_stride,
+                                       pointer<float>(loss),
+                                       pointer<double>(total),
+                                       pointer<float>(row_factor),
+                                       pointer<double>(bias_sums),
+                                       pointer<float>(workspace),
+                                       threads_of(executor)};
+        DALLE_RUN(cross_entropy_chunk, params, executor);
+      },
+      "logits"_a, "classes"_a, "rows"_a, "bias"_a, "target"_a, "target_stride"_a, "ignore_index"_a, "row_scale"_a,
+      "row_scale_stride"_a, "loss"_a, "total"_a, "row_factor"_a, "bias_sums"_a, "workspace"_a, "executor"_a);
+  m.def(
+      "gradient_sum",
+      [](uintptr_t term, uintptr_t gradient, uintptr_t low, int64_t count, bool first, bool last, int dtype,
+         uintptr_t executor) {
+        const GradientSum params{pointer<const float>(term), pointer<uint16_t>(gradient), pointer<uint8_t>(low), count,
+                                 first, last, Dtype{dtype}, threads_of(executor)};
+        DALLE_RUN(gradient_sum, params, executor);
+      },
+      "term"_a, "gradient"_a, "low"_a, "count"_a, "first"_a, "last"_a, "dtype"_a, "executor"_a);
+  m.def(
+      "gradient_scale",
+      [](uintptr_t input, uintptr_t output, int64_t count, int dtype, uintptr_t factor, uintptr_t executor) {
+        const GradientScale params{pointer<const void>(input), pointer<void>(output),       count,
+                                   Dtype{dtype},               pointer<const float>(factor), threads_of(executor)};
+        DALLE_RUN(gradient_scale, params, executor);
+      },
+      "input"_a, "output"_a, "count"_a, "dtype"_a, "factor"_a, "executor"_a);
+}
