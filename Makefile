@@ -21,11 +21,12 @@ RIVALS := $(VENV)/rivals
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench lint gpu build clean FORCE
+.PHONY: help demo test sanitize bench lint gpu build clean FORCE
 
 help:
 	@echo 'make demo   draw a labelled grid of pictures with the shipped model'
 	@echo 'make test   run the tests'
+	@echo 'make sanitize  check the kernels for accesses out of bounds and undefined operations'
 	@echo 'make bench  measure the kernels against their rivals into bench/results/ and the README'
 	@echo 'make lint   check style and formatting'
 	@echo 'make gpu    build for, check on and measure an NVIDIA GPU'
@@ -41,6 +42,9 @@ test: build
 bench: build $(RIVALS)/.installed
 	@PYTHONPATH=$(abspath $(RIVALS)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python bench/compare.py $(BENCH)
 	@$(BIN)/python bench/tables.py
+
+sanitize: build
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python tests/sanitize.py
 
 lint: build
 	@$(BIN)/ruff check .

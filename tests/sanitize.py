@@ -1,0 +1,133 @@
+"""Compiled kernels under GCC's address and undefined-behaviour sanitizers.
+
+``python tests/sanitize.py`` (``make sanitize``) builds the CPU library with them, for every instruction set that this
+processor runs, into build/sanitize, and runs the families' tests and a long fuzz against it, each instruction set in
+turn. The sanitizers stop the process at the first access out of bounds and at the first undefined operation.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "sanitize"
+
+# Tests of what surrounds the kernels take long under a sanitizer and find nothing.
+KERNELS = "not compile and not opcheck and not instruction_set"
+
+
+def find_tool(name: str) -> str | None:
+    """A program on PATH or beside this Python."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
+def runtime() -> str | None:
+    """The address sanitizer's runtime, which must be loaded before all else, or None where GCC has none."""
+    compiler = shutil.which("g++")
+    if compiler is None or not sys.platform.startswith("linux"):
+        return None
+    command = [compiler, "-print-file-name=libasan.so"]
+    path = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return path if os.path.isabs(path) else None
+
+
+def instruction_sets() -> list[str]:
+    """Those that the installed library was built for and this processor runs."""
+    from dalle_kernels import _native
+
+    return _native.instruction_sets()[1] if _native.unavailable("cpu") is None else []
+
+
+def build(folder: Path, instruction_sets: list[str]) -> None:
+    """Put a copy of ``dalle_kernels`` with a sanitized library into ``folder``; a second time only what has changed."""
+    import pybind11
+
+    launcher = shutil.which("ccache")
+    options = {
+        "CMAKE_BUILD_TYPE": "None",  # whose flags are those below and no others
+        "CMAKE_CXX_COMPILER": shutil.which("g++"),
+        "CMAKE_CXX_FLAGS": "-O1 -g1",
+        "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "DALLE_KERNELS_CUDA": "off",
+        "DALLE_KERNELS_SANITIZE": "on",
+        "DALLE_KERNELS_INSTRUCTION_SETS": ";".join(instruction_sets),
+        "CMAKE_CXX_COMPILER_LAUNCHER": launcher or "",
+    }
+    cmake, package = find_tool("cmake"), folder / "dalle_kernels"
+    work = folder / "cmake"
+    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(work), *(f"-D{k}={v}" for k, v in options.items())]
+    for command in (configure, [cmake, "--build", str(work)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"building with sanitizers failed at {' '.join(command)}\n{done.stdout}{done.stderr}")
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(ROOT / "dalle_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    subprocess.run([cmake, "--install", str(work), "--prefix", str(package)], check=True, stdout=subprocess.DEVNULL)
+
+
+def environment(folder: Path, instruction_set: str) -> dict[str, str]:
+    """What a process needs to run the sanitized library of ``folder`` with one instruction set.
+
+    Python itself never frees all of its memory, so leaks are not looked for.
+    """
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "LD_PRELOAD": runtime(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "DALLE_KERNELS_ISA": instruction_set,
+    }
+
+
+def run_fuzz(folder: Path, instruction_set: str, seed: int, count: int) -> subprocess.CompletedProcess:
+    """tests/fuzz.py in a process of its own; its output, errors too, is in ``stdout``."""
+    command = [sys.executable, str(ROOT / "tests" / "fuzz.py"), "--seed", str(seed), "--count", str(count)]
+    return subprocess.run(
+        command,
+        env=environment(folder, instruction_set),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def main() -> int:
+    if runtime() is None or not instruction_sets():
+        print("sanitize: expected g++ with its sanitizers' libasan.so, and the compiled library; nothing was checked")
+        return 1
+    folder, seed, failed = FOLDER / "full", random.SystemRandom().randrange(2**31), False
+    build(folder, instruction_sets())
+    families = {path.parent.name for path in (ROOT / "csrc").glob("*/*_cpu.cpp")}
+    tests = [path for family in sorted(families) for path in (ROOT / "tests").glob(f"test_{family}*.py")]
+    for instruction_set in instruction_sets():
+        fuzzed = run_fuzz(folder, instruction_set, seed, 200)
+        print(fuzzed.stdout, flush=True)
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            KERNELS,
+            *map(str, tests),
+        ]
+        tested = subprocess.run(command, env=environment(folder, instruction_set), cwd=folder)
+        failed |= bool(fuzzed.returncode or tested.returncode)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
