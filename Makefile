@@ -40,7 +40,8 @@ test: build
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q
 
 bench: build $(RIVALS)/.installed
-	@PYTHONPATH=$(abspath $(RIVALS)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python bench/compare.py $(BENCH)
+	@PYTHONPATH=$(abspath $(RIVALS)) $(BIN)/python bench/compare.py $(BENCH)
+	@$(BIN)/python bench/roofline.py
 	@$(BIN)/python bench/tables.py
 
 sanitize: build

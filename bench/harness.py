@@ -77,8 +77,8 @@ class Case:
 
     ``check`` raises unless the work passed the error rule on these inputs. ``operations`` (floating point, ideal) and
     ``bytes_moved`` (ideal), of one unit, make the floor; ``unit`` is a unit's name where a call makes several.
-    ``calls`` is how many calls one round times, for work too short for a clock. ``seconds`` is about how long the
-    rounds take in all.
+    ``in_cache`` says that those bytes come from the processor's cache. ``calls`` is how many calls one round times, for
+    work too short for a clock. ``seconds`` is about how long the rounds take in all.
     """
 
     family: str
@@ -91,6 +91,7 @@ class Case:
     goals: Sequence[Goal] = ()
     operations: float | None = None
     bytes_moved: float | None = None
+    in_cache: bool = False
     unit: str = ""
     calls: int = 1
     memory: bool = True
@@ -105,6 +106,7 @@ class Case:
             "settings": self.settings,
             "operations": self.operations,
             "bytes_moved": self.bytes_moved,
+            "in_cache": self.in_cache,
             "unit": self.unit,
             "goals": [asdict(goal) for goal in self.goals],
         }

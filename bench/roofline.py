@@ -1,0 +1,116 @@
+"""Draw ``docs/roofline-<machine>.png`` from ``bench/results/*.json``: how near to the machine's limits each op comes.
+
+Left: works with a known number of operations, over their intensity, under the roofs of measured bandwidth and matrix
+products. Right: works bounded by memory, as the share of a copy's bandwidth that they reach.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from compare import best_rival
+from machine import slug
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+DOCS = ROOT / "docs"
+COLOURS = {"row": "#1f77b4", "column": "#ff7f0e", "conv": "#2ca02c", "cross_entropy": "#d62728"}
+MARKERS = {"forward": "o", "backward": "v", "forward + backward": "s", "decode step": "^"}
+
+
+def shown(case: dict) -> bool:
+    """The main shape stands for attention; other shapes would only crowd the picture."""
+    settings = case["settings"]
+    return case["family"] != "attention" or (settings["text"], settings["grid"], settings["head dim"]) == (
+        256,
+        "32x32",
+        64,
+    )
+
+
+def draw_roofs(axes: Axes, cases: list[dict], peaks: dict[str, float]) -> None:
+    low, high = 0.2, 1000.0
+    products = peaks["gemm_float32_per_s"] / 1e9
+    for name, label, style in (("copy", "memory", "-"), ("cache", "cache", "--")):
+        bandwidth = peaks[f"{name}_bytes_per_s"] / 1e9
+        axes.plot([low, products / bandwidth, high], [low * bandwidth, products, products], style, color="black")
+        corner = 0.5 * products / bandwidth
+        axes.annotate(
+            f"{label}, {bandwidth:.0f} GB/s",
+            (corner, corner * bandwidth),
+            xytext=(4, -10),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.text(high, products * 1.06, f"fp32 GEMM, {products:.0f} GFLOP/s", ha="right", fontsize=8)
+    for case in cases:
+        intensity = case["operations"] / case["bytes_moved"]
+        colour = COLOURS[case["settings"].get("pattern", case["family"])]
+        style = {"color": colour, "fillstyle": "full" if case["dtype"] == "float32" else "none"}
+        ours = case["operations"] / case["candidates"][case["ours"]]["median_ms"] / 1e6
+        axes.plot(intensity, ours, MARKERS[case["work"]], **style)
+        best = best_rival(case)
+        if best is not None:
+            theirs = case["operations"] / case["candidates"][best]["median_ms"] / 1e6
+            axes.plot([intensity, intensity], [theirs, ours], color=colour, linewidth=0.6, alpha=0.6)
+            axes.plot(intensity, theirs, "_", color=colour, markersize=9)
+    for name in dict.fromkeys(case["settings"].get("pattern", case["family"]) for case in cases):
+        axes.plot([], [], "-", color=COLOURS[name], label=name)
+    for work in dict.fromkeys(case["work"] for case in cases):
+        axes.plot([], [], MARKERS[work], color="grey", label=work)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations a byte (ideal)", ylabel="GFLOP/s (ideal)")
+    axes.grid(which="both", linewidth=0.3, alpha=0.5)
+    axes.legend(fontsize=8, loc="lower right")
+    axes.set_title("Full markers fp32, open ones bf16; dashes: the best rival of the same function", fontsize=9)
+
+
+def draw_shares(axes: Axes, cases: list[dict]) -> None:
+    names, shares, theirs = [], [], []
+    for case in cases:
+        settings = case["settings"]
+        detail = settings.get("format", "")
+        names.append(" ".join(filter(None, (case["family"], detail, case["dtype"], case["work"]))))
+        shares.append(100 * case["share_of_floor"])
+        best = best_rival(case)
+        theirs.append(100 * case["floor_ms"] / case["candidates"][best]["median_ms"] if best else None)
+    positions = range(len(names))
+    axes.barh(positions, shares, color="#1f77b4", height=0.7)
+    for position, value in zip(positions, theirs):
+        if value is not None:
+            axes.plot([value, value], [position - 0.35, position + 0.35], color="black", linewidth=1.5)
+    axes.set_yticks(positions, names, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(100, color="grey", linewidth=0.8)
+    axes.set_xlabel("% of a copy's bandwidth (ideal bytes)")
+    axes.set_title("Bounded by memory; black: the best rival of the same function", fontsize=9)
+
+
+def draw(contents: list[dict], path: Path) -> None:
+    """One machine's results as a picture."""
+    found = contents[0]["machine"]
+    cases = [case for content in contents for case in content["cases"] if case.get("bytes_moved") and shown(case)]
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    draw_roofs(left, [case for case in cases if case["operations"]], found["peaks"])
+    draw_shares(right, [case for case in cases if not case["operations"]])
+    where = found.get("gpu") or f"{found['processor']}, {found['threads']} threads, {found['instruction_set']}"
+    figure.suptitle(f"{where}, torch {found['torch']}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    machines: dict[str, list[dict]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        machines.setdefault(slug(content["machine"]), []).append(content)
+    for name, contents in machines.items():
+        path = DOCS / f"roofline-{name}.png"
+        draw(contents, path)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

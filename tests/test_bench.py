@@ -1,0 +1,277 @@
+"""The benchmarks' own logic: taking turns, floors, goals, tables, and that rivals compute what their names say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import attention_rivals
+import compare
+import harness
+import machine
+import pytest
+import tables
+import torch
+from harness import BEST_RIVAL, OURS, Candidate, Case, Contest, Goal, Unavailable
+
+from dalle_kernels import AttentionPattern, sparse_attention
+
+BENCH = Path(compare.__file__).parent
+PEAKS = {"gemm_float32_per_s": 1e9, "gemm_bfloat16_per_s": 1e8, "copy_bytes_per_s": 1e6, "cache_bytes_per_s": 1e7}
+
+
+def case(ours: Candidate, rivals=(), **options) -> Case:
+    settings = {"family": "toy", "work": "forward", "dtype": torch.float32, "settings": {"size": 3}, "memory": False}
+    return Case(ours=ours, rivals=rivals, check=lambda: None, **{**settings, **options})
+
+
+def test_candidates_take_turns_and_ours_comes_at_the_end_of_each_round():
+    calls = []
+    names = (OURS, "a", "b", "c")
+    ours, *rivals = (Candidate(name, lambda name=name: calls.append(name)) for name in names)
+    contest = Contest(case(ours, rivals))
+    rounds = contest.rounds(4)
+    assert rounds == 4
+    calls.clear()
+    contest.begin(rounds)
+    for _ in range(rounds):
+        contest.rivals_turn()
+        contest.our_turn()
+    turns = ["".join(calls[i : i + 4]) for i in range(0, 16, 4)]
+    assert turns == [f"{order}{OURS}" for order in ("abc", "bca", "cab", "abc")]
+    found = contest.results()["candidates"]
+    assert [found[name]["rounds"] for name in names] == [4] * 4
+
+
+def test_a_slow_rival_takes_part_in_the_first_rounds_only():
+    took = {OURS: 0.001, "slow": 5.0, "fast": 0.001}
+    ours, *rivals = (Candidate(name, lambda: None, seconds=lambda name=name: took[name]) for name in took)
+    contest = Contest(case(ours, rivals, seconds=1))
+    rounds = contest.rounds(7)
+    contest.begin(rounds)
+    for _ in range(rounds):
+        contest.rivals_turn()
+        contest.our_turn()
+    found = contest.results()["candidates"]
+    assert {name: found[name]["rounds"] for name in took} == {OURS: 7, "slow": harness.SLOW_ROUNDS, "fast": 7}
+    assert found["slow"]["median_ms"] == found["slow"]["p90_ms"] == 5000
+
+
+def test_rounds_fit_the_time_of_the_case():
+    def rounds(seconds: float, most: int) -> int:
+        return Contest(case(Candidate(OURS, lambda: None, seconds=lambda: seconds), seconds=2)).rounds(most)
+
+    assert rounds(0.1, 100) == 20 and rounds(0.1, 7) == 7
+    assert rounds(0.9, 100) == harness.LEAST_ROUNDS and rounds(0.9, 2) == 2
+    assert rounds(3.0, 100) == harness.SLOW_ROUNDS and rounds(3.0, 1) == 1
+
+
+def test_time_is_of_one_unit_and_preparation_is_not_timed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds: float):
+        now[0] += seconds
+
+    candidate = Candidate(OURS, lambda: spend(6.0), before=lambda: spend(100.0), units=3)
+    assert Contest(case(candidate, calls=2)).clock(candidate) == pytest.approx(2.0)
+
+
+def test_names_must_differ():
+    with pytest.raises(ValueError, match="different names"):
+        Contest(case(Candidate(OURS, lambda: None), [Candidate(OURS, lambda: None)]))
+
+
+def test_quantiles():
+    found = harness.quantiles([0.001 * value for value in range(1, 12)])
+    assert found == {
+        "median_ms": pytest.approx(6),
+        "p10_ms": pytest.approx(2),
+        "p90_ms": pytest.approx(10),
+        "rounds": 11,
+    }
+
+
+def test_memory_of_a_call_is_seen_apart_from_its_results():
+    def run() -> torch.Tensor:
+        scratch = torch.ones(16 << 20)
+        return scratch[: 4 << 20].clone()
+
+    found = harness.peak_memory(Candidate(OURS, run), "cpu")
+    if not found:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert found["result_bytes"] == 16 << 20
+    assert found["peak_bytes"] == pytest.approx(80 << 20, rel=0.1)
+    assert compare.extra_bytes(found) == pytest.approx(64 << 20, rel=0.1)
+
+
+def test_results_count_each_storage_once():
+    x = torch.zeros(10)
+    assert harness.result_bytes((x, [x[:3], x.view(2, 5)], torch.zeros(2, dtype=torch.int16), None)) == 44
+
+
+def measured(times: dict[str, float], **options) -> dict:
+    """An ``extra_info`` as pytest-benchmark would keep it; a name with a star computes another function."""
+    candidates = {
+        name.rstrip("*"): {"median_ms": time, "same_function": not name.endswith("*"), "note": "", "rounds": 5}
+        for name, time in times.items()
+    }
+    base = case(Candidate(OURS, lambda: None), **options).describe()
+    return {**base, "candidates": candidates, "unavailable": {"gone": "not installed"}}
+
+
+def goals(found: dict) -> list[tuple]:
+    return [(goal["against"], goal["reached"], goal["met"]) for goal in compare.judge(found, PEAKS)["goals"]]
+
+
+def test_speed_goals():
+    wanted = [Goal("speed", 2, BEST_RIVAL), Goal("speed", 4, "dense"), Goal("speed", 2, "absent")]
+    found = measured({OURS: 10, "dense*": 15, "slow": 30, "best": 21}, goals=wanted)
+    assert goals(found) == [("best", 2.1, True), ("dense", 1.5, False), ("absent", None, None)]
+
+
+def test_other_goals():
+    wanted = [
+        Goal("share", 0.5),
+        Goal("share", 0.9),
+        Goal("milliseconds", 3),
+        Goal("rate", 400),
+        Goal("memory", 0.125, "eager"),
+        Goal("extra bytes", 50),
+    ]
+    found = measured({OURS: 2.5, "eager": 5}, goals=wanted, operations=2e6, unit="tokens")
+    met = [(value, met) for _, value, met in goals(found)]
+    assert met == [(0.8, True), (0.8, False), (2.5, True), (400, True), (None, None), (None, None)]
+    found["candidates"][OURS] |= {"peak_bytes": 160, "result_bytes": 100}
+    found["candidates"]["eager"] |= {"peak_bytes": 500, "result_bytes": 100}
+    assert [(value, met) for _, value, met in goals(found)][4:] == [(0.15, False), (60, False)]
+
+
+def test_floors():
+    def floor(dtype: str, peaks=PEAKS, **options) -> float | None:
+        return machine.floor_ms({"dtype": dtype, **options}, peaks)
+
+    assert floor("float32", operations=5e6) == 5
+    assert floor("float32", operations=5e6, bytes_moved=2e4) == 20
+    assert floor("float32", bytes_moved=2e4, in_cache=True) == 2
+    assert floor("bfloat16", operations=5e6) == 5  # no slower than the float32 products that it may be made of
+    assert floor("bfloat16", {**PEAKS, "gemm_bfloat16_per_s": 2e9}, operations=5e6) == 2.5
+    assert floor("float32") is None
+
+
+def test_machine_names():
+    found = {"processor": "Intel(R) Xeon(R) Gold 6130 CPU @ 2.10GHz", "instruction_set": "avx512", "threads": 2}
+    assert machine.slug(found) == "intel-xeon-gold-6130-cpu-2-10ghz-avx512-2-threads"
+    assert machine.slug({**found, "gpu": "NVIDIA H200, sm_90"}) == "nvidia-h200-sm-90"
+    assert {"date", "processor", "cores", "load_average", "torch", "threads"} <= set(machine.describe("cpu"))
+
+
+def report(*found: dict) -> dict:
+    about = {
+        **machine.describe("cpu"),
+        "threads": 2,
+        "instruction_set": "avx2",
+        "processor": "Some CPU",
+        "peaks": PEAKS,
+    }
+    return {"machine_info": {"side_by_side": about}, "benchmarks": [{"extra_info": each} for each in found]}
+
+
+def test_results_files_by_family_and_the_ratio_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    found = report(
+        measured({OURS: 10, "dense*": 15, "best": 21}, goals=[Goal("speed", 2, BEST_RIVAL)], operations=5e6),
+        measured({OURS: 1, "best": 2}, family="other"),
+    )
+    families = compare.results(found)
+    assert list(families) == ["toy", "other"]
+    path = compare.write("toy", families["toy"], "some-cpu")
+    assert path.name == "some-cpu-toy.json"
+    content = json.loads(path.read_text())
+    assert content["family"] == "toy" and content["cases"][0]["share_of_floor"] == 0.5
+    table = compare.ratio_table(content["cases"][0])
+    for part in ("2.10x", "another function", "not here: not installed", "goal 2.00x against best, reached 2.10x: met"):
+        assert part in table
+
+
+def test_readme_tables_of_any_family(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    found = report(
+        measured({OURS: 10, "best": 21, "dense*": 15}, goals=[Goal("speed", 3, "best")], operations=5e6),
+        measured({OURS: 0.5, "best": 1}, settings={"size": 4}),
+    )
+    for family, content in compare.results(found).items():
+        compare.write(family, content, "some-cpu")
+    text = tables.tables(tmp_path.glob("*.json"))
+    assert text.startswith("On Some CPU (2 threads, avx2, torch ")
+    assert "| work | size | dtype | ours | of the floor | best | dense |" in text
+    assert "| forward | 3 | fp32 | 10 | 50% | 21 · 2.10× (**missed** 3×) | 15 · 1.50× |" in text
+    assert "| forward | 4 | fp32 | 0.5 | - | 1 · 2.00× | - |" in text
+
+
+def test_committed_results_make_the_readme():
+    paths = list(tables.RESULTS.glob("*.json"))
+    assert f"{tables.BEGIN}\n{tables.tables(paths)}\n{tables.END}" in tables.README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+@pytest.mark.parametrize(("text_len", "grid"), [(5, (12, 12)), (0, (11, 13)), (7, (16, 11))])
+def test_rivals_see_the_same_pairs(kind, text_len, grid):
+    pattern = AttentionPattern(kind, text_len, grid)
+    where = torch.arange(pattern.seq_len)
+    mask = attention_rivals.mask_rule(pattern)(0, 0, where[:, None], where)
+    assert torch.equal(mask, pattern.mask())
+    if kind == "column":
+        order = attention_rivals.column_order(pattern)
+        permuted = attention_rivals.permuted_column_rule(pattern)(0, 0, where[:, None], where)
+        assert torch.equal(permuted, pattern.mask()[order[:, None], order])
+    q, k, v = torch.randn(3, 2, 3, pattern.seq_len, 8, dtype=torch.float64)
+    expected = sparse_attention(q, k, v, pattern)
+    torch.testing.assert_close(attention_rivals.gathered(pattern, "cpu")(q, k, v), expected)
+    torch.testing.assert_close(attention_rivals.masked(pattern, pattern.seq_len, "cpu")(q, k, v), expected)
+
+
+def test_what_cannot_run_is_told_with_its_reason():
+    def run() -> None:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    assert harness.compiles(Candidate("a", run)) == Unavailable("a", "it does not compile here: no C++ compiler")
+
+
+TOY = """
+import torch
+from harness import OURS, Candidate, Case
+
+def test_toy(side_by_side):
+    work = Candidate(OURS, lambda: torch.ones(9)), [Candidate("a", lambda: torch.zeros(9))]
+    side_by_side(Case("toy", "forward", torch.float32, {"size": 9}, *work, check=lambda: None))
+
+def test_wrong(side_by_side):
+    def check():
+        raise AssertionError("wrong work")
+    side_by_side(Case("toy", "forward", torch.float32, {"size": 9}, Candidate(OURS, lambda: None), [], check=check))
+"""
+
+
+def test_a_benchmark_runs_under_pytest_and_wrong_work_has_no_time(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "conftest.py").write_text((BENCH / "conftest.py").read_text())
+    (tmp_path / "test_toy.py").write_text(TOY)
+    output = tmp_path / "out.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        f"--rootdir={tmp_path}",
+        f"--benchmark-json={output}",
+        "--rounds=3",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH), str(BENCH.parent)])}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "1 failed, 1 passed" in done.stdout and "wrong work" in done.stdout, done.stdout + done.stderr
+    (toy,) = compare.results(json.loads(output.read_text()))["toy"]["cases"]
+    assert {found["rounds"] for found in toy["candidates"].values()} == {3} and list(toy["candidates"]) == [OURS, "a"]
