@@ -31,6 +31,10 @@ def shown(case: dict) -> bool:
     )
 
 
+def _name(case: dict) -> str:
+    return case["settings"].get("pattern", case["family"])
+
+
 def draw_roofs(axes: Axes, cases: list[dict], peaks: dict[str, float]) -> None:
     low, high = 0.2, 1000.0
     products = peaks["gemm_float32_per_s"] / 1e9
@@ -48,19 +52,19 @@ def draw_roofs(axes: Axes, cases: list[dict], peaks: dict[str, float]) -> None:
     axes.text(high, products * 1.06, f"fp32 GEMM, {products:.0f} GFLOP/s", ha="right", fontsize=8)
     for case in cases:
         intensity = case["operations"] / case["bytes_moved"]
-        colour = COLOURS[case["settings"].get("pattern", case["family"])]
+        colour = COLOURS.get(_name(case), "black")
         style = {"color": colour, "fillstyle": "full" if case["dtype"] == "float32" else "none"}
         ours = case["operations"] / case["candidates"][case["ours"]]["median_ms"] / 1e6
-        axes.plot(intensity, ours, MARKERS[case["work"]], **style)
+        axes.plot(intensity, ours, MARKERS.get(case["work"], "D"), **style)
         best = best_rival(case)
         if best is not None:
             theirs = case["operations"] / case["candidates"][best]["median_ms"] / 1e6
             axes.plot([intensity, intensity], [theirs, ours], color=colour, linewidth=0.6, alpha=0.6)
             axes.plot(intensity, theirs, "_", color=colour, markersize=9)
-    for name in dict.fromkeys(case["settings"].get("pattern", case["family"]) for case in cases):
-        axes.plot([], [], "-", color=COLOURS[name], label=name)
+    for name in dict.fromkeys(map(_name, cases)):
+        axes.plot([], [], "-", color=COLOURS.get(name, "black"), label=name)
     for work in dict.fromkeys(case["work"] for case in cases):
-        axes.plot([], [], MARKERS[work], color="grey", label=work)
+        axes.plot([], [], MARKERS.get(work, "D"), color="grey", label=work)
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations a byte (ideal)", ylabel="GFLOP/s (ideal)")
     axes.grid(which="both", linewidth=0.3, alpha=0.5)
     axes.legend(fontsize=8, loc="lower right")
@@ -71,7 +75,7 @@ def draw_shares(axes: Axes, cases: list[dict]) -> None:
     names, shares, theirs = [], [], []
     for case in cases:
         settings = case["settings"]
-        detail = settings.get("format", "")
+        detail = settings.get("format")
         names.append(" ".join(filter(None, (case["family"], detail, case["dtype"], case["work"]))))
         shares.append(100 * case["share_of_floor"])
         best = best_rival(case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -210,6 +211,19 @@ def test_readme_tables_of_any_family(tmp_path, monkeypatch):
     assert "| work | size | dtype | ours | of the floor | best | dense |" in text
     assert "| forward | 3 | fp32 | 10 | 50% | 21 · 2.10× (**missed** 3×) | 15 · 1.50× |" in text
     assert "| forward | 4 | fp32 | 0.5 | - | 1 · 2.00× | - |" in text
+
+
+def test_the_roofline_of_any_family(tmp_path):
+    pytest.importorskip("matplotlib")
+    roofline = importlib.import_module("roofline")
+    found = report(
+        measured({OURS: 10, "best": 21}, operations=5e6, bytes_moved=1e3),
+        measured({OURS: 10, "best": 21}, bytes_moved=1e3),
+        measured({OURS: 10}, operations=5e6),
+    )
+    path = tmp_path / "roofline.png"
+    roofline.draw(list(compare.results(found).values()), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_committed_results_make_the_readme():
