@@ -141,7 +141,7 @@ class _Chunks:
         return (
             grad_hidden,
             self.weight.new_empty(0) if grad_weight is None else grad_weight.gradient,
-            self.weight.new_empty(0) if bias_sums is None else bias_sums.to(bias.dtype),
+            (self.weight if bias is None else bias).new_empty(0) if bias_sums is None else bias_sums.to(bias.dtype),
         )
 
     def _times_weight(self, logits: Tensor, out: Tensor) -> Tensor:
@@ -184,6 +184,7 @@ def linear_cross_entropy_with_gradient(
 
 
 def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    gradient = gradient.contiguous()  # which it is already, unless a compiler chose another layout
     output = torch.empty_like(gradient)
     _native.call(
         "gradient_scale",
