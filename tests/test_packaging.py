@@ -48,13 +48,14 @@ def test_kernels_never_import_the_model_layer():
 
 
 def test_importing_the_kernels_is_light():
-    code = (
-        "import sys, torch; before = set(sys.modules); import dalle_kernels\n"
-        "print({name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
-    )
+    """Nothing beyond what torch has imported already, but modules of our own and a few of the standard library."""
+    code = "import sys, torch; before = set(sys.modules); import dalle_kernels\nprint(*set(sys.modules) - before)"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    heavy = ast.literal_eval(result.stdout) if result.stdout.strip() != "set()" else set()
-    assert not heavy & {"matplotlib", "triton", "PIL", "tokenizers", "scipy", "dalle"}
+    imported = {name for name in result.stdout.split() if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert "dalle_kernels._dispatch" in imported
+    assert not {name for name in imported if name.partition(".")[0] != "dalle_kernels"}
+    assert len(imported) < 60
+    assert not any(name.endswith(("triton_kernels", "_cpu", "_cuda", ".testing")) for name in imported)
 
 
 def test_every_folder_with_modules_is_a_package():
