@@ -10,7 +10,8 @@ from dalle_kernels import philox
 from dalle_kernels._dispatch import Explanation, ProviderError, explain, ops, use
 from dalle_kernels._native import NativeError
 from dalle_kernels._version import __version__
-from dalle_kernels.attention.cache import KVCache, decode_attention
+from dalle_kernels.attention.cache import KVCache
+from dalle_kernels.attention.decode import decode_attention
 from dalle_kernels.attention.modules import SparseSelfAttention
 from dalle_kernels.attention.ops import sparse_attention
 from dalle_kernels.attention.pattern import AttentionPattern

@@ -1,6 +1,8 @@
+#include <array>
 #include <tuple>
 
 #include "attention/attention.h"
+#include "attention/decode.h"
 #include "common/module.h"
 
 using namespace dalle;
@@ -20,6 +22,15 @@ Heads heads_of(const HeadsTuple& t) {
 Pattern pattern_of(const PatternTuple& t) {
   const auto [kind, seq, text_len, height, width, kernel_size] = t;
   return {PatternKind{kind}, seq, text_len, height, width, kernel_size};
+}
+
+// A token's tensor [rows, heads, 1, head_dim] comes as its address and its strides but the third; a cache's text or
+// image as its address, how many keys of a head (and sample) it has room for, and how many of them are seen.
+using TokenTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+using CacheTuple = std::tuple<uintptr_t, int64_t, int64_t>;
+
+TokenHeads token_of(const TokenTuple& t) {
+  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
 }
 
 }  // namespace
@@ -49,4 +60,22 @@ DALLE_BINDINGS(m) {
       },
       "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "grad_out"_a, "q"_a, "k"_a, "v"_a, "dq"_a,
       "dk"_a, "dv"_a, "executor"_a);
+
+  m.def(
+      "decode_attention",
+      [](int dtype, const std::array<int64_t, 4>& sizes, float scale, const TokenTuple& q, const TokenTuple& k_new,
+         const TokenTuple& v_new, const CacheTuple& text, const CacheTuple& image, uintptr_t image_slots,
+         int64_t new_key, uintptr_t out, uintptr_t executor) {
+        const auto [prompts, samples, heads, head_dim] = sizes;
+        const auto [text_data, text_capacity, text_keys] = text;
+        const auto [image_data, image_capacity, image_keys] = image;
+        const DecodeAttention params{Dtype{dtype}, prompts, samples, heads, head_dim, scale, token_of(q),
+                                     token_of(k_new), token_of(v_new), pointer<void>(text_data),
+                                     pointer<void>(image_data), text_capacity, image_capacity, text_keys, image_keys,
+                                     pointer<const int32_t>(image_slots), new_key, pointer<void>(out),
+                                     threads_of(executor)};
+        DALLE_RUN(decode_attention, params, executor);
+      },
+      "dtype"_a, "sizes"_a, "scale"_a, "q"_a, "k_new"_a, "v_new"_a, "text"_a, "image"_a, "image_slots"_a, "new_key"_a,
+      "out"_a, "executor"_a);
 }

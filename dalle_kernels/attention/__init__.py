@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .cache import KVCache, decode_attention
+from .cache import KVCache
+from .decode import decode_attention
 from .modules import SparseSelfAttention
 from .ops import sparse_attention
 from .pattern import AttentionPattern

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .cache import KVCache, decode_attention
+from .cache import KVCache
+from .decode import decode_attention
 from .ops import MAX_HEAD_DIM, checked_pattern, sparse_attention
 from .pattern import AttentionPattern
 

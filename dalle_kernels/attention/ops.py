@@ -14,7 +14,7 @@ from .pattern import KINDS, AttentionPattern
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
 
-_PATTERN_SCHEMA = "str kind, int text_len, int height, int width, int kernel_size, float scale"
+PATTERN_SCHEMA = "str kind, int text_len, int height, int width, int kernel_size, float scale"
 
 
 def _forward_fake(q, k, v, kind, text_len, height, width, kernel_size, scale):
@@ -60,7 +60,7 @@ def _backward_native(grad_out, q, k, v, out, lse, *pattern):
     return dq, dk, dv
 
 
-def _native_unavailable(device_type: str) -> str | None:
+def native_unavailable(device_type: str) -> str | None:
     if device_type != "cpu":
         return f"the compiled kernel runs on CPU tensors only, got device type {device_type!r}"
     return _native.unavailable(device_type)
@@ -79,14 +79,14 @@ def _native_unsupported(first, *arguments) -> str | None:
 
 
 _forward = Op(
-    f"sparse_attention(Tensor q, Tensor k, Tensor v, {_PATTERN_SCHEMA}) -> (Tensor out, Tensor lse)", _forward_fake
+    f"sparse_attention(Tensor q, Tensor k, Tensor v, {PATTERN_SCHEMA}) -> (Tensor out, Tensor lse)", _forward_fake
 )
 _backward = Op(
     "sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_PATTERN_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"{PATTERN_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward_fake,
 )
-_native_limits = {"unavailable": _native_unavailable, "unsupported": _native_unsupported}
+_native_limits = {"unavailable": native_unavailable, "unsupported": _native_unsupported}
 _forward.provide("native", _forward_native, **_native_limits)
 _forward.provide("reference", reference.sparse_attention)
 _backward.provide("native", _backward_native, **_native_limits)

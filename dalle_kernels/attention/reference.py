@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from .pattern import AttentionPattern, cached_pattern
+from .slots import slot_table
 
 
 @lru_cache(maxsize=32)
@@ -74,3 +75,46 @@ def sparse_attention_backward(
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True)) * scale
     dq, dk, dv = grad_scores @ k, grad_scores.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ grad_out
     return empty_heads(out).copy_(dq), empty_heads(out).copy_(dk), empty_heads(out).copy_(dv)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    text: torch.Tensor,
+    image: torch.Tensor,
+    position: int,
+    kind: str,
+    text_len: int,
+    height: int,
+    width: int,
+    kernel_size: int,
+    scale: float,
+) -> torch.Tensor:
+    """One token a sample at ``position``, whose key and value are put into the cache first.
+
+    ``q``, ``k_new`` and ``v_new`` are ``[prompts * samples, heads, 1, head_dim]``; the cache is ``text`` ``[2, prompts,
+    heads, text_len, head_dim]`` and ``image`` ``[2, prompts, heads, samples, slots, head_dim]``, keys before values.
+    """
+    _, prompts, heads, samples, _, head_dim = image.shape
+    query, key, value = (x.reshape(prompts, samples, heads, head_dim).transpose(1, 2) for x in (q, k_new, v_new))
+    if position < text_len:
+        text[0, :, :, position], text[1, :, :, position] = key[:, :, 0], value[:, :, 0]
+    text_keys, text_values = text[:, :, :, : position + 1]
+    scores = query @ text_keys.transpose(-2, -1)
+    if position < text_len:
+        weights = (scores.to(_statistics_dtype(q.dtype)) * scale).softmax(dim=-1).to(q.dtype)
+        out = weights @ text_values
+    else:
+        slots = slot_table(cached_pattern(kind, text_len, height, width, kernel_size), q.device)[position - text_len]
+        image[0, :, :, :, slots.own_slot], image[1, :, :, :, slots.own_slot] = key, value
+        if slots.listed is None:
+            image_keys, image_values = image[:, :, :, :, slots.first : slots.first + slots.count]
+        else:
+            image_keys, image_values = image.index_select(4, slots.listed)
+        image_scores = (image_keys @ query.unsqueeze(-1)).squeeze(-1)
+        joint = torch.cat((scores, image_scores), dim=-1).to(_statistics_dtype(q.dtype)) * scale
+        weights = joint.softmax(dim=-1).to(q.dtype)
+        out = weights[..., :text_len] @ text_values
+        out += (weights[..., None, text_len:] @ image_values).squeeze(-2)
+    return out.transpose(1, 2).reshape(q.shape).contiguous()

@@ -1,0 +1,103 @@
+"""The operator ``decode_attention``: one token a step from a cache, its checks and its providers."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _native
+from .._dispatch import Op
+from . import reference
+from .cache import KVCache
+from .ops import PATTERN_SCHEMA, check_heads, checked_scale, native_unavailable
+from .pattern import cached_pattern
+from .slots import Slots, slot_table
+
+
+def _fake(q, k_new, v_new, text, image, position, *pattern):
+    return q.new_empty(q.shape)
+
+
+def _token(tensor: torch.Tensor) -> tuple[int, ...]:
+    row, head, _, element = tensor.stride()
+    return tensor.data_ptr(), row, head, element
+
+
+def _decode_native(q, k_new, v_new, text, image, position, kind, text_len, height, width, kernel_size, scale):
+    _, prompts, heads, samples, capacity, head_dim = image.shape
+    slots, text_keys = Slots(0, 0), position + 1
+    if position >= text_len:
+        table = slot_table(cached_pattern(kind, text_len, height, width, kernel_size), image.device)
+        slots, text_keys = table[position - text_len], text_len
+    out = q.new_empty(q.shape)
+    _native.call(
+        "decode_attention",
+        q.device,
+        dtype=_native.DTYPES[q.dtype],
+        sizes=(prompts, samples, heads, head_dim),
+        scale=scale,
+        q=_token(q),
+        k_new=_token(k_new),
+        v_new=_token(v_new),
+        text=(text.data_ptr(), text_len, text_keys),
+        image=(image.data_ptr() + slots.first * head_dim * image.element_size(), capacity, slots.count),
+        image_slots=0 if slots.listed is None else slots.listed.data_ptr(),
+        new_key=text_len + slots.own if slots.count else position,
+        out=out.data_ptr(),
+    )
+    return out
+
+
+def _native_unsupported(q, k_new, v_new, text, image, *_arguments) -> str | None:
+    if q.dtype == torch.float64:
+        return "the compiled kernel takes float32, float16 and bfloat16, got float64"
+    if not (text.is_contiguous() and image.is_contiguous()):
+        return "the compiled kernel takes a contiguous cache"
+    return None
+
+
+_decode = Op(
+    "decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) text, Tensor(b!) image, SymInt position, "
+    f"{PATTERN_SCHEMA}) -> Tensor",
+    _fake,
+)
+_decode.provide("native", _decode_native, unavailable=native_unavailable, unsupported=_native_unsupported)
+_decode.provide("reference", reference.decode_attention)
+
+
+def decode_attention(
+    q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, cache: KVCache, scale: float | None = None
+) -> torch.Tensor:
+    """One step of generation: put the new token's key and value in the cache, and attend from it.
+
+    Equals the last row of ``sparse_attention`` over all tokens so far. Nothing here records a gradient.
+
+    Args:
+        q, k_new, v_new: ``[batch * samples_per_prompt, heads, 1, head_dim]`` of the cache's dtype, any strides.
+        cache: see :class:`KVCache`; it grows by one token.
+        scale: factor on the dot products, by default ``head_dim ** -0.5``.
+
+    Returns:
+        ``[batch * samples_per_prompt, heads, 1, head_dim]``, contiguous.
+
+    Raises:
+        ValueError, TypeError: for another shape, dtype or device, a full cache, or a text token where samples share the
+        text.
+    """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"expected cache to be a KVCache, got {type(cache).__name__}")
+    for tensor in (q, k_new, v_new):
+        if not cache.fits(tensor):  # then one of these says how
+            check_heads(q=q, k_new=k_new, v_new=v_new)
+            cache.check(k_new, cache.step_shape)
+    cache.check_step()
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _step(q, k_new, v_new, cache, scale)
+    return _step(q, k_new, v_new, cache, scale)
+
+
+def _step(q, k_new, v_new, cache: KVCache, scale: float | None) -> torch.Tensor:
+    scale = checked_scale(scale, cache.head_dim)
+    out = _decode(q, k_new, v_new, cache.text, cache.image, cache.length, *cache.pattern_arguments, scale)
+    cache.length += 1
+    return out

@@ -1,0 +1,63 @@
+"""Where a cache keeps the image keys that a pattern can still see."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from .pattern import AttentionPattern
+
+
+class Slots(NamedTuple):
+    """The slots that the query of an image token sees, once its own key is there: a run, or a list of them.
+
+    ``own`` is the place of the token's own slot among the ``count`` that it sees. ``listed`` is int32 ``[count]``, or
+    None for the run that begins at ``first``.
+    """
+
+    own: int
+    count: int
+    first: int = 0
+    listed: torch.Tensor | None = None
+
+    @property
+    def own_slot(self) -> int:
+        return self.first + self.own if self.listed is None else int(self.listed[self.own])
+
+
+def slot_count(pattern: AttentionPattern) -> int:
+    """How many image keys a cache must hold at once."""
+    height, width = pattern.grid
+    reach = pattern.kernel_size // 2
+    furthest = {
+        "row": width,
+        "axial_row": width - 1,
+        "conv": reach * width + reach,
+        "conv_corner": (pattern.kernel_size - 1) * (width + 1),
+    }
+    return min(height * width, furthest.get(pattern.kind, height * width) + 1)
+
+
+@lru_cache(maxsize=64)
+def slot_table(pattern: AttentionPattern, device: torch.device) -> list[Slots]:
+    """The slots of each image token.
+
+    They are a ring in raster order, except that the keys of a column lie side by side. Only the two convolutional kinds
+    have holes and need a list; the others see a run (a softmax does not mind the order within it).
+    """
+    height, width = pattern.grid
+    tokens, count = height * width, slot_count(pattern)
+    if pattern.kind == "column":
+        return [Slots(row, row + 1, column * height) for row in range(height) for column in range(width)]
+    if pattern.kind == "axial_row":
+        return [Slots(n % width, n % width + 1) for n in range(tokens)]
+    if pattern.kind not in ("conv", "conv_corner"):
+        return [Slots(n % count, min(n + 1, count)) for n in range(tokens)]
+    image = AttentionPattern(pattern.kind, 0, pattern.grid, pattern.kernel_size)
+    with torch.inference_mode(False):
+        visible = image.mask().nonzero()
+        listed = (visible[:, 1] % count).int().to(device).split(visible[:, 0].bincount().tolist())
+        # Ascending, so that a token's own key is the last that it sees.
+        return [Slots(len(slots) - 1, len(slots), listed=slots) for slots in listed]
