@@ -28,12 +28,16 @@ from dalle_kernels.float16.ops import (
 # The function gumbel_softmax takes the place of the folder of that name as an attribute of this package; import from
 # the folder by `from dalle_kernels.gumbel_softmax.ops import ...`, which goes by sys.modules.
 from dalle_kernels.gumbel_softmax.ops import gumbel_codebook, gumbel_softmax, gumbel_softmax_kl
+
+# The function linear, like gumbel_softmax, takes the place of its folder.
+from dalle_kernels.linear.ops import Linear, linear
 from dalle_kernels.logit_laplace.ops import logit_laplace_loss, map_pixels, unmap_pixels
 
 __all__ = [
     "AttentionPattern",
     "Explanation",
     "KVCache",
+    "Linear",
     "NativeError",
     "ProviderError",
     "SparseSelfAttention",
@@ -49,6 +53,7 @@ __all__ = [
     "gumbel_codebook",
     "gumbel_softmax",
     "gumbel_softmax_kl",
+    "linear",
     "linear_cross_entropy",
     "logit_laplace_loss",
     "map_pixels",

@@ -1,0 +1,19 @@
+#include "common/module.h"
+#include "linear/linear.h"
+
+using namespace dalle;
+using namespace pybind11::literals;
+
+DALLE_BINDINGS(m) {
+  m.def(
+      "linear",
+      [](int dtype, int out_dtype, int64_t rows, int64_t inputs, int64_t outputs, uintptr_t x, int64_t x_stride,
+         uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t out, uintptr_t executor) {
+        const Linear params{Dtype{dtype}, Dtype{out_dtype}, rows, inputs, outputs, pointer<void>(x), x_stride,
+                            pointer<void>(weight), weight_stride, pointer<void>(bias), pointer<void>(out),
+                            threads_of(executor)};
+        DALLE_RUN(linear, params, executor);
+      },
+      "dtype"_a, "out_dtype"_a, "rows"_a, "inputs"_a, "outputs"_a, "x"_a, "x_stride"_a, "weight"_a, "weight_stride"_a,
+      "bias"_a, "out"_a, "executor"_a);
+}

@@ -1,0 +1,125 @@
+"""The operator ``linear``, its checks, its providers, and the layer to drop in for ``torch.nn.Linear``."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_kernels import _native
+from dalle_kernels._dispatch import Op
+from dalle_kernels.linear import reference
+
+FEW_ROWS = 64
+"""Up to as many rows the compiled kernel is faster than torch's matrix product."""
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    outputs, inputs = weight.shape
+    out = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
+    _native.call(
+        "linear",
+        x.device,
+        dtype=_native.DTYPES[x.dtype],
+        out_dtype=_native.DTYPES[dtype],
+        rows=x.numel() // inputs,
+        inputs=inputs,
+        outputs=outputs,
+        x=x.data_ptr(),
+        x_stride=x.stride(0) if x.dim() == 2 else inputs,
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0),
+        bias=0 if bias is None else bias.data_ptr(),
+        out=out.data_ptr(),
+    )
+    return out
+
+
+def _native_unavailable(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return f"the compiled kernel runs on CPU tensors only, got device type {device_type!r}"
+    return _native.unavailable(device_type)
+
+
+def _native_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> str | None:
+    if x.dtype == torch.float64 or dtype not in (x.dtype, torch.float32):
+        return (
+            f"the compiled kernel takes float32, float16 and bfloat16 to the same or float32, not {x.dtype} to {dtype}"
+        )
+    if not 0 < x.numel() <= FEW_ROWS * x.shape[-1] or weight.shape[0] == 0:
+        return f"the compiled kernel takes 1 to {FEW_ROWS} rows and no empty matrix, got {_sizes(x, weight)}"
+    if not x.is_contiguous() and not (x.dim() == 2 and x.stride(1) == 1):
+        return "the compiled kernel takes a contiguous x, or a matrix of rows that are"
+    if (weight.stride(1) != 1 and weight.shape[1] > 1) or (bias is not None and not bias.is_contiguous()):
+        return "the compiled kernel takes weights whose rows are contiguous, and a contiguous bias"
+    return None
+
+
+def _sizes(x: Tensor, weight: Tensor) -> str:
+    return f"shapes {list(x.shape)} and {list(weight.shape)}"
+
+
+linear_op = Op("linear(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", _fake)
+linear_op.provide("native", _native_linear, unavailable=_native_unavailable, unsupported=_native_unsupported)
+linear_op.provide("reference", reference.linear)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """``x @ weight.T + bias``, as ``torch.nn.functional.linear``; fast for few rows, as in the steps of generation.
+
+    Up to ``FEW_ROWS`` rows, on a CPU and without a gradient, a compiled kernel reads every weight once, at the speed of
+    memory, which a general matrix product does not reach. Sums are taken in float32, and a row's result does not depend
+    on the rows beside it. Otherwise, and under autocast, it is torch's own.
+
+    Args:
+        x: ``[..., inputs]``, floating.
+        weight: ``[outputs, inputs]`` of x's dtype and on its device.
+        bias: ``[outputs]`` of the same, or None.
+        dtype: of the result, by default x's (or autocast's). With float32 a 16-bit product is not rounded, and no
+            weight is copied.
+
+    Returns:
+        ``[..., outputs]``.
+
+    Raises:
+        TypeError, ValueError: for other dtypes, devices or shapes.
+    """
+    if dtype is None and torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    for tensor in tensors:
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            _refuse(x, weight, bias)
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        _refuse(x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return reference.linear(x, weight, bias, dtype or x.dtype)
+    return linear_op(x, weight, bias, dtype or x.dtype)
+
+
+def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> NoReturn:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(
+                f"expected {name} of x's dtype {x.dtype}, got {tensor.dtype}; convert one of them with .to()"
+            )
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"expected {name} on x's device {x.device}, got {tensor.device}; move it with .to()")
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"expected x of shape [..., inputs] and weight of shape [outputs, inputs], got {_sizes(x, weight)}"
+        )
+    raise ValueError(f"expected bias of shape [{weight.shape[0]}], got {list(bias.shape)}")
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` by :func:`linear`: the same parameters and results, fast for few rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
