@@ -22,7 +22,15 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.config import DALLEConfig
 from dalle.errors import UserError
-from dalle_kernels import AttentionPattern, KVCache, decode_attention, linear_cross_entropy, sparse_attention
+from dalle_kernels import (
+    AttentionPattern,
+    KVCache,
+    Linear,
+    decode_attention,
+    linear,
+    linear_cross_entropy,
+    sparse_attention,
+)
 
 TEXT_WEIGHT = 1 / 8
 IMAGE_WEIGHT = 7 / 8
@@ -54,8 +62,8 @@ class AttentionBlock(nn.Module):
         self.pattern = pattern
         self.heads, self.head_dim = config.heads, config.head_dim
         self.norm = nn.LayerNorm(config.dim)
-        self.query_key_value = nn.Linear(config.dim, 3 * config.heads * config.head_dim)
-        self.projection = nn.Linear(config.heads * config.head_dim, config.dim)
+        self.query_key_value = Linear(config.dim, 3 * config.heads * config.head_dim)
+        self.projection = Linear(config.heads * config.head_dim, config.dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, N, dim]`` to ``[B, N, dim]``; N may be any prefix of the pattern's stream."""
@@ -89,8 +97,8 @@ class MLPBlock(nn.Module):
     def __init__(self, config: DALLEConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.dim)
-        self.expansion = nn.Linear(config.dim, 4 * config.dim)
-        self.projection = nn.Linear(4 * config.dim, config.dim)
+        self.expansion = Linear(config.dim, 4 * config.dim)
+        self.projection = Linear(4 * config.dim, config.dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, N, dim]`` to ``[B, N, dim]``."""
@@ -155,8 +163,8 @@ class DALLE(nn.Module):
             for kind in mask_schedule(config.layers)
         )
         self.norm = nn.LayerNorm(config.dim)
-        self.text_unembedding = nn.Linear(config.dim, config.text_vocab_size + config.text_len, bias=False)
-        self.image_unembedding = nn.Linear(config.dim, config.image_vocab_size, bias=False)
+        self.text_unembedding = Linear(config.dim, config.text_vocab_size + config.text_len, bias=False)
+        self.image_unembedding = Linear(config.dim, config.image_vocab_size, bias=False)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -216,7 +224,7 @@ class DALLE(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             weight = unembedding.weight
             dtype = torch.promote_types(weight.dtype, torch.float32)  # the paper keeps the logits in 32 bit
-            return F.linear(hidden.to(dtype), weight.to(dtype))
+            return linear(hidden.to(weight.dtype), weight, dtype=dtype)
 
     def _check(self, name: str, tokens: torch.Tensor, length: int, vocab_size: int) -> None:
         if tokens.dim() != 2 or tokens.shape[1] != length:
