@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import dalle_kernels
-from dalle_kernels import AttentionPattern, _native
+from dalle_kernels import AttentionPattern, KVCache, _native
 from dalle_kernels.attention.pattern import KINDS
 from dalle_kernels.testing import ODD_SIZES, ErrorReport, measure_errors, poisoned_allocations, strided_views
 
@@ -117,6 +117,32 @@ def attention_call(op: str, draw: random.Random) -> Call:
     return Call((grad_out, *inputs, *saved, *settings), (grad_out.double(), *doubled(tuple(inputs)), *exact, *settings))
 
 
+def decode_call(op: str, draw: random.Random) -> Call:
+    pattern = AttentionPattern(
+        draw.choice(KINDS),
+        draw.choice((0, 1, 7, 40, 300)),
+        (draw.randint(1, 12), draw.randint(1, 12)),
+        draw.choice((3, 5)),
+    )
+    prompts, heads, samples = draw.randint(1, 3), draw.randint(1, 3), draw.choice((1, 1, 2, 5, 33))
+    head_dim, dtype = draw.choice((1, 3, 8, 16, 20, 33, 64, 80, 128)), draw.choice(FLOATS)
+    cache = KVCache(pattern, prompts, heads, head_dim, dtype, samples_per_prompt=samples)
+    tokens = [laid_out(draw, torch.randn(prompts * samples, heads, 1, head_dim).to(dtype)) for _ in range(3)]
+    held = [torch.randn(tensor.shape).to(dtype) for tensor in (cache.text, cache.image)]
+    position = draw.randrange(0 if samples == 1 else pattern.text_len, pattern.seq_len)
+    return Call(
+        (*tokens, *held, position, *cache.pattern_arguments, draw.choice((head_dim**-0.5, draw.uniform(-2, 2))))
+    )
+
+
+def linear_call(op: str, draw: random.Random) -> Call:
+    rows, inputs, outputs = draw.choice((0, *ODD_SIZES)), draw.choice((*ODD_SIZES, 1100)), draw.choice(ODD_SIZES)
+    dtype = draw.choice(FLOATS)
+    x, weight = (laid_out(draw, torch.randn(n, inputs).to(dtype), unit_last=True) for n in (rows, outputs))
+    tensors = (x, weight, torch.randn(outputs).to(dtype) if draw.random() < 0.7 else None)
+    return Call((*tensors, draw.choice((dtype, torch.float32))), (*doubled(tensors), torch.float64))
+
+
 def gumbel_softmax_call(op: str, draw: random.Random) -> Call:
     shape, dtype = shape_of(draw, 1, 4), draw.choice(FLOATS)
     dim = draw.randrange(-len(shape), len(shape))
@@ -180,6 +206,8 @@ def logit_laplace_call(op: str, draw: random.Random) -> Call:
 SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
     **dict.fromkeys([f"{job}_{form}" for job in ("encode", "decode") for form in ("fp169", "fp0610")], float16_call),
     **dict.fromkeys(["sparse_attention", "sparse_attention_backward"], attention_call),
+    "decode_attention": decode_call,
+    "linear": linear_call,
     **dict.fromkeys(
         [f"gumbel_{name}{way}" for name in ("softmax", "softmax_kl", "codebook") for way in ("", "_backward")],
         gumbel_softmax_call,
