@@ -85,7 +85,9 @@ class AttentionBlock(nn.Module):
     def _query_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, length, _ = x.shape
         joint = self.query_key_value(self.norm(x)).view(batch, length, 3, self.heads, self.head_dim)
-        return joint.permute(2, 0, 3, 1, 4).unbind(0)
+        # Apart first and turned afterwards: in the backward one copy then joins their gradients for the product.
+        q, k, v = joint.unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _project(self, out: torch.Tensor) -> torch.Tensor:
         return self.projection(out.transpose(1, 2).flatten(2))

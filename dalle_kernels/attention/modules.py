@@ -72,7 +72,8 @@ class SparseSelfAttention(nn.Module):
                 f"expected a cache of this layer's pattern {self.pattern}, got one of {cache.pattern}; "
                 "make it with new_cache()"
             )
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        joint = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
+        q, k, v = (part.transpose(1, 2) for part in joint.unbind(2))
         if cache is not None and cache.length:
             attended = decode_attention(q, k, v, cache, self.scale)
         else:
