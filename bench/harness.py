@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -142,25 +141,22 @@ class Contest:
         self.slow: set[str] = set()
         self._turns: Iterator[int] = iter(())
 
-    def warm_up(self) -> dict[str, float]:
-        """Run everyone once or twice (compilation, thread pools) and take their memory; seconds of each one's turn."""
-        turns = {}
-        for candidate in (self.case.ours, *self.rivals):
-            took = math.inf
-            for _ in range(2 if self.case.memory else 0):  # the second time without what only a first call needs
-                begin = time.perf_counter()
-                self.memory[candidate.name] = peak_memory(candidate, self.device)
-                took = time.perf_counter() - begin
-                if took > SLOW:
-                    break
-            if took == math.inf or took <= SLOW:
-                took = self.clock(candidate) * candidate.units * self.case.calls
-            turns[candidate.name] = took
-        return turns
+    def warm_up(self, candidate: Candidate) -> float:
+        """The first calls (compilation, thread pools), which also take its memory; the seconds of its turn in a round.
+
+        Memory is that of the second call, without what only a first one needs; who is slow is called once.
+        """
+        for _ in range(2 if self.case.memory else 0):
+            begin = time.perf_counter()
+            self.memory[candidate.name] = peak_memory(candidate, self.device)
+            seconds = time.perf_counter() - begin
+            if seconds > SLOW:
+                return seconds
+        return self.clock(candidate) * candidate.units * self.case.calls
 
     def rounds(self, most: int) -> int:
         """How many rounds fit the case's time, at most ``most`` and at least LEAST_ROUNDS; who is slow takes fewer."""
-        turns = self.warm_up()
+        turns = {candidate.name: self.warm_up(candidate) for candidate in (self.case.ours, *self.rivals)}
         self.slow = {name for name, seconds in turns.items() if seconds > SLOW}
         if self.case.ours.name in self.slow:
             return min(most, SLOW_ROUNDS)
