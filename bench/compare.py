@@ -1,8 +1,9 @@
 """Run the benchmarks, print how everyone compares with us, and write ``bench/results/<machine>-<family>.json``.
 
-    python bench/compare.py                        every family (what `make bench` does)
-    python bench/compare.py attention --rounds 3   one family, quickly
-    python bench/compare.py --from out.json        what an earlier pytest run wrote with --benchmark-json
+    python bench/compare.py                                  every family (what `make bench` does)
+    python bench/compare.py attention --rounds 3             one family, quickly
+    python bench/compare.py attention -k "row and forward"   a part of one; no file is written
+    python bench/compare.py --from out.json                  what an earlier run wrote with --benchmark-json
 
 Each family runs in a process of its own, which measures that machine's peaks too: floors and shares come from them.
 """
@@ -150,7 +151,8 @@ def write(family: str, content: dict, name: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], epilog="Other options go to pytest, such as -k row."
+        description=__doc__.partition("\n")[0],
+        epilog="Other options go to pytest, such as -k row; then no file is written.",
     )
     parser.add_argument("families", nargs="*", metavar="family", help=f"of {', '.join(families())} (default: all)")
     parser.add_argument("--from", dest="report", type=Path, help="read this pytest-benchmark JSON, measure nothing")
@@ -179,7 +181,7 @@ def main() -> None:
                     print(ratio_table(case), end="\n\n")
                     failing = [goal for goal in case["goals"] if goal["met"] is False]
                     missed += [f"{describe(case)}: {describe_goal(goal, case['unit'])}" for goal in failing]
-                if not options.dry:
+                if not options.dry and not others:
                     print(f"wrote {write(family, content, options.machine or machine.slug(content['machine']))}\n")
     if missed:
         print("goals missed:", *missed, sep="\n  ")

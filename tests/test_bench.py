@@ -11,6 +11,7 @@ from pathlib import Path
 
 import attention_rivals
 import compare
+import dalle_pytorch_rival
 import harness
 import machine
 import pytest
@@ -246,6 +247,12 @@ def test_rivals_see_the_same_pairs(kind, text_len, grid):
     expected = sparse_attention(q, k, v, pattern)
     torch.testing.assert_close(attention_rivals.gathered(pattern, "cpu")(q, k, v), expected)
     torch.testing.assert_close(attention_rivals.masked(pattern, pattern.seq_len, "cpu")(q, k, v), expected)
+
+
+def test_a_rival_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr(dalle_pytorch_rival.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(dalle_pytorch_rival.NotInstalled, match="make bench"):
+        dalle_pytorch_rival.load.__wrapped__()
 
 
 def test_what_cannot_run_is_told_with_its_reason():
