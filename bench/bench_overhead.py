@@ -43,6 +43,7 @@ def _calls() -> dict[str, Callable[[], object]]:
         "gumbel_softmax_kl": lambda: dalle_kernels.gumbel_softmax_kl(logits),
         "gumbel_codebook": lambda: dalle_kernels.gumbel_codebook(logits, codebook),
         "logit_laplace_loss": lambda: dalle_kernels.logit_laplace_loss(x, mu, mu),
+        "linear": lambda: dalle_kernels.linear(hidden, weight),
         "linear_cross_entropy": lambda: dalle_kernels.linear_cross_entropy(hidden, weight, target),
         "encode_fp169": lambda: dalle_kernels.encode_fp169(x),
         "decode_fp169": lambda: dalle_kernels.decode_fp169(codes),

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs"
-COLOURS = {"row": "#1f77b4", "column": "#ff7f0e", "conv": "#2ca02c", "cross_entropy": "#d62728"}
+COLOURS = {"row": "#1f77b4", "column": "#ff7f0e", "conv": "#2ca02c", "cross_entropy": "#d62728", "linear": "#9467bd"}
 MARKERS = {"forward": "o", "backward": "v", "forward + backward": "s", "decode step": "^"}
 
 
