@@ -25,8 +25,9 @@ from dalle.errors import UserError
 from dalle_kernels import (
     AttentionPattern,
     KVCache,
+    LayerWeights,
     Linear,
-    decode_attention,
+    decode_layers,
     linear,
     linear_cross_entropy,
     sparse_attention,
@@ -73,14 +74,9 @@ class AttentionBlock(nn.Module):
     def prefill(self, x: torch.Tensor, samples_per_prompt: int) -> tuple[torch.Tensor, KVCache]:
         """As :meth:`forward` on the first tokens of the stream; their keys and values are returned in a cache."""
         q, k, v = self._query_key_value(x)
-        cache = KVCache(self.pattern, len(x), self.heads, self.head_dim, k.dtype, k.device, samples_per_prompt)
-        cache.prefill(k, v)
+        cache = KVCache(self.pattern, len(x), self.heads, self.head_dim, x.dtype, x.device, samples_per_prompt)
+        cache.prefill(k.to(x.dtype), v.to(x.dtype))
         return self._project(sparse_attention(q, k, v, self.pattern)), cache
-
-    def decode(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """As :meth:`forward` on one more token ``[B, 1, dim]``, whose key and value are added to the cache."""
-        q, k, v = self._query_key_value(x)
-        return self._project(decode_attention(q, k, v, cache))
 
     def _query_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, length, _ = x.shape
@@ -120,6 +116,19 @@ class Layer(nn.Module):
         x = x + self._branch(self.attention, x)
         return x + self._branch(self.mlp, x)
 
+    def weights(self) -> LayerWeights:
+        """For ``decode_layers``, which does what :meth:`forward` does to one more token, from a cache."""
+        attention, mlp = self.attention, self.mlp
+        branches = (
+            attention.norm,
+            attention.query_key_value,
+            attention.projection,
+            mlp.norm,
+            mlp.expansion,
+            mlp.projection,
+        )
+        return LayerWeights(*(tensor for module in branches for tensor in (module.weight, module.bias)))
+
     def _branch(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
@@ -128,11 +137,12 @@ class Layer(nn.Module):
 
 @dataclass
 class Decoding:
-    """What :meth:`DALLE.prefill` starts and :meth:`DALLE.decode_step` goes on with: one key-value cache a layer.
+    """What :meth:`DALLE.prefill` starts and :meth:`DALLE.decode_step` goes on with: each layer's weights and its cache.
 
     ``position`` counts the image tokens that the caches hold.
     """
 
+    layers: list[LayerWeights]
     caches: list[KVCache]
     image_positions: torch.Tensor
     position: int = 0
@@ -262,7 +272,8 @@ class DALLE(nn.Module):
             x = x + out
             x = x + layer.mlp(x)
         logits = self._unembed(self.norm(x[:, -1]), self.image_unembedding)
-        return logits.repeat_interleave(samples_per_prompt, dim=0), Decoding(caches, image_positions, length)
+        weights = [layer.weights() for layer in self.layers]
+        return logits.repeat_interleave(samples_per_prompt, dim=0), Decoding(weights, caches, image_positions, length)
 
     def decode_step(self, tokens: torch.Tensor, decoding: Decoding) -> torch.Tensor:
         """Give the next image token of every row, int64 ``[rows]``, and get the logits of the one after it.
@@ -271,12 +282,10 @@ class DALLE(nn.Module):
         """
         if decoding.position >= self.config.image_len - 1:
             raise UserError(f"expected at most {self.config.image_len - 1} decode steps: the image is complete")
-        x = (self.image_embedding(tokens) + decoding.image_positions[decoding.position]).unsqueeze(1)
-        for layer, cache in zip(self.layers, decoding.caches, strict=True):
-            x = x + layer.attention.decode(x, cache)
-            x = x + layer.mlp(x)
+        x = self.image_embedding(tokens) + decoding.image_positions[decoding.position]
+        x = decode_layers(x, decoding.layers, decoding.caches)
         decoding.position += 1
-        return self._unembed(self.norm(x.squeeze(1)), self.image_unembedding)
+        return self._unembed(self.norm(x), self.image_unembedding)
 
 
 def _check_tokens(name: str, tokens: torch.Tensor, vocab_size: int, device: torch.device) -> None:

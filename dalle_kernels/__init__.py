@@ -32,11 +32,14 @@ from dalle_kernels.gumbel_softmax.ops import gumbel_codebook, gumbel_softmax, gu
 # The function linear, like gumbel_softmax, takes the place of its folder.
 from dalle_kernels.linear.ops import Linear, linear
 from dalle_kernels.logit_laplace.ops import logit_laplace_loss, map_pixels, unmap_pixels
+from dalle_kernels.transformer.ops import decode_layers
+from dalle_kernels.transformer.reference import LayerWeights
 
 __all__ = [
     "AttentionPattern",
     "Explanation",
     "KVCache",
+    "LayerWeights",
     "Linear",
     "NativeError",
     "ProviderError",
@@ -45,6 +48,7 @@ __all__ = [
     "decode_attention",
     "decode_fp0610",
     "decode_fp169",
+    "decode_layers",
     "encode_fp0610",
     "encode_fp0610_checked",
     "encode_fp169",

@@ -143,6 +143,28 @@ def linear_call(op: str, draw: random.Random) -> Call:
     return Call((*tensors, draw.choice((dtype, torch.float32))), (*doubled(tensors), torch.float64))
 
 
+def decode_layers_call(op: str, draw: random.Random) -> Call:
+    dim, heads, head_dim, hidden = (draw.choice((1, 8, 13, 33, 64)) for _ in range(4))
+    heads = min(heads, 8)
+    text_len, grid, dtype = draw.randint(0, 20), (draw.randint(1, 5), draw.randint(1, 5)), draw.choice(FLOATS)
+    prompts, samples, kinds = draw.randint(1, 3), draw.choice((1, 2, 5)), [draw.choice(KINDS) for _ in range(2)]
+    outputs = {"query_key_value": (3 * heads * head_dim, dim), "projection": (dim, heads * head_dim)}
+    outputs |= {"expansion": (hidden, dim), "contraction": (dim, hidden)}
+    weights, held = [], []
+    for kind in kinds:
+        for name in ("attention_norm", "query_key_value", "projection", "mlp_norm", "expansion", "contraction"):
+            rows, inputs = outputs.get(name, (dim, None))
+            weights.append(torch.randn(rows) if inputs is None else torch.randn(rows, inputs) * inputs**-0.5)
+            weights.append(torch.randn(rows))
+        pattern = AttentionPattern(kind, text_len, grid, 3)
+        cache = KVCache(pattern, prompts, heads, head_dim, dtype, samples_per_prompt=samples)
+        held += [torch.randn(tensor.shape).to(dtype) for tensor in (cache.text, cache.image)]
+    x = laid_out(draw, torch.randn(prompts * samples, dim).to(dtype))
+    position = draw.randrange(0 if samples == 1 else text_len, pattern.seq_len)
+    settings = (",".join(kinds), *cache.pattern_arguments[1:], head_dim**-0.5, draw.choice((1e-5, 0.1)))
+    return Call((x, [weight.to(dtype) for weight in weights], held, position, *settings))
+
+
 def gumbel_softmax_call(op: str, draw: random.Random) -> Call:
     shape, dtype = shape_of(draw, 1, 4), draw.choice(FLOATS)
     dim = draw.randrange(-len(shape), len(shape))
@@ -207,6 +229,7 @@ SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
     **dict.fromkeys([f"{job}_{form}" for job in ("encode", "decode") for form in ("fp169", "fp0610")], float16_call),
     **dict.fromkeys(["sparse_attention", "sparse_attention_backward"], attention_call),
     "decode_attention": decode_call,
+    "decode_layers": decode_layers_call,
     "linear": linear_call,
     **dict.fromkeys(
         [f"gumbel_{name}{way}" for name in ("softmax", "softmax_kl", "codebook") for way in ("", "_backward")],

@@ -9,8 +9,7 @@ from .._dispatch import Op
 from . import reference
 from .cache import KVCache
 from .ops import PATTERN_SCHEMA, check_heads, checked_scale, native_unavailable
-from .pattern import cached_pattern
-from .slots import Slots, slot_table
+from .slots import visible_keys
 
 
 def _fake(q, k_new, v_new, text, image, position, *pattern):
@@ -24,10 +23,7 @@ def _token(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def _decode_native(q, k_new, v_new, text, image, position, kind, text_len, height, width, kernel_size, scale):
     _, prompts, heads, samples, capacity, head_dim = image.shape
-    slots, text_keys = Slots(0, 0), position + 1
-    if position >= text_len:
-        table = slot_table(cached_pattern(kind, text_len, height, width, kernel_size), image.device)
-        slots, text_keys = table[position - text_len], text_len
+    text_keys, slots, new_key = visible_keys(position, image.device, kind, text_len, height, width, kernel_size)
     out = q.new_empty(q.shape)
     _native.call(
         "decode_attention",
@@ -41,7 +37,7 @@ def _decode_native(q, k_new, v_new, text, image, position, kind, text_len, heigh
         text=(text.data_ptr(), text_len, text_keys),
         image=(image.data_ptr() + slots.first * head_dim * image.element_size(), capacity, slots.count),
         image_slots=0 if slots.listed is None else slots.listed.data_ptr(),
-        new_key=text_len + slots.own if slots.count else position,
+        new_key=new_key,
         out=out.data_ptr(),
     )
     return out

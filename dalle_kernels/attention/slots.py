@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .pattern import AttentionPattern
+from .pattern import AttentionPattern, cached_pattern
 
 
 class Slots(NamedTuple):
@@ -61,3 +61,12 @@ def slot_table(pattern: AttentionPattern, device: torch.device) -> list[Slots]:
         listed = (visible[:, 1] % count).int().to(device).split(visible[:, 0].bincount().tolist())
         # Ascending, so that a token's own key is the last that it sees.
         return [Slots(len(slots) - 1, len(slots), listed=slots) for slots in listed]
+
+
+def visible_keys(position: int, device: torch.device, *pattern) -> tuple[int, Slots, int]:
+    """What the token at ``position`` sees: how many text keys, the image's slots, and which key of all is its own."""
+    text_len = pattern[1]
+    if position < text_len:
+        return position + 1, Slots(0, 0), position
+    slots = slot_table(cached_pattern(*pattern), device)[position - text_len]
+    return text_len, slots, text_len + slots.own

@@ -1,0 +1,131 @@
+"""The operator ``decode_layers``, its checks and its providers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dalle_kernels import _native
+from dalle_kernels._dispatch import Op
+from dalle_kernels.attention.cache import KVCache
+from dalle_kernels.attention.ops import checked_scale, native_unavailable
+from dalle_kernels.attention.slots import visible_keys
+from dalle_kernels.linear.ops import FEW_ROWS
+from dalle_kernels.transformer import reference
+from dalle_kernels.transformer.reference import LayerWeights
+
+_SETTINGS = "str kinds, int text_len, int height, int width, int kernel_size, float scale, float epsilon"
+
+
+def _fake(x, weights, caches, position, *settings):
+    return x.new_empty(x.shape)
+
+
+def _decode_native(x, weights, caches, position, kinds, text_len, height, width, kernel_size, scale, epsilon):
+    _, prompts, heads, samples, _, head_dim = caches[1].shape
+    seen = []
+    for text, image, kind in zip(caches[::2], caches[1::2], kinds.split(",")):
+        text_keys, slots, new_key = visible_keys(position, image.device, kind, text_len, height, width, kernel_size)
+        address = image.data_ptr() + slots.first * head_dim * image.element_size()
+        listed = 0 if slots.listed is None else slots.listed.data_ptr()
+        seen.append((text.data_ptr(), address, text_keys, image.shape[4], slots.count, listed, new_key))
+    out = x.clone(memory_format=torch.contiguous_format)
+    _native.call(
+        "decode_layers",
+        x.device,
+        dtype=_native.DTYPES[x.dtype],
+        sizes=(prompts, samples, heads, head_dim, x.shape[1], weights[8].shape[0], text_len),
+        scale=scale,
+        epsilon=epsilon,
+        weights=[weight.data_ptr() for weight in weights],
+        caches=seen,
+        x=out.data_ptr(),
+    )
+    return out
+
+
+def _native_unsupported(x, weights, caches, *_settings) -> str | None:
+    if x.dtype == torch.float64:
+        return "the compiled kernel takes float32, float16 and bfloat16, got float64"
+    if not 0 < x.shape[0] <= FEW_ROWS:
+        return f"the compiled kernel takes 1 to {FEW_ROWS} rows, got {x.shape[0]}"
+    if not all(tensor.is_contiguous() for tensor in (*weights, *caches)):
+        return "the compiled kernel takes contiguous weights and caches"
+    return None
+
+
+_decode = Op(
+    f"decode_layers(Tensor x, Tensor[] weights, Tensor(a!)[] caches, SymInt position, {_SETTINGS}) -> Tensor", _fake
+)
+_decode.provide("native", _decode_native, unavailable=native_unavailable, unsupported=_native_unsupported)
+_decode.provide("reference", reference.decode_layers)
+
+
+def decode_layers(
+    x: Tensor,
+    layers: Sequence[LayerWeights],
+    caches: Sequence[KVCache],
+    scale: float | None = None,
+    epsilon: float = 1e-5,
+) -> Tensor:
+    """One decode step through a stack of pre-norm transformer layers, in one call.
+
+    Each layer is ``x + projection(attention(norm(x)))``, then ``x + contraction(gelu(expansion(norm(x))))``, where the
+    attention is :func:`decode_attention` from the layer's cache. Nothing here records a gradient.
+
+    Args:
+        x: ``[rows, dim]``, one token a row, floating.
+        layers: their weights, of x's dtype and on its device, not under autocast; see :class:`LayerWeights`.
+        caches: one a layer, all of one length, of patterns that differ in their kind alone; each grows by one token.
+        scale: factor on the dot products, by default ``head_dim ** -0.5``.
+        epsilon: of the layer normalizations.
+
+    Returns:
+        ``[rows, dim]``.
+
+    Raises:
+        TypeError, ValueError: for other shapes, dtypes or devices, or caches that are full or not alike.
+    """
+    if not layers or len(layers) != len(caches):
+        raise ValueError(f"expected one cache a layer, got {len(layers)} layers and {len(caches)} caches")
+    first = caches[0]
+    first.check_step()
+    if x.dim() != 2 or len(x) != first.step_shape[0]:
+        raise ValueError(f"expected x of shape [{first.step_shape[0]}, dim], got {list(x.shape)}")
+    dim, width, hidden = x.shape[1], first.heads * first.head_dim, layers[0].expansion_weight.shape[0]
+    matrices = (
+        (3 * width, dim),
+        (3 * width,),
+        (dim, width),
+        (dim,),
+        (dim,),
+        (dim,),
+        (hidden, dim),
+        (hidden,),
+        (dim, hidden),
+    )
+    shapes = [(dim,), (dim,), *matrices, (dim,)]
+    for layer, cache in zip(layers, caches):
+        if [tensor.shape for tensor in layer] != shapes:
+            found = {name: list(tensor.shape) for name, tensor in layer._asdict().items()}
+            raise ValueError(f"expected weights of shapes {[list(shape) for shape in shapes]}, got {found}")
+        if cache.length != first.length or cache.step_shape != first.step_shape:
+            raise ValueError("expected caches of one length, batch, heads, head_dim and samples_per_prompt")
+        if cache.pattern_arguments[1:] != first.pattern_arguments[1:]:
+            raise ValueError(f"expected patterns that differ in kind alone, got {first.pattern} and {cache.pattern}")
+    weights = [tensor for layer in layers for tensor in layer]
+    held = [tensor for cache in caches for tensor in (cache.text, cache.image)]
+    for tensor in (*weights, *held):
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise TypeError(
+                f"expected weights and caches of x's {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}"
+            )
+    kinds = ",".join(cache.pattern.kind for cache in caches)
+    with torch.no_grad():
+        scale = checked_scale(scale, first.head_dim)
+        out = _decode(x, weights, held, first.length, kinds, *first.pattern_arguments[1:], scale, epsilon)
+    for cache in caches:
+        cache.length += 1
+    return out
