@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle_kernels import _native
 from dalle_kernels._dispatch import Op
 from dalle_kernels.logit_laplace import reference
 
 REDUCTIONS = ("none", "mean", "sum")
+_MAX_DIMS = 8  # Strided::MAX_DIMS in csrc/common/strided.h
 _INPUTS = "Tensor x, Tensor mu, Tensor log_b, str reduction"
 
 
@@ -20,11 +22,74 @@ def _fake_backward(grad_loss: Tensor, x: Tensor, mu: Tensor, log_b: Tensor, redu
     return mu.new_empty(mu.shape), log_b.new_empty(log_b.shape)
 
 
+def _described(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    return tensor.data_ptr(), _native.DTYPES[tensor.dtype], tensor.stride()
+
+
+def _divisor(x: Tensor, reduction: str) -> float:
+    return float(x.numel() if reduction == "mean" else 1)
+
+
+def _native_loss(x: Tensor, mu: Tensor, log_b: Tensor, reduction: str) -> Tensor:
+    loss = _fake(x, mu, log_b, reduction)
+    blocks = 0 if reduction == "none" else _native.library("cpu").logit_laplace_blocks(x.numel())
+    # One more than is needed, so that the address is one when there are no elements.
+    partial = None if reduction == "none" else torch.empty(blocks + 1, dtype=torch.float64)
+    _native.call(
+        "logit_laplace_loss",
+        x.device,
+        sizes=x.shape,
+        x=_described(x),
+        mu=_described(mu),
+        log_b=_described(log_b),
+        loss=loss.data_ptr(),
+        partial=0 if partial is None else partial.data_ptr(),
+        divisor=_divisor(x, reduction),
+    )
+    return loss
+
+
+def _native_backward(grad_loss: Tensor, x: Tensor, mu: Tensor, log_b: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    grad_mu, grad_log_b = _fake_backward(grad_loss, x, mu, log_b, reduction)
+    _native.call(
+        "logit_laplace_loss_backward",
+        x.device,
+        sizes=x.shape,
+        grad=_described(grad_loss.expand(x.shape)),
+        x=_described(x),
+        mu=_described(mu),
+        log_b=_described(log_b),
+        grad_mu=grad_mu.data_ptr(),
+        grad_log_b=grad_log_b.data_ptr(),
+        divisor=_divisor(x, reduction),
+    )
+    return grad_mu, grad_log_b
+
+
+def _native_unavailable(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return f"the compiled kernel runs on CPU tensors only, got device type {device_type!r}"
+    return _native.unavailable(device_type)
+
+
+def _native_unsupported(*arguments) -> str | None:
+    *tensors, x, mu, log_b, _reduction = arguments
+    for tensor in (*tensors, x, mu, log_b):
+        if tensor.dtype not in _native.DTYPES or tensor.dtype == torch.float64:
+            return f"the compiled kernel takes float32, float16 and bfloat16, got {tensor.dtype}"
+    if x.dim() > _MAX_DIMS:
+        return f"the compiled kernel takes at most {_MAX_DIMS} dimensions, got {x.dim()}"
+    return None
+
+
 logit_laplace_loss_op = Op(f"logit_laplace_loss({_INPUTS}) -> Tensor", _fake)
 logit_laplace_loss_backward_op = Op(
     f"logit_laplace_loss_backward(Tensor grad_loss, {_INPUTS}) -> (Tensor, Tensor)", _fake_backward
 )
+_native_limits = {"unavailable": _native_unavailable, "unsupported": _native_unsupported}
+logit_laplace_loss_op.provide("native", _native_loss, **_native_limits)
 logit_laplace_loss_op.provide("reference", reference.logit_laplace_loss)
+logit_laplace_loss_backward_op.provide("native", _native_backward, **_native_limits)
 logit_laplace_loss_backward_op.provide("reference", reference.logit_laplace_loss_backward)
 
 
