@@ -10,6 +10,7 @@ from dalle_kernels import philox
 from dalle_kernels._dispatch import Explanation, ProviderError, explain, ops, use
 from dalle_kernels._native import NativeError
 from dalle_kernels._version import __version__
+from dalle_kernels.adamw.optimizer import AdamW16
 from dalle_kernels.attention.cache import KVCache
 from dalle_kernels.attention.decode import decode_attention
 from dalle_kernels.attention.modules import SparseSelfAttention
@@ -36,6 +37,7 @@ from dalle_kernels.transformer.ops import decode_layers
 from dalle_kernels.transformer.reference import LayerWeights
 
 __all__ = [
+    "AdamW16",
     "AttentionPattern",
     "Explanation",
     "KVCache",

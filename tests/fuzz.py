@@ -225,6 +225,30 @@ def logit_laplace_call(op: str, draw: random.Random) -> Call:
     return Call((grad, *tensors, reduction))
 
 
+def adamw_call(op: str, draw: random.Random) -> Call:
+    shapes = [shape_of(draw, 0, 3, 1 << 12) for _ in range(draw.randint(1, 5))]
+    dtype, grad_dtype = draw.choice(FLOATS), draw.choice(FLOATS)
+    coded = draw.random() < 0.7, draw.random() < 0.7
+    rows = []
+    for shape in shapes:
+        sizes = torch.exp2(torch.empty(3, *shape).uniform_(-30, 3))
+        first, second = torch.randn(shape) * sizes[1], (torch.randn(shape) * sizes[2]).square().clamp(max=5)
+        row = (
+            torch.randn(shape).to(dtype),
+            (torch.randn(shape) * sizes[0]).to(grad_dtype),
+            dalle_kernels.encode_fp169(first) if coded[0] else first,
+            dalle_kernels.encode_fp0610(second) if coded[1] else second,
+        )
+        if draw.random() < 0.1:
+            row = tuple(laid_out(draw, tensor) for tensor in row)
+        rows.append((*row, torch.tensor(float(draw.choice((0, 1, 100, 10**6))))))
+    settings = (draw.choice((0.0, 1e-3, 0.5)), draw.choice((0.0, 0.9)), draw.choice((0.96, 0.999)), 1e-8)
+    settings += (draw.choice((0.0, 0.1)), draw.choice((5.0, 0.01, torch.inf)))
+    scale = torch.tensor(draw.choice((1.3, 2.0**17))) if draw.random() < 0.5 else None
+    found = torch.tensor(draw.random() < 0.2) if draw.random() < 0.5 else None
+    return Call((*map(list, zip(*rows)), *settings, scale, found), bits=True)
+
+
 SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
     **dict.fromkeys([f"{job}_{form}" for job in ("encode", "decode") for form in ("fp169", "fp0610")], float16_call),
     **dict.fromkeys(["sparse_attention", "sparse_attention_backward"], attention_call),
@@ -240,6 +264,7 @@ SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
         cross_entropy_call,
     ),
     **dict.fromkeys(["logit_laplace_loss", "logit_laplace_loss_backward"], logit_laplace_call),
+    "adamw16_step": adamw_call,
 }
 
 

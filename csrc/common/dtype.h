@@ -4,11 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/intrinsics.h"
 #include "common/target.h"
-
-#if defined(__F16C__) && !defined(__CUDACC__)
-#include <immintrin.h>
-#endif
 
 namespace dalle {
 

@@ -4,16 +4,8 @@
 // has the few operations that kernels need, no more; a new instruction set is added by writing these once again.
 #pragma once
 
-#if defined(__AVX2__)
-// Some releases of GCC warn that their own intrinsics read a register that they leave undefined on purpose.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
 #include "common/dtype.h"
+#include "common/intrinsics.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 

@@ -19,6 +19,7 @@ struct Pair {
 typedef uint32_t Lanes32 __attribute__((vector_size(4 * Vector::width)));
 typedef uint16_t Lanes16 __attribute__((vector_size(4 * Vector::width)));
 typedef int32_t SignedLanes32 __attribute__((vector_size(4 * Vector::width)));
+typedef int16_t SignedLanes16 __attribute__((vector_size(4 * Vector::width)));
 
 // The same register seen as another vector type.
 template <class To, class From>
@@ -35,8 +36,9 @@ DALLE_INLINE Lanes16 load_lanes(const uint16_t* p) {
 }
 DALLE_INLINE void store_lanes(uint16_t* p, Lanes16 x) { memcpy(p, &x, sizeof x); }
 
-// unpack_low and unpack_high: 32-bit numbers of the given low and high halves. pack: the low halves of numbers below
-// 2^16, which is the inverse. paired and unpaired: to a Pair's order and back.
+// unpack_low and unpack_high: 32-bit numbers of the given low and high halves. pack_unsigned and pack_signed: the
+// inverse for signed numbers, the first saturating at 0 and 2^16 - 1, the second at -2^15 and 2^15 - 1. paired and
+// unpaired: to a Pair's order and back.
 #if defined(__AVX512F__)
 
 using Register = __m512i;
@@ -46,8 +48,11 @@ DALLE_INLINE Lanes32 unpack_low(Lanes16 low, Lanes16 high) {
 DALLE_INLINE Lanes32 unpack_high(Lanes16 low, Lanes16 high) {
   return as<Lanes32>(_mm512_unpackhi_epi16(as<Register>(low), as<Register>(high)));
 }
-DALLE_INLINE Lanes16 pack(Lanes32 a, Lanes32 b) {
+DALLE_INLINE Lanes16 pack_unsigned(Lanes32 a, Lanes32 b) {
   return as<Lanes16>(_mm512_packus_epi32(as<Register>(a), as<Register>(b)));
+}
+DALLE_INLINE Lanes16 pack_signed(Lanes32 a, Lanes32 b) {
+  return as<Lanes16>(_mm512_packs_epi32(as<Register>(a), as<Register>(b)));
 }
 DALLE_INLINE Pair paired(Vector first, Vector second) {
   return {{_mm512_shuffle_f32x4(first.lanes, second.lanes, 0x88)},
@@ -69,8 +74,11 @@ DALLE_INLINE Lanes32 unpack_low(Lanes16 low, Lanes16 high) {
 DALLE_INLINE Lanes32 unpack_high(Lanes16 low, Lanes16 high) {
   return as<Lanes32>(_mm256_unpackhi_epi16(as<Register>(low), as<Register>(high)));
 }
-DALLE_INLINE Lanes16 pack(Lanes32 a, Lanes32 b) {
+DALLE_INLINE Lanes16 pack_unsigned(Lanes32 a, Lanes32 b) {
   return as<Lanes16>(_mm256_packus_epi32(as<Register>(a), as<Register>(b)));
+}
+DALLE_INLINE Lanes16 pack_signed(Lanes32 a, Lanes32 b) {
+  return as<Lanes16>(_mm256_packs_epi32(as<Register>(a), as<Register>(b)));
 }
 DALLE_INLINE Pair paired(Vector first, Vector second) {
   return {{_mm256_permute2f128_ps(first.lanes, second.lanes, 0x20)},
@@ -89,9 +97,19 @@ DALLE_INLINE Lanes32 unpack_low(Lanes16 low, Lanes16 high) {
 DALLE_INLINE Lanes32 unpack_high(Lanes16 low, Lanes16 high) {
   return as<Lanes32>(Lanes16{low[4], high[4], low[5], high[5], low[6], high[6], low[7], high[7]});
 }
-DALLE_INLINE Lanes16 pack(Lanes32 a, Lanes32 b) {
+DALLE_INLINE Lanes16 low_halves(Lanes32 a, Lanes32 b) {
   const Lanes16 x = as<Lanes16>(a), y = as<Lanes16>(b);
   return Lanes16{x[0], x[2], x[4], x[6], y[0], y[2], y[4], y[6]};
+}
+DALLE_INLINE Lanes32 clamped(Lanes32 x, int32_t least, int32_t most) {
+  const SignedLanes32 y = as<SignedLanes32>(x), z = y < least ? SignedLanes32{} + least : y;
+  return as<Lanes32>(z > most ? SignedLanes32{} + most : z);
+}
+DALLE_INLINE Lanes16 pack_unsigned(Lanes32 a, Lanes32 b) {
+  return low_halves(clamped(a, 0, 0xffff), clamped(b, 0, 0xffff));
+}
+DALLE_INLINE Lanes16 pack_signed(Lanes32 a, Lanes32 b) {
+  return low_halves(clamped(a, -0x8000, 0x7fff), clamped(b, -0x8000, 0x7fff));
 }
 DALLE_INLINE Pair paired(Vector first, Vector second) { return {first, second}; }
 DALLE_INLINE void unpaired(Pair x, Vector& first, Vector& second) {
@@ -118,14 +136,14 @@ DALLE_INLINE void store_pair(T* p, Pair x) {
   store(p + Vector::width, second);
 }
 
-// Round to nearest, ties to even; every NaN becomes the same.
+// Round to nearest, ties to even; NaN stays NaN. Comparing for the bit that decides a tie is cheaper than shifting it.
 DALLE_INLINE Lanes32 to_bfloat16(Vector x) {
-  const Lanes32 bits = bits_of(x);
-  const Lanes32 is_nan = as<Lanes32>(x.lanes != x.lanes);
-  const Lanes32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (is_nan & 0x7fc0u) | (~is_nan & rounded);
+  const Lanes32 bits = bits_of(x), minus_one_where_even = as<Lanes32>((bits & 0x10000u) == 0);
+  return ((bits + 0x8000u + minus_one_where_even) | as<Lanes32>(x.lanes != x.lanes)) >> 16;
 }
-DALLE_INLINE void store_pair(BFloat16* p, Pair x) { store_lanes(&p->bits, pack(to_bfloat16(x.a), to_bfloat16(x.b))); }
+DALLE_INLINE void store_pair(BFloat16* p, Pair x) {
+  store_lanes(&p->bits, pack_unsigned(to_bfloat16(x.a), to_bfloat16(x.b)));
+}
 
 template <class Function>
 DALLE_INLINE Pair map(Pair x, const Function& function) {
@@ -141,19 +159,5 @@ struct NonfiniteWatch {
   }
   bool seen() const { return sum_of_lanes(a + b) != 0.0f; }
 };
-
-// The first `count` elements, the others 0, touching no memory beyond them.
-template <class T>
-DALLE_INLINE Pair load_first_pair(const T* p, int64_t count) {
-  T values[Pair::width] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
-  return load_pair(values);
-}
-template <class T>
-DALLE_INLINE void store_first_pair(T* p, int64_t count, Pair x) {
-  T values[Pair::width];
-  store_pair(values, x);
-  for (int64_t i = 0; i < count; ++i) p[i] = values[i];
-}
 
 }  // namespace dalle::DALLE_ISA_NAMESPACE
