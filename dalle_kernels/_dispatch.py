@@ -52,9 +52,6 @@ class Provider:
     unavailable: Callable[[str], str | None]
     unsupported: Callable[..., str | None]
 
-    def why_not(self, device_type: str, args: tuple) -> str | None:
-        return self.unavailable(device_type) or self.unsupported(*args)
-
 
 class Op:
     """A ``torch.library`` operator ``dalle_kernels::<name>`` and the providers behind it.
@@ -131,9 +128,9 @@ class Op:
         """The provider that serves ``args``: the forced one, or the first that can."""
         forced = forced_provider()
         for provider in self.providers:
-            if forced not in (None, provider.name):
+            if forced is not None and provider.name != forced:
                 continue
-            reason = provider.why_not(device_type, args)
+            reason = provider.unavailable(device_type) or provider.unsupported(*args)
             if reason is None:
                 return provider
             if forced is not None:
@@ -266,7 +263,7 @@ def explain(op: str, *args, device_type: str = "cpu") -> Explanation:
         if forced not in (None, provider.name):
             reason = f"{forced!r} is forced"
         else:
-            reason = provider.why_not(device_type, args) if args else provider.unavailable(device_type)
+            reason = provider.unavailable(device_type) or (provider.unsupported(*args) if args else None)
         if reason is None:
             return Explanation(op, provider.name, tuple(rejected))
         rejected.append((provider.name, reason))

@@ -24,21 +24,21 @@ def _token(tensor: torch.Tensor) -> tuple[int, ...]:
 def _decode_native(q, k_new, v_new, text, image, position, kind, text_len, height, width, kernel_size, scale):
     _, prompts, heads, samples, capacity, head_dim = image.shape
     text_keys, slots, new_key = visible_keys(position, image.device, kind, text_len, height, width, kernel_size)
-    out = q.new_empty(q.shape)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _native.call(
         "decode_attention",
         q.device,
-        dtype=_native.DTYPES[q.dtype],
-        sizes=(prompts, samples, heads, head_dim),
-        scale=scale,
-        q=_token(q),
-        k_new=_token(k_new),
-        v_new=_token(v_new),
-        text=(text.data_ptr(), text_len, text_keys),
-        image=(image.data_ptr() + slots.first * head_dim * image.element_size(), capacity, slots.count),
-        image_slots=0 if slots.listed is None else slots.listed.data_ptr(),
-        new_key=new_key,
-        out=out.data_ptr(),
+        _native.DTYPES[q.dtype],
+        (prompts, samples, heads, head_dim),
+        scale,
+        _token(q),
+        _token(k_new),
+        _token(v_new),
+        (text.data_ptr(), text_len, text_keys),
+        (image.data_ptr() + slots.first * head_dim * image.element_size(), capacity, slots.count),
+        0 if slots.listed is None else slots.listed.data_ptr(),
+        new_key,
+        out.data_ptr(),
     )
     return out
 

@@ -33,22 +33,17 @@ def _heads(tensor: torch.Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *tensor.stride()[:3]
 
 
-def _shape_arguments(q, kind, text_len, height, width, kernel_size, scale) -> dict:
+def _shape_arguments(q, kind, text_len, height, width, kernel_size, scale) -> tuple:
+    """The first arguments of both kernels: dtype, batch, heads, head_dim, pattern, scale."""
     batch, heads, seq, head_dim = q.shape
-    return {
-        "dtype": _native.DTYPES[q.dtype],
-        "batch": batch,
-        "heads": heads,
-        "head_dim": head_dim,
-        "pattern": (KINDS.index(kind), seq, text_len, height, width, kernel_size),
-        "scale": scale,
-    }
+    pattern = (KINDS.index(kind), seq, text_len, height, width, kernel_size)
+    return _native.DTYPES[q.dtype], batch, heads, head_dim, pattern, scale
 
 
 def _forward_native(q, k, v, *pattern):
     out, lse = _forward_fake(q, k, v, *pattern)
-    tensors = {"q": _heads(q), "k": _heads(k), "v": _heads(v), "out": _heads(out), "lse": lse.data_ptr()}
-    _native.call("sparse_attention", q.device, **_shape_arguments(q, *pattern), **tensors)
+    tensors = (_heads(q), _heads(k), _heads(v), _heads(out), lse.data_ptr())
+    _native.call("sparse_attention", q.device, *_shape_arguments(q, *pattern), *tensors)
     return out, lse
 
 
@@ -56,7 +51,7 @@ def _backward_native(grad_out, q, k, v, out, lse, *pattern):
     dq, dk, dv = _backward_fake(grad_out, q, k, v, out, lse, *pattern)
     tensors = {"grad_out": grad_out, "q": q, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}
     addresses = {name: _heads(tensor) for name, tensor in tensors.items()}
-    _native.call("sparse_attention_backward", q.device, **_shape_arguments(q, *pattern), **addresses)
+    _native.call("sparse_attention_backward", q.device, *_shape_arguments(q, *pattern), **addresses)
     return dq, dk, dv
 
 
