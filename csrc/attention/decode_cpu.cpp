@@ -7,6 +7,7 @@
 
 #include "common/parallel.h"
 #include "common/row_products.h"
+#include "common/vector_math.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
@@ -70,8 +71,8 @@ void score_all(int64_t rows, const float* queries, int64_t query_stride, const R
   }
 }
 
-// exp(factor * (score - the largest)) over `count` scores, in place, with zeros up to round_up(count).
-void exponentials(float* scores, int64_t count, const Factor& factor, float* largest, float* sum) {
+// e^(factor * (score - the largest)) over `count` scores, in place, with zeros up to round_up(count).
+void exponentials(float* scores, int64_t count, float factor, float* largest, float* sum) {
   const int64_t end = round_up(count);
   for (int64_t i = count; i < end; ++i) scores[i] = -__builtin_inff();
   Vector maxima = load(scores);
@@ -80,7 +81,7 @@ void exponentials(float* scores, int64_t count, const Factor& factor, float* lar
   const Vector shift = broadcast(*largest);
   Vector sums = broadcast(0.0f);
   for (int64_t i = 0; i < end; i += WIDTH) {
-    const Vector p = exp2_of_product(load(scores + i) - shift, factor);
+    const Vector p = exponential((load(scores + i) - shift) * broadcast(factor));
     store(scores + i, p);
     sums = sums + p;
   }
@@ -163,11 +164,9 @@ struct Tasks {
 
 // How scale enters: its sign with the queries, its magnitude with the scores (a zero scale zeroes the queries instead).
 struct Scale {
-  float sign;
-  Factor exponent;
+  float sign, magnitude;
   explicit Scale(float scale)
-      : sign(scale > 0 ? 1.0f : scale < 0 ? -1.0f : 0.0f),
-        exponent(scale == 0 ? 1.0 : (scale < 0 ? -scale : scale) * 1.4426950408889634) {}
+      : sign(scale > 0 ? 1.0f : scale < 0 ? -1.0f : 0.0f), magnitude(scale == 0 ? 1.0f : scale < 0 ? -scale : scale) {}
 };
 
 template <class T>
@@ -243,7 +242,7 @@ struct Step {
     for (int64_t r = 0; r < samples; ++r) {
       float* row = scores + r * stride;
       score<1>(queries + r * width, width, image_rows(0, r), row + text_keys, stride);
-      exponentials(row, end - begin, scale.exponent, &largest[r], &total[r]);
+      exponentials(row, end - begin, scale.magnitude, &largest[r], &total[r]);
     }
     add_all_values(samples, scores, stride, text_rows(1), sums, width);
     for (int64_t r = 0; r < samples; ++r) {
@@ -272,7 +271,7 @@ struct Step {
     float total = 0.0f;
     for (int64_t s = 0; s < tasks.segments; ++s) {
       const float* from = part(prompt_head, sample, s);
-      const Vector factor = exp2_of_product(broadcast(from[width] - largest), scale.exponent);
+      const Vector factor = exponential(broadcast((from[width] - largest) * scale.magnitude));
       float weights[WIDTH];
       store(weights, factor);
       total += weights[0] * from[width + 1];

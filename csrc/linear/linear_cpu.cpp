@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t CHUNK = 512;            // inputs summed at a time: a tile of that length fits the L1 cache
 constexpr int64_t BLOCK = TILE_PRODUCTS;  // outputs at a time: a multiple of every tile's columns
 constexpr int64_t MOST_ROWS = 64;         // at a time
-constexpr int64_t GRAIN = 16384;          // multiplications that are worth a thread
+constexpr int64_t GRAIN = 16384;          // multiplications or copies that are worth a thread
 constexpr int64_t PADDING = 16;           // floats after each row of x, so that rows a power of two long spread out
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -82,9 +82,11 @@ const char* run(const Linear& p) {
   const int64_t x_stride = p.inputs + PADDING;
   float* x = static_cast<float*>(malloc(p.rows * x_stride * sizeof(float)));
   if (x == nullptr) return "not enough memory for the rows in float32";
-  for (int64_t r = 0; r < p.rows; ++r) {
-    widen(static_cast<const T*>(p.x) + r * p.x_stride, p.inputs, x + r * x_stride);
-  }
+  parallel_for(p.rows, (GRAIN + p.inputs - 1) / p.inputs, p.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      widen(static_cast<const T*>(p.x) + r * p.x_stride, p.inputs, x + r * x_stride);
+    }
+  });
   const int64_t blocks = (p.outputs + BLOCK - 1) / BLOCK, block_work = p.rows * p.inputs * BLOCK;
   parallel_for(blocks, (GRAIN + block_work - 1) / block_work, p.threads, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
