@@ -303,6 +303,23 @@ def test_a_16_bit_gradient_is_rounded_once(dtype):
     torch.testing.assert_close(gradient.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-3 * 2**-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_backward_of_a_kept_graph_gives_its_own_gradients(dtype, provider):
+    """The gradients of the forward pass are scaled where they lie and given away once; then they are made again."""
+    hidden, weight, bias, target = _inputs(9, 11, 5, seed=28, dtype=dtype)
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    loss = linear_cross_entropy(*leaves[:2], target, leaves[2])
+    results = [torch.autograd.grad(loss, leaves, torch.tensor(scale), retain_graph=True) for scale in (2.0, 0.5, 2.0)]
+    for first, half, again in zip(*results):
+        assert torch.equal(first, again) and torch.equal(first, 4 * half)
+        first.zero_()
+        assert again.any()
+    weight.data.zero_()
+    loss.backward()
+    (expected,) = torch.autograd.grad(linear_cross_entropy(*leaves[:2], target, leaves[2]), weight)
+    torch.testing.assert_close(weight.grad, expected)
+
+
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_work_for_what_is_frozen(reduction, wanted, provider):

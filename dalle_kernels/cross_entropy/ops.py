@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dalle_kernels._dispatch import Op
+from dalle_kernels._dispatch import Op, _dispatcher_is_needed
 from dalle_kernels.cross_entropy import native, reference
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -78,18 +78,31 @@ def _rows_gradient(ctx, grad_loss: Tensor):
 def _save_gradients(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.output_mask = inputs[-1]
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
+    ctx.gradients = output[1:]
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In its own memory where nothing traces the backward; else, and in 16 bits, as a new tensor."""
+    if gradient.dtype == factor.dtype and not _dispatcher_is_needed((gradient, factor)):
+        return gradient.mul_(factor)
+    return linear_cross_entropy_scaled_gradient_op(gradient, factor)
 
 
 def _scaled_gradients(ctx, grad_loss: Tensor | None, *unused):
+    """The gradients of the forward pass times what reaches the loss, given away as they come.
+
+    A second backward through the same graph (``retain_graph=True``) finds none left and computes them again.
+    """
     if grad_loss is None:
         return (None,) * 7
-    gradients = [
-        linear_cross_entropy_scaled_gradient_op(gradient, grad_loss) if wanted else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.output_mask)
-    ]
-    return *_where_wanted(gradients, ctx.output_mask), None, None, None
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        gradients = linear_cross_entropy_with_gradient_op(*ctx.saved_tensors, *ctx.settings)[1:]
+    output_mask = ctx.settings[-1]
+    gradients = [_scaled(gradient, grad_loss) if wanted else None for gradient, wanted in zip(gradients, output_mask)]
+    return *_where_wanted(gradients, output_mask), None, None, None
 
 
 linear_cross_entropy_op.register_autograd(_rows_gradient, _save_rows)
