@@ -5,6 +5,14 @@
 //
 // Floor: 4 * head_dim operations a visible pair forward and 10 * head_dim backward; memory is small beside them on a
 // CPU.
+//
+// Scratch space, in floats, for N = seq (and up to one more for each of text and image), W = head_dim rounded up to
+// whole registers pairs (P = 8, 16 or 32 floats: portable, AVX2, AVX-512), M <= N the most keys that P queries see:
+//   forward   threads * (2 N W + 6 P W + 2 P M)
+//   backward  heads' * 2 N W + threads * (10 P W + 4 P M) + sums * 2 N W, where heads' = sums = threads for 8 heads (of
+//             all samples) or more; for fewer, heads' = heads, and sums = heads * ceil(8 / heads), the segments that a
+//             head's tiles are cut into
+// and a few numbers beside. Never N x N.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +46,7 @@ struct SparseAttention {
   Heads out;   // written in full
   float* lse;  // [batch, heads, seq], contiguous, written in full: log of the sum of exp(scale * q . k), natural
   int threads;
+  int64_t* workspace;  // if not nullptr: takes the bytes of scratch space of the call, which then computes nothing
 };
 
 // Needs neither out nor lse: the softmax statistics are computed again. With logits of 1e4, lse in float32 is off by up
@@ -50,6 +59,7 @@ struct SparseAttentionBackward {
   Heads grad_out, q, k, v;
   Heads dq, dk, dv;  // written in full
   int threads;
+  int64_t* workspace;  // as above
 };
 
 DALLE_DECLARE_CPU_KERNEL(sparse_attention, SparseAttention)

@@ -1,5 +1,5 @@
-// Sparse attention on the CPU. A task is a head of a sample (or a run of its tiles, where heads are few): it packs the
-// head's keys and values once as float32, then takes tile after tile. No result depends on the number of threads.
+// Sparse attention on the CPU. Where there are heads enough, each thread takes one after the other; else the threads
+// pack the keys of a few heads together, and then share out their tiles. No result depends on the number of threads.
 #include "attention/attention.h"
 
 #include <cstdlib>
@@ -10,17 +10,15 @@
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
 
-constexpr const char* OUT_OF_MEMORY = "not enough memory for the scratch space of a head";
+constexpr const char* OUT_OF_MEMORY = "not enough memory for the scratch space";
 
 // Scratch space: one allocation, handed out in pieces aligned to a cache line.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) : data_(static_cast<float*>(aligned_alloc(64, round_up(floats) * sizeof(float)))) {}
+  explicit Scratch(int64_t floats) : data_(static_cast<float*>(aligned_alloc(64, floats * sizeof(float)))) {}
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-
-  static int64_t round_up(int64_t floats) { return (floats + 15) / 16 * 16; }
   float* data() const { return data_; }
 
  private:
@@ -32,7 +30,7 @@ class Pieces {
   explicit Pieces(float* next) : next_(next) {}
   float* take(int64_t floats) {
     float* piece = next_;
-    next_ += Scratch::round_up(floats);
+    next_ += (floats + 15) / 16 * 16;
     return piece;
   }
 
@@ -40,12 +38,12 @@ class Pieces {
   float* next_;
 };
 
-class OwnedPlan {
+class BorrowedPlan {
  public:
-  OwnedPlan(const Pattern& pattern) : plan_(new_plan(pattern, PANEL, TILE_ROWS)) {}
-  ~OwnedPlan() { delete_plan(plan_); }
-  OwnedPlan(const OwnedPlan&) = delete;
-  OwnedPlan& operator=(const OwnedPlan&) = delete;
+  explicit BorrowedPlan(const Pattern& pattern) : plan_(borrow_plan(pattern, {PANEL, TILE_PANELS, KEY_STEP})) {}
+  ~BorrowedPlan() { return_plan(plan_); }
+  BorrowedPlan(const BorrowedPlan&) = delete;
+  BorrowedPlan& operator=(const BorrowedPlan&) = delete;
   const Plan& operator*() const { return *plan_; }
 
  private:
@@ -53,30 +51,38 @@ class OwnedPlan {
 };
 
 // How scale enters: its sign with the queries, its magnitude with the scores (a zero scale zeroes the queries instead).
+// `exponent` is |scale| * log2(e), or as small as leaves room for differences of scores below -127 / exponent.
 struct Scale {
-  float sign, magnitude;
-  double exponent;
+  float sign, magnitude, exponent;
   explicit Scale(float scale)
       : sign(scale > 0 ? 1.0f : scale < 0 ? -1.0f : 0.0f),
         magnitude(scale < 0 ? -scale : scale),
-        exponent(scale == 0 ? 1.0 : magnitude * 1.4426950408889634) {}
+        exponent(scale == 0           ? 1.0f
+                 : magnitude < 1e-36f ? 1e-36f
+                                      : static_cast<float>(magnitude * 1.4426950408889634)) {}
 };
 
-// The tasks of a call: `segments` runs of tiles for each of the heads of all samples.
-struct Tasks {
-  int64_t heads, segments;
+// What all tasks of a call share.
+struct Context {
+  const Plan& plan;
+  Columns columns;
+  Scale scale;
+  Chunk over_head_dim[256 / PANEL];
 
-  // Enough for a balanced load; a function of the shape alone wherever the order of a sum depends on it.
-  Tasks(int64_t heads_, int64_t wanted, const Plan& plan) : heads(heads_), segments((wanted + heads_ - 1) / heads_) {
-    if (segments > plan.tiles) segments = plan.tiles;
+  Context(const Plan& plan_, int64_t head_dim, float scale_) : plan(plan_), columns(head_dim), scale(scale_) {
+    for (int64_t block = 0; block < columns.blocks; ++block) {
+      over_head_dim[block] = {block * plan.keys * PANEL, block * PANEL * PANEL, columns.of_block(block)};
+    }
   }
-  int64_t count() const { return heads * segments; }
-};
+  Product<float> over_columns(const float* rows) const {
+    return {rows, nullptr, over_head_dim, columns.blocks, PARTIAL_SCORE};
+  }
 
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t stride;
+  int64_t key_floats() const { return plan.keys * columns.width; }
+  int64_t panel_floats() const { return PANEL * columns.width; }
+  int64_t tile_floats() const { return TILE_PANELS * panel_floats(); }
+  int64_t score_floats() const { return static_cast<int64_t>(TILE_PANELS) * plan.most_keys * PANEL; }
+  int64_t chunk_floats() const { return TILE_PANELS * (plan.most_runs + 1) * sizeof(Chunk) / sizeof(float); }
 };
 
 template <class T>
@@ -85,69 +91,122 @@ Matrix<T> head_of(const Heads& tensor, int64_t heads, int64_t head) {
           tensor.token_stride};
 }
 
-int64_t tile_floats(const Dimensions& dims) { return TILE_ROWS * dims.width; }
-int64_t score_floats(const Plan& plan) { return static_cast<int64_t>(plan.most_slots) * TILE_ROWS * PANEL; }
+// A head's keys and values as blocked rows.
+struct PackedHead {
+  float *keys, *values;
 
-// ---- Forward
+  PackedHead(float* start, const Context& c) : keys(start), values(start + c.key_floats()) {}
+  static int64_t floats(const Context& c) { return 2 * c.key_floats(); }
 
-struct ForwardScratch {
-  float *keys, *values, *queries, *out, *scores, *rows;
+  static constexpr int64_t PIECE = 64;  // rows that one task packs where several share a head
+  static int64_t pieces(const Context& c) { return (c.plan.keys + PIECE - 1) / PIECE; }
 
-  ForwardScratch(float* start, const Dimensions& dims, const Plan& plan) {
-    Pieces pieces(start);
-    keys = pieces.take(dims.keys * dims.width);
-    values = pieces.take(dims.keys * dims.width);
-    queries = pieces.take(tile_floats(dims));
-    out = pieces.take(tile_floats(dims));
-    scores = pieces.take(score_floats(plan));
-    rows = pieces.take(PANEL * dims.width);
-    floats = pieces.take(0) - start;
+  template <class T>
+  void pack(const Matrix<const T>& k, const Matrix<const T>& v, const Context& c, int64_t first, int64_t count) const {
+    const int64_t left = c.plan.keys - first, rows = count < left ? count : left;
+    const int32_t* tokens = c.plan.key_token + first;
+    pack_rows(k, tokens, rows, 1.0f, c.columns, keys + first * PANEL, c.plan.keys);
+    pack_rows(v, tokens, rows, 1.0f, c.columns, values + first * PANEL, c.plan.keys);
   }
-  int64_t floats;
 };
 
+// A tile's rows: as they are, [panel][block][query][PANEL], and transposed, [panel][head_dim][PANEL].
 template <class T>
-void forward_task(const SparseAttention& p, const Plan& plan, const Dimensions& dims, const Tasks& tasks, int64_t task,
-                  const ForwardScratch& scratch) {
-  const int64_t head = task / tasks.segments, segment = task % tasks.segments;
-  const auto q = head_of<const T>(p.q, p.heads, head), k = head_of<const T>(p.k, p.heads, head);
-  const auto v = head_of<const T>(p.v, p.heads, head);
-  const auto out = head_of<T>(p.out, p.heads, head);
-  float* lse = p.lse + head * p.pattern.seq;
-  const Scale scale(p.scale);
-
-  pack_panels(k.data, k.stride, plan, dims, scratch.rows, scratch.keys);
-  pack_rows(v.data, v.stride, plan.key_token, dims.keys, 1.0f, dims, scratch.values, dims.keys);
-  const int32_t last = plan.cut(segment + 1, tasks.segments);
-  for (int32_t t = plan.cut(segment, tasks.segments); t < last; ++t) {
-    const Tile& tile = plan.tile[t];
-    const int32_t* tokens = plan.query_token + tile.first_row;
-    const TileScores tile_scores{plan, dims, tile};
-    float maxima[TILE_ROWS], sums[TILE_ROWS];
-    pack_rows(q.data, q.stride, tokens, tile.rows, scale.sign, dims, scratch.queries, TILE_ROWS);
-    if (t + 1 < plan.tiles) fetch_rows(q.data, q.stride, tokens + tile.rows, plan.tile[t + 1].rows, dims);
-    tile_scores.probabilities(scratch.queries, scratch.keys, scale.exponent, scratch.scores, maxima, sums);
-    tile_scores.weighted_sum(scratch.scores, scratch.values, scratch.out);
-    for (int32_t r = 0; r < tile.rows; ++r) {
-      lse[tokens[r]] = maxima[r] * scale.magnitude + __builtin_logf(sums[r]);
-      sums[r] = 1.0f / sums[r];
-    }
-    unpack_rows(scratch.out, TILE_ROWS, tokens, tile.rows, 1.0f, sums, dims, out.data, out.stride);
+void pack_tile(const Matrix<const T>& from, const View& view, float factor, const Context& c, float* rows,
+               float* transposed) {
+  for (int64_t g = 0; g < view.tile.panels; ++g) {
+    const int64_t start = g * c.panel_floats();
+    pack_rows(from, view.tokens(g), PANEL, factor, c.columns, rows + start, PANEL);
+    transpose_panel(rows + start, c.columns.blocks, transposed + start);
   }
 }
 
 template <class T>
+void fetch_tile(const Matrix<const T>& from, const View& view, const Context& c) {
+  for (int64_t i = 0; i < view.tile.panels * PANEL; ++i) fetch_row(from, view.tokens(0)[i], c.columns.head_dim);
+}
+
+// ---- Forward
+
+struct ForwardScratch {
+  float *rows, *queries, *out, *scores;
+  Chunk* chunks;
+  int64_t floats;
+
+  ForwardScratch(float* start, const Context& c) {
+    Pieces pieces(start);
+    rows = pieces.take(c.tile_floats());
+    queries = pieces.take(c.tile_floats());
+    out = pieces.take(c.tile_floats());
+    scores = pieces.take(c.score_floats());
+    chunks = reinterpret_cast<Chunk*>(pieces.take(c.chunk_floats()));
+    floats = pieces.take(0) - start;
+  }
+};
+
+template <class T>
+void forward_tile(const SparseAttention& p, const Context& c, int64_t head, int32_t t, const PackedHead& packed,
+                  const ForwardScratch& scratch) {
+  const auto q = head_of<const T>(p.q, p.heads, head);
+  const auto out = head_of<T>(p.out, p.heads, head);
+  float* lse = p.lse + head * p.pattern.seq;
+  const View view{c.plan, c.plan.tile[t]};
+  pack_tile(q, view, c.scale.sign, c, scratch.rows, scratch.queries);
+  if (t + 1 < c.plan.tiles) fetch_tile(q, View{c.plan, c.plan.tile[t + 1]}, c);
+  products(view, c.over_columns(packed.keys), scratch.queries, c.panel_floats(), scratch.scores);
+  float maxima[TILE_PANELS][PANEL], sums[TILE_PANELS][PANEL];
+  for (int64_t g = 0; g < view.tile.panels; ++g) {
+    softmax(view, g, c.scale.exponent, scratch.scores + g * view.stride(), maxima[g], sums[g]);
+  }
+  weighted_sum(view, c.columns, scratch.scores, packed.values, scratch.chunks, scratch.out);
+  for (int64_t g = 0; g < view.tile.panels; ++g) {
+    const int32_t* tokens = view.tokens(g);
+    for (int64_t j = 0; j < view.panel(g).queries; ++j) {
+      lse[tokens[j]] = maxima[g][j] * c.scale.magnitude + __builtin_logf(sums[g][j]);
+      sums[g][j] = 1.0f / sums[g][j];
+    }
+    const float* rows = scratch.out + g * c.panel_floats();
+    unpack_rows(rows, PANEL, tokens, view.panel(g).queries, 1.0f, sums[g], c.columns, out);
+  }
+}
+
+// Heads of which each thread takes one at a time, from its keys to its last tile; with fewer, threads share heads.
+constexpr int64_t HEADS_A_THREAD = 4;
+
+template <class T>
 const char* forward(const SparseAttention& p) {
-  const OwnedPlan owned(p.pattern);
-  const Plan& plan = *owned;
-  const Dimensions dims(p.head_dim, plan);
-  const Tasks tasks(p.batch * p.heads, 4 * p.threads, plan);
-  const int64_t floats = ForwardScratch(nullptr, dims, plan).floats;
-  const Scratch scratch(p.threads * floats);
+  const BorrowedPlan borrowed(p.pattern);
+  const Context c(*borrowed, p.head_dim, p.scale);
+  const int64_t heads = p.batch * p.heads;
+  const int64_t packed_floats = PackedHead::floats(c), own_floats = ForwardScratch(nullptr, c).floats;
+  const int64_t floats = p.threads * (packed_floats + own_floats);
+  if (p.workspace != nullptr) return *p.workspace = floats * sizeof(float), nullptr;
+  const Scratch scratch(floats);
   if (scratch.data() == nullptr) return OUT_OF_MEMORY;
-  parallel_items(tasks.count(), p.threads, [&](int64_t task, int thread) {
-    forward_task<T>(p, plan, dims, tasks, task, ForwardScratch(scratch.data() + thread * floats, dims, plan));
-  });
+  const auto packed = [&](int64_t i) { return PackedHead(scratch.data() + i * packed_floats, c); };
+  const auto own = [&](int i) {
+    return ForwardScratch(scratch.data() + p.threads * packed_floats + i * own_floats, c);
+  };
+  const auto pack = [&](int64_t head, int64_t i, int64_t first, int64_t count) {
+    packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, first, count);
+  };
+  if (heads >= HEADS_A_THREAD * p.threads) {
+    parallel_items(heads, p.threads, [&](int64_t head, int thread) {
+      pack(head, thread, 0, c.plan.keys);
+      for (int32_t t = 0; t < c.plan.tiles; ++t) forward_tile<T>(p, c, head, t, packed(thread), own(thread));
+    });
+    return nullptr;
+  }
+  for (int64_t first = 0; first < heads; first += p.threads) {
+    const int64_t group = heads - first < p.threads ? heads - first : p.threads, pieces = PackedHead::pieces(c);
+    parallel_items(group * pieces, p.threads, [&](int64_t item, int) {
+      pack(first + item / pieces, item / pieces, item % pieces * PackedHead::PIECE, PackedHead::PIECE);
+    });
+    parallel_items(group * c.plan.tiles, p.threads, [&](int64_t item, int thread) {
+      const int64_t i = item / c.plan.tiles;
+      forward_tile<T>(p, c, first + i, item % c.plan.tiles, packed(i), own(thread));
+    });
+  }
   return nullptr;
 }
 
@@ -155,132 +214,198 @@ const char* forward(const SparseAttention& p) {
 //      dq = scale ds k,  dk = scale ds^T q,  dv = p^T grad_out.
 
 struct BackwardScratch {
-  float *keys, *key_rows, *values, *queries, *grad_out, *dq, *scores, *grad_scores, *rows;
+  float *query_rows, *queries, *grad_rows, *grads, *dq, *scores, *grad_scores;
+  Chunk* chunks;
   int64_t floats;
 
-  BackwardScratch(float* start, const Dimensions& dims, const Plan& plan) {
+  BackwardScratch(float* start, const Context& c) {
     Pieces pieces(start);
-    keys = pieces.take(dims.keys * dims.width);
-    key_rows = pieces.take(dims.keys * dims.width);
-    values = pieces.take(dims.keys * dims.width);
-    queries = pieces.take(tile_floats(dims));
-    grad_out = pieces.take(tile_floats(dims));
-    dq = pieces.take(tile_floats(dims));
-    scores = pieces.take(score_floats(plan));
-    grad_scores = pieces.take(score_floats(plan));
-    rows = pieces.take(PANEL * dims.width);
+    query_rows = pieces.take(c.tile_floats());
+    queries = pieces.take(c.tile_floats());
+    grad_rows = pieces.take(c.tile_floats());
+    grads = pieces.take(c.tile_floats());
+    dq = pieces.take(c.tile_floats());
+    scores = pieces.take(c.score_floats());
+    grad_scores = pieces.take(c.score_floats());
+    chunks = reinterpret_cast<Chunk*>(pieces.take(c.chunk_floats()));
     floats = pieces.take(0) - start;
   }
 };
 
-// Gradients of a head's keys and values as blocked rows, summed over the tiles of one task.
+// Gradients of a head's keys and values as blocked rows, summed over the tiles of one segment of a head.
 struct KeySums {
   float *dk, *dv;
 
-  KeySums(float* start, const Dimensions& dims) : dk(start), dv(start + dims.keys * dims.width) {}
-  static int64_t floats(const Dimensions& dims) { return 2 * dims.keys * dims.width; }
+  static constexpr int64_t BLOCKS = 2;  // the blocks of dv follow those of dk
+  KeySums(float* start, const Context& c) : dk(start), dv(start + c.key_floats()) {}
+  static int64_t floats(const Context& c) { return BLOCKS * c.key_floats(); }
 };
 
-// From unnormalized probabilities p: normalizes them, and sets ds from dp = grad_out . v. `sums` are the rows' sums of
-// p. The shift, p . dp, equals grad_out . out, but taken here it is free of the rounding of a 16-bit out.
-DALLE_NOINLINE void score_gradients(const TileScores& tile_scores, const float* grad_out, const float* values,
-                                    const float* sums, float* p, float* ds) {
-  const Tile& tile = tile_scores.tile;
-  Vector shift[TILE_ROWS], inverse[TILE_ROWS];
-  for (int64_t r = 0; r < tile.rows; ++r) shift[r] = broadcast(0.0f);
-  for (int64_t slot = 0; slot < tile.slots; ++slot) {
-    const int64_t start = slot * TILE_ROWS * PANEL;
-    tile_scores.slot_product(slot, grad_out, values, ds + start);
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t i = start + r * PANEL, j = i + Vector::width;
-      shift[r] = multiply_add(load(p + i), load(ds + i), multiply_add(load(p + j), load(ds + j), shift[r]));
+// The keys that a run of tiles sees lie in two ranges, of the text and of the image.
+struct KeyRanges {
+  int64_t first[2], end[2];
+
+  KeyRanges(const Plan& plan, int32_t first_tile, int32_t end_tile)
+      : first{0, plan.keys}, end{plan.first_image_key, plan.first_image_key} {
+    for (int32_t t = first_tile; t < end_tile; ++t) {
+      const Tile& tile = plan.tile[t];
+      if (tile.first_image_key == tile.end_image_key) continue;
+      first[1] = tile.first_image_key < first[1] ? tile.first_image_key : first[1];
+      end[1] = tile.end_image_key > end[1] ? tile.end_image_key : end[1];
     }
   }
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    inverse[r] = broadcast(1.0f / sums[r]);
-    shift[r] = broadcast(sum_of_lanes(shift[r]) * (1.0f / sums[r]));
+};
+
+// From a panel's unnormalized probabilities p and dp = grad_out . v (in ds): normalizes p, and sets ds. `sums` are the
+// queries' sums of p. The shift, p . dp, equals grad_out . out, but taken here it is free of the rounding of a 16-bit
+// out.
+DALLE_NOINLINE void score_gradients(const View& view, int64_t g, const float* sums, float* p, float* ds) {
+  constexpr int64_t PART = 32;
+  float inverses[PANEL];  // 0 in lanes without a query
+  for (int64_t j = 0; j < PANEL; ++j) inverses[j] = j < view.panel(g).queries ? 1.0f / sums[j] : 0.0f;
+  const int64_t end = view.keys(g) * PANEL;
+  for (int v = 0; v < view.vectors(g); ++v) {
+    const int64_t lane = v * Vector::width;
+    const Vector inverse = load(inverses + lane);
+    Vector shift = broadcast(0.0f);
+    for (int64_t i = lane; i < end;) {
+      const int64_t stop = i + PART * PANEL < end ? i + PART * PANEL : end;
+      Vector part = broadcast(0.0f);
+      for (; i < stop; i += PANEL) part = multiply_add(load(p + i), load(ds + i), part);
+      shift = shift + part;
+    }
+    shift = shift * inverse;
+    for (int64_t i = lane; i < end; i += PANEL) {
+      const Vector probability = load(p + i) * inverse;
+      store(p + i, probability);
+      store(ds + i, probability * (load(ds + i) - shift));
+    }
   }
-  for (int64_t slot = 0; slot < tile.slots; ++slot) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      for (int64_t w = 0; w < PANEL; w += Vector::width) {
-        const int64_t i = (slot * TILE_ROWS + r) * PANEL + w;
-        const Vector probability = load(p + i) * inverse[r];
-        store(p + i, probability);
-        store(ds + i, probability * (load(ds + i) - shift[r]));
+}
+
+template <class T>
+void backward_tile(const SparseAttentionBackward& p, const Context& c, int64_t head, int32_t t,
+                   const PackedHead& packed, const BackwardScratch& scratch, const KeySums& sums) {
+  const auto q = head_of<const T>(p.q, p.heads, head), grad_out = head_of<const T>(p.grad_out, p.heads, head);
+  const auto dq = head_of<T>(p.dq, p.heads, head);
+  const View view{c.plan, c.plan.tile[t]};
+  pack_tile(q, view, c.scale.sign, c, scratch.query_rows, scratch.queries);
+  pack_tile(grad_out, view, 1.0f, c, scratch.grad_rows, scratch.grads);
+  if (t + 1 < c.plan.tiles) {
+    fetch_tile(q, View{c.plan, c.plan.tile[t + 1]}, c);
+    fetch_tile(grad_out, View{c.plan, c.plan.tile[t + 1]}, c);
+  }
+  products(view, c.over_columns(packed.keys), scratch.queries, c.panel_floats(), scratch.scores);
+  products(view, c.over_columns(packed.values), scratch.grads, c.panel_floats(), scratch.grad_scores);
+  for (int64_t g = 0; g < view.tile.panels; ++g) {
+    float maxima[PANEL], row_sums[PANEL], *scores = scratch.scores + g * view.stride();
+    softmax(view, g, c.scale.exponent, scores, maxima, row_sums);
+    score_gradients(view, g, row_sums, scores, scratch.grad_scores + g * view.stride());
+  }
+  scatter_sum(view, c.columns, scratch.scores, scratch.grad_rows, sums.dv);
+  scatter_sum(view, c.columns, scratch.grad_scores, scratch.query_rows, sums.dk);
+  weighted_sum(view, c.columns, scratch.grad_scores, packed.keys, scratch.chunks, scratch.dq);
+  for (int64_t g = 0; g < view.tile.panels; ++g) {
+    const float* rows = scratch.dq + g * c.panel_floats();
+    unpack_rows(rows, PANEL, view.tokens(g), view.panel(g).queries, p.scale, nullptr, c.columns, dq);
+  }
+}
+
+template <class T>
+void backward_tiles(const SparseAttentionBackward& p, const Context& c, int64_t head, int32_t first, int32_t end,
+                    bool all_keys, const PackedHead& packed, const BackwardScratch& scratch, const KeySums& sums) {
+  KeyRanges ranges(c.plan, first, end);
+  if (all_keys) ranges.first[1] = ranges.end[0], ranges.end[1] = c.plan.keys;
+  for (int64_t block = 0; block < KeySums::BLOCKS * c.columns.blocks; ++block) {
+    for (int part = 0; part < 2; ++part) {
+      const int64_t rows = ranges.end[part] - ranges.first[part];
+      float* const from = sums.dk + (block * c.plan.keys + ranges.first[part]) * PANEL;
+      if (rows > 0) memset(from, 0, rows * PANEL * sizeof(float));
+    }
+  }
+  for (int32_t t = first; t < end; ++t) backward_tile<T>(p, c, head, t, packed, scratch, sums);
+}
+
+template <class T>
+void write_key_sums(const SparseAttentionBackward& p, const Context& c, int64_t head, const KeySums& sums,
+                    int64_t first, int64_t end) {
+  const auto dk = head_of<T>(p.dk, p.heads, head), dv = head_of<T>(p.dv, p.heads, head);
+  const int32_t* tokens = c.plan.key_token + first;
+  const int64_t start = first * PANEL, rows = c.plan.keys;
+  // The sign of scale came with the queries.
+  unpack_rows(sums.dk + start, rows, tokens, end - first, c.scale.magnitude, nullptr, c.columns, dk);
+  unpack_rows(sums.dv + start, rows, tokens, end - first, 1.0f, nullptr, c.columns, dv);
+}
+
+// Adds what the later segments of a head have summed for the keys [first, end), in their order, to the first one's
+// sums.
+void add_segments(const Context& c, float* sums, int32_t segments, int64_t first, int64_t end) {
+  for (int32_t s = 1; s < segments; ++s) {
+    const float* addend = sums + s * KeySums::floats(c);
+    const KeyRanges ranges(c.plan, c.plan.cut(s, segments), c.plan.cut(s + 1, segments));
+    for (int part = 0; part < 2; ++part) {
+      const int64_t from = first > ranges.first[part] ? first : ranges.first[part];
+      const int64_t to = end < ranges.end[part] ? end : ranges.end[part];
+      for (int64_t block = 0; block < KeySums::BLOCKS * c.columns.blocks; ++block) {
+        const int64_t offset = block * c.plan.keys;
+        for (int64_t i = (offset + from) * PANEL; i < (offset + to) * PANEL; i += Vector::width) {
+          store(sums + i, load(sums + i) + load(addend + i));
+        }
       }
     }
   }
 }
 
-template <class T>
-void backward_task(const SparseAttentionBackward& p, const Plan& plan, const Dimensions& dims, const Tasks& tasks,
-                   int64_t task, const BackwardScratch& scratch, const KeySums& sums) {
-  const int64_t head = task / tasks.segments, segment = task % tasks.segments;
-  const auto q = head_of<const T>(p.q, p.heads, head), k = head_of<const T>(p.k, p.heads, head);
-  const auto v = head_of<const T>(p.v, p.heads, head);
-  const auto grad_out = head_of<const T>(p.grad_out, p.heads, head);
-  const auto dq = head_of<T>(p.dq, p.heads, head);
-  const Scale scale(p.scale);
-
-  pack_panels(k.data, k.stride, plan, dims, scratch.rows, scratch.keys);
-  pack_panels(v.data, v.stride, plan, dims, scratch.rows, scratch.values);
-  pack_rows(k.data, k.stride, plan.key_token, dims.keys, 1.0f, dims, scratch.key_rows, dims.keys);
-  memset(sums.dk, 0, KeySums::floats(dims) * sizeof(float));
-  const int32_t last = plan.cut(segment + 1, tasks.segments);
-  for (int32_t t = plan.cut(segment, tasks.segments); t < last; ++t) {
-    const Tile& tile = plan.tile[t];
-    const int32_t* tokens = plan.query_token + tile.first_row;
-    const TileScores tile_scores{plan, dims, tile};
-    float maxima[TILE_ROWS], row_sums[TILE_ROWS];
-    pack_rows(q.data, q.stride, tokens, tile.rows, scale.sign, dims, scratch.queries, TILE_ROWS);
-    pack_rows(grad_out.data, grad_out.stride, tokens, tile.rows, 1.0f, dims, scratch.grad_out, TILE_ROWS);
-    if (t + 1 < plan.tiles) {
-      fetch_rows(q.data, q.stride, tokens + tile.rows, plan.tile[t + 1].rows, dims);
-      fetch_rows(grad_out.data, grad_out.stride, tokens + tile.rows, plan.tile[t + 1].rows, dims);
-    }
-    tile_scores.probabilities(scratch.queries, scratch.keys, scale.exponent, scratch.scores, maxima, row_sums);
-    score_gradients(tile_scores, scratch.grad_out, scratch.values, row_sums, scratch.scores, scratch.grad_scores);
-    tile_scores.scatter_sum(scratch.scores, scratch.grad_out, sums.dv);
-    tile_scores.scatter_sum(scratch.grad_scores, scratch.queries, sums.dk);
-    tile_scores.weighted_sum(scratch.grad_scores, scratch.key_rows, scratch.dq);
-    unpack_rows(scratch.dq, TILE_ROWS, tokens, tile.rows, p.scale, nullptr, dims, dq.data, dq.stride);
-  }
-}
-
-template <class T>
-void write_key_sums(const SparseAttentionBackward& p, const Plan& plan, const Dimensions& dims, int64_t head,
-                    const KeySums& sums) {
-  const auto dk = head_of<T>(p.dk, p.heads, head), dv = head_of<T>(p.dv, p.heads, head);
-  const float scale = Scale(p.scale).magnitude;  // its sign came with the queries
-  unpack_rows(sums.dk, dims.keys, plan.key_token, dims.keys, scale, nullptr, dims, dk.data, dk.stride);
-  unpack_rows(sums.dv, dims.keys, plan.key_token, dims.keys, 1.0f, nullptr, dims, dv.data, dv.stride);
-}
+// Heads below which the tiles of one are cut into segments. Not the number of threads: the sums over segments must not
+// depend on it.
+constexpr int64_t ENOUGH_HEADS = 8;
 
 template <class T>
 const char* backward(const SparseAttentionBackward& p) {
-  const OwnedPlan owned(p.pattern);
-  const Plan& plan = *owned;
-  const Dimensions dims(p.head_dim, plan);
-  constexpr int64_t TASKS_WANTED = 8;  // not the number of threads: the sums over segments must not depend on it
-  const Tasks tasks(p.batch * p.heads, TASKS_WANTED, plan);
-  const bool split = tasks.segments > 1;
-  const int64_t floats = BackwardScratch(nullptr, dims, plan).floats, sums_floats = KeySums::floats(dims);
-  const Scratch scratch(p.threads * floats), sums(sums_floats * (split ? tasks.count() : p.threads));
+  const BorrowedPlan borrowed(p.pattern);
+  const Context c(*borrowed, p.head_dim, p.scale);
+  const int64_t heads = p.batch * p.heads, wanted = (ENOUGH_HEADS + heads - 1) / heads;
+  const int32_t segments = wanted < c.plan.tiles ? wanted : c.plan.tiles;
+  const int64_t packed_count = segments > 1 ? heads : p.threads;
+  const int64_t sums_count = segments > 1 ? heads * segments : p.threads;
+  const int64_t packed_floats = PackedHead::floats(c), own_floats = BackwardScratch(nullptr, c).floats;
+  const int64_t sums_floats = KeySums::floats(c);
+  const int64_t floats = packed_count * packed_floats + p.threads * own_floats;
+  if (p.workspace != nullptr) return *p.workspace = (floats + sums_count * sums_floats) * sizeof(float), nullptr;
+  const Scratch scratch(floats), sums(sums_count * sums_floats);
   if (scratch.data() == nullptr || sums.data() == nullptr) return OUT_OF_MEMORY;
-  const auto sums_of = [&](int64_t index) { return KeySums(sums.data() + index * sums_floats, dims); };
-  parallel_items(tasks.count(), p.threads, [&](int64_t task, int thread) {
-    const KeySums own = sums_of(split ? task : thread);
-    backward_task<T>(p, plan, dims, tasks, task, BackwardScratch(scratch.data() + thread * floats, dims, plan), own);
-    if (!split) write_key_sums<T>(p, plan, dims, task, own);
+  const auto packed = [&](int64_t i) { return PackedHead(scratch.data() + i * packed_floats, c); };
+  const auto own = [&](int i) {
+    return BackwardScratch(scratch.data() + packed_count * packed_floats + i * own_floats, c);
+  };
+  const auto sums_of = [&](int64_t i) { return KeySums(sums.data() + i * sums_floats, c); };
+  const auto pack = [&](int64_t head, int64_t i, int64_t first, int64_t count) {
+    packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, first, count);
+  };
+  if (segments == 1) {
+    parallel_items(heads, p.threads, [&](int64_t head, int thread) {
+      pack(head, thread, 0, c.plan.keys);
+      backward_tiles<T>(p, c, head, 0, c.plan.tiles, true, packed(thread), own(thread), sums_of(thread));
+      write_key_sums<T>(p, c, head, sums_of(thread), 0, c.plan.keys);
+    });
+    return nullptr;
+  }
+  const int64_t pieces = PackedHead::pieces(c);
+  parallel_items(heads * pieces, p.threads, [&](int64_t item, int) {
+    pack(item / pieces, item / pieces, item % pieces * PackedHead::PIECE, PackedHead::PIECE);
   });
-  if (!split) return nullptr;
-  parallel_items(tasks.heads, p.threads, [&](int64_t head, int) {
-    const KeySums total = sums_of(head * tasks.segments);
-    for (int64_t segment = 1; segment < tasks.segments; ++segment) {
-      const float* part = sums_of(head * tasks.segments + segment).dk;
-      for (int64_t i = 0; i < sums_floats; ++i) total.dk[i] += part[i];
-    }
-    write_key_sums<T>(p, plan, dims, head, total);
+  parallel_items(heads * segments, p.threads, [&](int64_t item, int thread) {
+    const int64_t head = item / segments;
+    const int32_t segment = item % segments;
+    backward_tiles<T>(p, c, head, c.plan.cut(segment, segments), c.plan.cut(segment + 1, segments), segment == 0,
+                      packed(head), own(thread), sums_of(item));
+  });
+  parallel_items(heads * pieces, p.threads, [&](int64_t item, int) {
+    const int64_t head = item / pieces, first = item % pieces * PackedHead::PIECE;
+    const int64_t end = first + PackedHead::PIECE < c.plan.keys ? first + PackedHead::PIECE : c.plan.keys;
+    const KeySums total = sums_of(head * segments);
+    add_segments(c, total.dk, segments, first, end);
+    write_key_sums<T>(p, c, head, total, first, end);
   });
   return nullptr;
 }
@@ -288,6 +413,7 @@ const char* backward(const SparseAttentionBackward& p) {
 }  // namespace
 
 const char* sparse_attention(const SparseAttention& p) {
+  if (p.workspace != nullptr) *p.workspace = 0;
   if (p.batch * p.heads * p.pattern.seq == 0) return nullptr;
   switch (p.dtype) {
     case Dtype::float32: return forward<float>(p);
@@ -298,6 +424,7 @@ const char* sparse_attention(const SparseAttention& p) {
 }
 
 const char* sparse_attention_backward(const SparseAttentionBackward& p) {
+  if (p.workspace != nullptr) *p.workspace = 0;
   if (p.batch * p.heads * p.pattern.seq == 0) return nullptr;
   switch (p.dtype) {
     case Dtype::float32: return backward<float>(p);

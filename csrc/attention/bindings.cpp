@@ -43,7 +43,7 @@ DALLE_BINDINGS(m) {
          uintptr_t executor) {
         const SparseAttention params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale, heads_of(q),
                                      heads_of(k), heads_of(v), heads_of(out), pointer<float>(lse),
-                                     threads_of(executor)};
+                                     threads_of(executor), nullptr};
         DALLE_RUN(sparse_attention, params, executor);
       },
       "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
@@ -55,7 +55,8 @@ DALLE_BINDINGS(m) {
          const HeadsTuple& dq, const HeadsTuple& dk, const HeadsTuple& dv, uintptr_t executor) {
         const SparseAttentionBackward params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale,
                                              heads_of(grad_out), heads_of(q), heads_of(k), heads_of(v),
-                                             heads_of(dq), heads_of(dk), heads_of(dv), threads_of(executor)};
+                                             heads_of(dq), heads_of(dk), heads_of(dv), threads_of(executor),
+                                             nullptr};
         DALLE_RUN(sparse_attention_backward, params, executor);
       },
       "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "grad_out"_a, "q"_a, "k"_a, "v"_a, "dq"_a,
@@ -78,4 +79,23 @@ DALLE_BINDINGS(m) {
       },
       "dtype"_a, "sizes"_a, "scale"_a, "q"_a, "k_new"_a, "v_new"_a, "text"_a, "image"_a, "image_slots"_a, "new_key"_a,
       "out"_a, "executor"_a);
+  m.def(
+      "sparse_attention_workspace",
+      [](int dtype, int64_t batch, int64_t heads, int64_t head_dim, const PatternTuple& pattern, bool backward,
+         uintptr_t executor) {
+        int64_t bytes = 0;
+        if (backward) {
+          SparseAttentionBackward params{};
+          params.dtype = Dtype{dtype}, params.batch = batch, params.heads = heads, params.head_dim = head_dim;
+          params.pattern = pattern_of(pattern), params.threads = threads_of(executor), params.workspace = &bytes;
+          DALLE_RUN(sparse_attention_backward, params, executor);
+        } else {
+          SparseAttention params{};
+          params.dtype = Dtype{dtype}, params.batch = batch, params.heads = heads, params.head_dim = head_dim;
+          params.pattern = pattern_of(pattern), params.threads = threads_of(executor), params.workspace = &bytes;
+          DALLE_RUN(sparse_attention, params, executor);
+        }
+        return bytes;
+      },
+      "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "backward"_a, "executor"_a);
 }

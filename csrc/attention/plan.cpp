@@ -1,187 +1,310 @@
 #include "attention/plan.h"
 
 #include <algorithm>
+#include <array>
+#include <list>
 #include <memory>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 namespace dalle {
 namespace {
 
 struct OwnedPlan : Plan {
-  std::vector<int32_t> key_tokens, query_tokens, slot_panels, slot_masks;
+  std::vector<int32_t> key_tokens, query_tokens;
+  std::vector<Panel> all_panels;
+  std::vector<Run> all_runs;
+  std::vector<uint32_t> key_masks;
   std::vector<Tile> all_tiles;
-  std::vector<uint32_t> row_masks;
+};
+
+// A rectangle of the grid whose queries share a panel; height 1 and width 0 stand for neighbours in the order of keys.
+struct Block {
+  int64_t height, width;
 };
 
 class Planner {
  public:
-  Planner(const Pattern& pattern, int panel_width, int tile_rows)
+  Planner(const Pattern& pattern, const PlanShape& shape, Block block)
       : pattern_(pattern),
-        panel_width_(panel_width),
-        tile_rows_(tile_rows),
+        shape_(shape),
+        block_(block),
         text_(std::min(pattern.seq, pattern.text_len)),
-        image_(pattern.seq - text_) {}
-
-  const Plan* build() {
-    order_image();
+        image_(pattern.seq - text_) {
     place_keys();
-    cut_rows(0, text_, tile_rows_);
-    const int64_t run = run_length();
-    if (run == 0) {
-      cut_rows(text_, image_, tile_rows_);
-    } else if (run <= tile_rows_) {
-      cut_rows(text_, image_, tile_rows_ / run * run);
-    } else {
-      const int64_t pieces = (run + tile_rows_ - 1) / tile_rows_;
-      for (int64_t start = 0; start < image_; start += run) {
-        cut_rows(text_ + start, std::min(run, image_ - start), (run + pieces - 1) / pieces);
-      }
-    }
+    cut_text();
+    cut_image();
     finish();
-    return plan_.release();
   }
+
+  std::shared_ptr<const OwnedPlan> plan() { return std::move(plan_); }
+  int64_t cost() const { return cost_; }
 
  private:
-  // Patterns that fall into separate runs of neighbours: a tile should not straddle two.
-  int64_t run_length() const {
-    if (pattern_.kind == PatternKind::axial_row) return pattern_.width;
-    // The last row of a prefix may end within the grid, and then columns differ in height: tiles need not match them.
-    if (pattern_.kind == PatternKind::column && image_ % pattern_.width == 0) return image_ / pattern_.width;
-    return 0;
-  }
+  int64_t padded(int64_t keys) const { return (keys + shape_.key_step - 1) / shape_.key_step * shape_.key_step; }
 
-  // place_[n]: position of image token n in plan order.
-  void order_image() {
+  // place_[n]: position of image token n in the order of keys.
+  void place_keys() {
     place_.resize(image_);
     int64_t next = 0;
-    if (pattern_.kind == PatternKind::column) {
-      for (int64_t c = 0; c < pattern_.width; ++c) {
-        for (int64_t n = c; n < image_; n += pattern_.width) place_[n] = next++;
-      }
+    const bool by_column = pattern_.kind == PatternKind::column;
+    const int64_t step = by_column ? pattern_.width : 1;
+    for (int64_t c = 0; c < step; ++c) {
+      for (int64_t n = c; n < image_; n += step) place_[n] = next++;
+    }
+    plan_->first_image_key = padded(text_);
+    plan_->keys = plan_->first_image_key + padded(image_);
+    plan_->key_tokens.assign(plan_->keys, -1);
+    for (int64_t i = 0; i < text_; ++i) plan_->key_tokens[i] = i;
+    for (int64_t n = 0; n < image_; ++n) plan_->key_tokens[plan_->first_image_key + place_[n]] = text_ + n;
+    mask_.assign(plan_->keys, 0);
+  }
+
+  void cut_text() {
+    for (int64_t i = 0; i < text_; ++i) add_query(i);
+    end_tile();
+  }
+
+  void cut_image() {
+    if (block_.width == 0) {
+      const int32_t* tokens = &plan_->key_tokens[plan_->first_image_key];
+      for (int64_t i = 0; i < image_; ++i) add_query(tokens[i]);
     } else {
-      while (next < image_) place_[next] = next, ++next;
+      for (int64_t r = 0; r < pattern_.height; r += block_.height) {
+        for (int64_t c = 0; c < pattern_.width; c += block_.width) add_block(r, c);
+      }
     }
+    end_tile();
   }
 
-  void place_keys() {
-    const int64_t text_panels = (text_ + panel_width_ - 1) / panel_width_;
-    const int64_t image_panels = (image_ + panel_width_ - 1) / panel_width_;
-    first_image_key_ = text_panels * panel_width_;
-    plan_->panels = text_panels + image_panels;
-    plan_->key_tokens.assign(plan_->panels * panel_width_, -1);
-    plan_->query_tokens.resize(pattern_.seq);
-    for (int64_t i = 0; i < text_; ++i) plan_->key_tokens[i] = plan_->query_tokens[i] = i;
-    for (int64_t n = 0; n < image_; ++n) {
-      plan_->key_tokens[first_image_key_ + place_[n]] = text_ + n;
-      plan_->query_tokens[text_ + place_[n]] = text_ + n;
+  void add_block(int64_t row, int64_t column) {
+    for (int64_t r = row; r < std::min(row + block_.height, pattern_.height); ++r) {
+      for (int64_t c = column; c < std::min(column + block_.width, pattern_.width); ++c) {
+        if (r * pattern_.width + c < image_) add_query(text_ + r * pattern_.width + c);
+      }
     }
-    panel_rows_.assign(plan_->panels * tile_rows_, 0);
+    end_panel();
   }
 
-  void cut_rows(int64_t first, int64_t count, int64_t rows) {
-    for (int64_t start = 0; start < count; start += rows) add_tile(first + start, std::min(rows, count - start));
+  void add_query(int64_t token) {
+    tokens_.push_back(token);
+    if (++queries_ == shape_.panel_queries) end_panel();
   }
 
-  void add_tile(int64_t first, int64_t rows) {
-    first_panel_ = plan_->panels, last_panel_ = -1;
-    for (int64_t i = 0; i < rows; ++i) see_keys(i, plan_->query_tokens[first + i]);
-    Tile tile{static_cast<int32_t>(first), static_cast<int32_t>(rows),
-              static_cast<int32_t>(plan_->slot_panels.size()), 0};
-    for (int64_t panel = first_panel_; panel <= last_panel_; ++panel) {
-      uint32_t* masks = &panel_rows_[panel * tile_rows_];
-      if (std::all_of(masks, masks + rows, [](uint32_t mask) { return mask == 0; })) continue;
-      const uint32_t full = full_mask();
-      const bool dense = std::all_of(masks, masks + rows, [full](uint32_t mask) { return mask == full; });
-      plan_->slot_panels.push_back(panel);
-      plan_->slot_masks.push_back(dense ? -1 : static_cast<int32_t>(plan_->row_masks.size()));
-      if (!dense) plan_->row_masks.insert(plan_->row_masks.end(), masks, masks + rows);
-      std::fill(masks, masks + rows, 0);
-      ++tile.slots;
+  void end_panel() {
+    if (queries_ == 0) return;
+    tokens_.resize((tokens_.size() + shape_.panel_queries - 1) / shape_.panel_queries * shape_.panel_queries, -1);
+    counts_.push_back(std::exchange(queries_, 0));
+    if (counts_.size() == static_cast<size_t>(shape_.tile_panels)) end_tile();
+  }
+
+  void end_tile() {
+    end_panel();
+    if (counts_.empty()) return;
+    int64_t common = plan_->keys;
+    for (int32_t token : tokens_) {
+      if (token >= 0) common = std::min(common, common_prefix(token));
     }
-    plan_->most_slots = std::max(plan_->most_slots, tile.slots);
+    common = common / shape_.key_step * shape_.key_step;
+    const int32_t image = static_cast<int32_t>(plan_->first_image_key);
+    Tile tile{static_cast<int32_t>(plan_->all_panels.size()), static_cast<int32_t>(counts_.size()),
+              static_cast<int32_t>(common), image, std::max(image, static_cast<int32_t>(common))};
+    if (common <= image) tile.first_image_key = static_cast<int32_t>(plan_->keys);
+    for (size_t p = 0; p < counts_.size(); ++p) add_panel(&tokens_[p * shape_.panel_queries], counts_[p], tile);
+    tile.first_image_key = std::min(tile.first_image_key, tile.end_image_key);
     plan_->all_tiles.push_back(tile);
+    plan_->query_tokens.insert(plan_->query_tokens.end(), tokens_.begin(), tokens_.end());
+    tokens_.clear();
+    counts_.clear();
   }
 
-  // Marks every key that a query sees: the mask of pattern.py, as runs of keys.
-  void see_keys(int64_t row, int64_t token) {
-    if (token < text_) return see(row, 0, token);
-    see(row, 0, text_ - 1);
+  void add_panel(const int32_t* tokens, int32_t queries, Tile& tile) {
+    common_ = tile.common_keys;
+    first_ = plan_->keys, end_ = common_;
+    for (int32_t j = 0; j < queries; ++j) see_keys(1u << j, tokens[j]);
+    Panel panel{queries, static_cast<int32_t>(plan_->all_runs.size()), 0, 0};
+    const uint32_t full = ~0u >> (32 - queries);
+    for (int64_t key = first_; key < end_;) {
+      if (mask_[key] == 0) {
+        ++key;
+        continue;
+      }
+      const int64_t start = key / shape_.key_step * shape_.key_step;
+      while (key < end_ && mask_[key] != 0) ++key;
+      key = padded(key);
+      const auto from = mask_.begin() + start, to = mask_.begin() + key;
+      const bool dense = std::all_of(from, to, [full](uint32_t mask) { return mask == full; });
+      Run run{static_cast<int32_t>(start), static_cast<int32_t>(key - start), -1};
+      if (!dense) {
+        run.mask = static_cast<int32_t>(plan_->key_masks.size());
+        plan_->key_masks.insert(plan_->key_masks.end(), from, to);
+      }
+      add_run(run, panel, tile);
+    }
+    if (first_ < end_) std::fill(mask_.begin() + first_, mask_.begin() + end_, 0);
+    plan_->most_keys = std::max(plan_->most_keys, tile.common_keys + panel.keys);
+    plan_->most_runs = std::max(plan_->most_runs, panel.runs);
+    plan_->all_panels.push_back(panel);
+    // Half a panel of lanes or less costs half.
+    const int64_t lanes = shape_.panel_queries / (2 * queries <= shape_.panel_queries ? 2 : 1);
+    cost_ += lanes * (tile.common_keys + panel.keys);
+  }
+
+  void add_run(const Run& run, Panel& panel, Tile& tile) {
+    plan_->all_runs.push_back(run);
+    ++panel.runs;
+    panel.keys += run.keys;
+    if (run.first_key >= plan_->first_image_key) {
+      tile.first_image_key = std::min(tile.first_image_key, run.first_key);
+      tile.end_image_key = std::max(tile.end_image_key, run.first_key + run.keys);
+    }
+  }
+
+  // Keys that a query sees without a gap from the first one on.
+  int64_t common_prefix(int64_t token) const {
+    if (token < text_) return token + 1;
+    const bool joined = pattern_.kind == PatternKind::causal && plan_->first_image_key == text_;
+    return joined ? token + 1 : text_;
+  }
+
+  // Marks every key that a query sees, beyond the common ones: the mask of pattern.py, as runs of keys.
+  void see_keys(uint32_t query, int64_t token) {
+    if (token < text_) return see(query, 0, token);
+    see(query, 0, text_ - 1);
     const int64_t n = token - text_, width = pattern_.width, reach = pattern_.kernel_size / 2;
     const int64_t r = n / width, c = n % width;
     switch (pattern_.kind) {
       case PatternKind::causal:
-        return see_image(row, 0, n);
+        return see_image(query, 0, n);
       case PatternKind::row:
-        return see_image(row, n - width, n);
+        return see_image(query, n - width, n);
       case PatternKind::column:
-        return see_image(row, place_[c], place_[n]);
+        return see_image(query, place_[c], place_[n]);
       case PatternKind::axial_row:
-        return see_image(row, n - c, n);
+        return see_image(query, n - c, n);
       case PatternKind::conv:
-        for (int64_t dr = 0; dr <= reach; ++dr) {
-          see_image(row, n - dr * width - reach, std::min(n, n - dr * width + reach));
+        for (int64_t dr = 0; dr <= reach && n - dr * width + reach >= 0; ++dr) {
+          see_image(query, n - dr * width - reach, std::min(n, n - dr * width + reach));
         }
         return;
       case PatternKind::conv_corner:
         for (int64_t dr = 0; dr < pattern_.kernel_size && dr <= r; ++dr) {
-          see_image(row, n - dr * width - std::min(c, pattern_.kernel_size - 1), n - dr * width);
+          see_image(query, n - dr * width - std::min(c, pattern_.kernel_size - 1), n - dr * width);
         }
         return;
     }
   }
 
-  void see_image(int64_t row, int64_t first, int64_t last) {
-    see(row, first_image_key_ + std::max<int64_t>(first, 0), first_image_key_ + last);
+  void see_image(uint32_t query, int64_t first, int64_t last) {
+    see(query, plan_->first_image_key + std::max<int64_t>(first, 0), plan_->first_image_key + last);
   }
 
-  void see(int64_t row, int64_t first, int64_t last) {
+  void see(uint32_t query, int64_t first, int64_t last) {
+    first = std::max<int64_t>(first, common_);
     if (first > last) return;
-    const int64_t from = first / panel_width_, to = last / panel_width_;
-    for (int64_t panel = from; panel <= to; ++panel) {
-      uint32_t mask = full_mask();
-      if (panel == from) mask &= ~0u << (first % panel_width_);
-      if (panel == to) mask &= ~0u >> (31 - last % panel_width_);
-      panel_rows_[panel * tile_rows_ + row] |= mask;
-    }
-    first_panel_ = std::min(first_panel_, from);
-    last_panel_ = std::max(last_panel_, to);
+    for (int64_t key = first; key <= last; ++key) mask_[key] |= query;
+    first_ = std::min(first_, first);
+    end_ = std::max(end_, last + 1);
   }
-
-  uint32_t full_mask() const { return ~0u >> (32 - panel_width_); }
 
   void finish() {
     plan_->key_token = plan_->key_tokens.data();
     plan_->query_token = plan_->query_tokens.data();
-    plan_->tiles = static_cast<int32_t>(plan_->all_tiles.size());
+    plan_->panel = plan_->all_panels.data();
+    plan_->run = plan_->all_runs.data();
+    plan_->key_mask = plan_->key_masks.data();
     plan_->tile = plan_->all_tiles.data();
-    plan_->slot_panel = plan_->slot_panels.data();
-    plan_->slot_mask = plan_->slot_masks.data();
-    plan_->row_mask = plan_->row_masks.data();
+    plan_->tiles = static_cast<int32_t>(plan_->all_tiles.size());
   }
 
   const Pattern& pattern_;
-  const int64_t panel_width_, tile_rows_, text_, image_;
-  int64_t first_image_key_ = 0, first_panel_ = 0, last_panel_ = -1;
+  const PlanShape shape_;
+  const Block block_;
+  const int64_t text_, image_;
+  int64_t common_ = 0, first_ = 0, end_ = 0, cost_ = 0;
+  int32_t queries_ = 0;           // in the panel that is being filled
+  std::vector<int32_t> tokens_;   // of the tile that is being filled
+  std::vector<int32_t> counts_;   // queries in its panels
   std::vector<int64_t> place_;
-  std::vector<uint32_t> panel_rows_;  // [panels, tile_rows]: masks of the tile being built, else all 0
-  std::unique_ptr<OwnedPlan> plan_{new OwnedPlan{}};
+  std::vector<uint32_t> mask_;    // [keys]: masks of the panel being built, else all 0
+  std::shared_ptr<OwnedPlan> plan_ = std::make_shared<OwnedPlan>();
 };
+
+// The cheapest of the ways to cut the image.
+std::shared_ptr<const OwnedPlan> best_plan(const Pattern& pattern, const PlanShape& shape) {
+  std::vector<Block> blocks{{1, 0}};
+  if (pattern.kind == PatternKind::conv || pattern.kind == PatternKind::conv_corner) {
+    for (int64_t height : {2, 4}) blocks.push_back({height, shape.panel_queries / height});
+  }
+  const int64_t most = shape.panel_queries;
+  if (pattern.kind == PatternKind::axial_row) blocks.push_back({1, std::min(pattern.width, most)});
+  if (pattern.kind == PatternKind::column) blocks.push_back({std::min(pattern.height, most), 1});
+  std::shared_ptr<const OwnedPlan> best;
+  int64_t least = 0;
+  for (const Block& block : blocks) {
+    Planner planner(pattern, shape, block);
+    if (best == nullptr || planner.cost() < least) least = planner.cost(), best = planner.plan();
+  }
+  return best;
+}
+
+using Key = std::array<int64_t, 9>;
+
+Key key_of(const Pattern& p, const PlanShape& s) {
+  return {static_cast<int64_t>(p.kind), p.seq,           p.text_len,    p.height,  p.width, p.kernel_size,
+          s.panel_queries,              s.tile_panels,   s.key_step};
+}
+
+// Most recently used first. A model has a few patterns, a server a few prefixes of each.
+struct Cache {
+  static constexpr size_t MOST = 32;
+  std::mutex mutex;
+  std::list<std::pair<Key, std::shared_ptr<const OwnedPlan>>> entries;
+  std::list<std::shared_ptr<const OwnedPlan>> borrowed;
+};
+
+Cache& cache() {
+  static Cache* const kept = new Cache;  // never destroyed: a thread may still compute while the process exits
+  return *kept;
+}
 
 }  // namespace
 
 int32_t Plan::cut(int32_t segment, int32_t segments) const {
   if (segment == segments) return tiles;
+  const auto work = [this](int32_t t) {
+    int64_t keys = 0;
+    for (int32_t p = 0; p < tile[t].panels; ++p) keys += tile[t].common_keys + panel[tile[t].first_panel + p].keys;
+    return keys;
+  };
   int64_t total = 0, before = 0;
-  for (int32_t t = 0; t < tiles; ++t) total += static_cast<int64_t>(tile[t].rows) * tile[t].slots;
+  for (int32_t t = 0; t < tiles; ++t) total += work(t);
   int32_t t = 0;
-  while (before * segments < total * segment) before += static_cast<int64_t>(tile[t].rows) * tile[t].slots, ++t;
+  while (before * segments < total * segment) before += work(t++);
   return t;
 }
 
-const Plan* new_plan(const Pattern& pattern, int panel_width, int tile_rows) {
-  return Planner(pattern, panel_width, tile_rows).build();
+const Plan* borrow_plan(const Pattern& pattern, const PlanShape& shape) {
+  const Key key = key_of(pattern, shape);
+  Cache& kept = cache();
+  const std::lock_guard<std::mutex> lock(kept.mutex);
+  auto found = std::find_if(kept.entries.begin(), kept.entries.end(), [&](const auto& e) { return e.first == key; });
+  if (found == kept.entries.end()) {
+    kept.entries.emplace_front(key, best_plan(pattern, shape));
+    if (kept.entries.size() > Cache::MOST) kept.entries.pop_back();
+  } else {
+    kept.entries.splice(kept.entries.begin(), kept.entries, found);
+  }
+  kept.borrowed.push_front(kept.entries.front().second);
+  return kept.borrowed.front().get();
 }
 
-void delete_plan(const Plan* plan) { delete static_cast<const OwnedPlan*>(plan); }
+void return_plan(const Plan* plan) {
+  Cache& kept = cache();
+  const std::lock_guard<std::mutex> lock(kept.mutex);
+  const auto same = [plan](const auto& borrowed) { return borrowed.get() == plan; };
+  kept.borrowed.erase(std::find_if(kept.borrowed.begin(), kept.borrowed.end(), same));
+}
 
 }  // namespace dalle

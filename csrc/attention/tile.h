@@ -1,239 +1,203 @@
-// What forward and backward are made of: packing rows into blocks, one matrix product, and the softmax of a tile.
+// A tile of queries against the keys it sees: scores, their softmax, and the three sums over them.
 //
-// Everything is float32 in two layouts whose innermost run is one panel (two registers) wide, so that the product
-// streams:
-// - blocked rows [block][row][PANEL]: a matrix [rows, head_dim] cut into blocks of PANEL columns, the last padded by 0;
-// - transposed panels [panel][column][PANEL]: PANEL keys side by side for each column of head_dim.
-// A tile of queries is taken against all key panels it sees before the softmax, not block by block with a running
-// maximum: sparse patterns see few keys, the scores stay in cache, and the backward gets exact probabilities from the
-// same code.
+// Scores lie as [panel][key][PANEL]: queries side by side in the lanes, keys down the rows in the order of the panel's
+// list. So keys and values are packed as plain rows, which serve as either operand; a list of keys may start and end
+// anywhere; and a maximum or a sum over keys crosses no lanes. A tile meets all its keys before the softmax, without a
+// running maximum: sparse patterns see few keys, the scores stay in cache, and the backward gets exact probabilities
+// from the same code. The panels of a tile share their common keys (the text, most of the work) while these are in L1.
 #pragma once
 
-#include "attention/attention.h"
+#include "attention/pack.h"
 #include "attention/plan.h"
-#include "common/vector.h"
+#include "common/vector_integer.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 
-// A call costs nothing beside the loops in here, and a copy at every place of use costs minutes of compiling.
-#define DALLE_NOINLINE __attribute__((noinline))
-
-constexpr int PANEL = 2 * Vector::width;
-constexpr int TILE_ROWS = 24;
-// Rows of a register block: with two registers of columns, as many accumulators as leave room for the operands.
-constexpr int MOST_ROWS = Vector::width == 16 ? 12 : 6;
-// Rows of one head are often far apart in memory (between them lie the other heads, and q, k, v of each), where the
-// processor's own prefetcher does not follow.
-constexpr int64_t ROWS_AHEAD = 16, CACHE_LINE = 64;
+constexpr int TILE_PANELS = 2;
+constexpr int KEY_STEP = 1;
 // Terms that one accumulator takes before it is added to the rest: one long chain of additions in float32 would be less
-// accurate than the matrix products of a good library.
-constexpr int64_t PARTIAL_SUM = 16;
+// accurate than the matrix products of a good library. Errors of a score count most, for they are exponentiated.
+constexpr int64_t PARTIAL_SCORE = 16, PARTIAL_SUM = 64;
 constexpr float LOWEST = -3.40282347e38f;
 
-struct Dimensions {
-  int64_t head_dim, blocks, width;  // width: head_dim rounded up to whole blocks
-  int64_t keys;                     // rounded up to whole panels
-
-  Dimensions(int64_t head_dim_, const Plan& plan)
-      : head_dim(head_dim_),
-        blocks((head_dim_ + PANEL - 1) / PANEL),
-        width(blocks * PANEL),
-        keys(plan.panels * PANEL) {}
-};
-
-// One matrix product C[r][0..PANEL) (+)= sum_t A[r][t] B[t][0..PANEL), the sum taken in chunks whose place in B may be
-// given by an index (the key panels that a tile sees).
-struct Product {
-  const float* a;
-  int64_t a_row, a_step, a_chunk;
-  const float* b;  // steps PANEL apart
-  int64_t b_chunk;
-  const int32_t* chunk_index;  // nullptr: 0, 1, 2, ...
-  int64_t chunk_length, length;
-};
-
-template <int ROWS>
-DALLE_NOINLINE void multiply_block(const Product& p, int64_t first_row, bool accumulate, float* c) {
-  const float* a_chunk = p.a + first_row * p.a_row;
-  int64_t left = p.length;
-  for (int64_t chunk = 0; left > 0; accumulate = true) {
-    Vector sum[ROWS][2];
-    for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = broadcast(0.0f);
-    for (int64_t part = 0; part < PARTIAL_SUM && left > 0; part += p.chunk_length, left -= p.chunk_length) {
-      const float* a = a_chunk;
-      const float* b = p.b + (p.chunk_index != nullptr ? p.chunk_index[chunk] : chunk) * p.b_chunk;
-      const int64_t steps = left < p.chunk_length ? left : p.chunk_length;
-      for (int64_t t = 0; t < steps; ++t, a += p.a_step, b += PANEL) {
-        const Vector b0 = load(b), b1 = load(b + Vector::width);
-        for (int r = 0; r < ROWS; ++r) {
-          const Vector value = broadcast(a[r * p.a_row]);
-          sum[r][0] = multiply_add(value, b0, sum[r][0]);
-          sum[r][1] = multiply_add(value, b1, sum[r][1]);
-        }
-      }
-      a_chunk += p.a_chunk, ++chunk;
-    }
-    float* to = c + first_row * PANEL;
-    for (int r = 0; r < ROWS; ++r, to += PANEL) {
-      store(to, accumulate ? load(to) + sum[r][0] : sum[r][0]);
-      store(to + Vector::width, accumulate ? load(to + Vector::width) + sum[r][1] : sum[r][1]);
-    }
-  }
-}
-
-template <int ROWS>
-DALLE_INLINE void multiply_any(int rows, const Product& p, int64_t first_row, bool accumulate, float* c) {
-  if (rows == ROWS) return multiply_block<ROWS>(p, first_row, accumulate, c);
-  if constexpr (ROWS > 1) multiply_any<ROWS - 1>(rows, p, first_row, accumulate, c);
-}
-
-// C has `rows` rows, PANEL apart. Leftover rows are shared out evenly: a block of few rows does not hide the latency of
-// a multiply-add.
-DALLE_NOINLINE inline void multiply(const Product& p, int64_t rows, bool accumulate, float* c) {
-  for (int64_t first = 0; first < rows;) {
-    const int64_t left = rows - first;
-    const int block = left <= MOST_ROWS ? left : left < MOST_ROWS + MOST_ROWS / 2 ? (left + 1) / 2 : MOST_ROWS;
-    multiply_any<MOST_ROWS>(block, p, first, accumulate, c);
-    first += block;
-  }
-}
-
-template <class T>
-DALLE_INLINE void fetch_row(const T* from, int64_t stride, int32_t token, const Dimensions& dims) {
-  if (token < 0) return;
-  for (int64_t d = 0; d < dims.head_dim; d += CACHE_LINE / sizeof(T)) __builtin_prefetch(from + token * stride + d);
-}
-
-template <class T>
-DALLE_INLINE void fetch_rows(const T* from, int64_t stride, const int32_t* tokens, int64_t count,
-                             const Dimensions& dims) {
-  for (int64_t i = 0; i < count; ++i) fetch_row(from, stride, tokens[i], dims);
-}
-
-// Rows `tokens[0..count)` of a matrix (zeros for token -1), times `factor`, as blocked rows; `to_rows` of them a block.
-template <class T>
-DALLE_NOINLINE void pack_rows(const T* from, int64_t stride, const int32_t* tokens, int64_t count, float factor,
-                              const Dimensions& dims, float* to, int64_t to_rows) {
-  const Vector scale = broadcast(factor);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t columns = tokens[i] < 0 ? 0 : dims.head_dim;
-    const T* row = tokens[i] < 0 ? from : from + tokens[i] * stride;
-    if (i + ROWS_AHEAD < count) fetch_row(from, stride, tokens[i + ROWS_AHEAD], dims);
-    for (int64_t d = 0; d < dims.width; d += Vector::width) {
-      const Vector x = d < columns ? load_first(row + d, columns - d) : broadcast(0.0f);
-      store(to + (d / PANEL * to_rows + i) * PANEL + d % PANEL, x * scale);
-    }
-  }
-}
-
-// The other way: blocked rows times `factor` (or row i's own factors[i]) to the rows of a matrix; token -1 is left out.
-template <class T>
-DALLE_NOINLINE void unpack_rows(const float* from, int64_t from_rows, const int32_t* tokens, int64_t count,
-                                float factor, const float* factors, const Dimensions& dims, T* to, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (tokens[i] < 0) continue;
-    const Vector scale = broadcast(factors != nullptr ? factors[i] : factor);
-    T* row = to + tokens[i] * stride;
-    for (int64_t d = 0; d < dims.head_dim; d += Vector::width) {
-      store_first(row + d, dims.head_dim - d, load(from + (d / PANEL * from_rows + i) * PANEL + d % PANEL) * scale);
-    }
-  }
-}
-
-// All keys of a head as transposed panels; `rows` is scratch for one panel.
-template <class T>
-DALLE_NOINLINE void pack_panels(const T* from, int64_t stride, const Plan& plan, const Dimensions& dims, float* rows,
-                                float* to) {
-  for (int64_t panel = 0; panel < plan.panels; ++panel, to += dims.width * PANEL) {
-    const int32_t* tokens = plan.key_token + panel * PANEL;
-    if (panel + 1 < plan.panels) fetch_rows(from, stride, tokens + PANEL, PANEL, dims);
-    pack_rows(from, stride, tokens, PANEL, 1.0f, dims, rows, PANEL);
-    for (int64_t d = 0; d < dims.width; d += 8) {
-      const float* block = rows + d / PANEL * PANEL * PANEL + d % PANEL;
-      for (int64_t j = 0; j < PANEL; j += 8) transpose_8x8(block + j * PANEL, PANEL, to + d * PANEL + j, PANEL);
-    }
-  }
-}
-
-// Product of the tile's rows (blocked) with one panel of transposed keys or values, into PANEL columns of its scores.
-struct TileScores {
+struct View {
   const Plan& plan;
-  const Dimensions& dims;
   const Tile& tile;
-  const int32_t* panels() const { return plan.slot_panel + tile.first_slot; }
-  int64_t columns() const { return static_cast<int64_t>(tile.slots) * PANEL; }
 
-  DALLE_NOINLINE void slot_product(int64_t slot, const float* rows, const float* transposed, float* c) const {
-    const float* b = transposed + panels()[slot] * dims.width * PANEL;
-    const Product p{rows, PANEL, 1, TILE_ROWS * PANEL, b, PANEL * PANEL, nullptr, PANEL, dims.head_dim};
-    multiply(p, tile.rows, false, c);
-  }
+  const Panel& panel(int64_t g) const { return plan.panel[tile.first_panel + g]; }
+  const int32_t* tokens(int64_t g) const { return plan.query_token + (tile.first_panel + g) * PANEL; }
+  int vectors(int64_t g) const { return panel(g).queries > Vector::width ? 2 : 1; }
+  int64_t keys(int64_t g) const { return tile.common_keys + panel(g).keys; }
+  int64_t stride() const { return static_cast<int64_t>(plan.most_keys) * PANEL; }
 
-  // scores [slot][row][PANEL] = unnormalized probabilities, from queries (blocked, times the sign of scale) and
-  // transposed keys: exp(|scale| * (q . k - maximum)), 0 where hidden. `exponent` is |scale| * log2(e).
-  DALLE_NOINLINE void probabilities(const float* queries, const float* keys, double exponent, float* scores,
-                                    float* maxima, float* sums) const {
-    Vector largest[TILE_ROWS];
-    for (int r = 0; r < TILE_ROWS; ++r) largest[r] = broadcast(LOWEST);
-    for (int64_t slot = 0; slot < tile.slots; ++slot) {
-      float* c = scores + slot * TILE_ROWS * PANEL;
-      slot_product(slot, queries, keys, c);
-      const int32_t mask = plan.slot_mask[tile.first_slot + slot];
-      if (mask >= 0) hide(plan.row_mask + mask, c);
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        largest[r] = maximum(largest[r], maximum(load(c + r * PANEL), load(c + r * PANEL + Vector::width)));
-      }
-    }
-    Vector sum[TILE_ROWS], reference[TILE_ROWS];
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      maxima[r] = largest_lane(largest[r]);
-      reference[r] = broadcast(maxima[r]);
-      sum[r] = broadcast(0.0f);
-    }
-    const Factor factor(exponent);
-    for (int64_t slot = 0; slot < tile.slots; ++slot) {
-      float* c = scores + slot * TILE_ROWS * PANEL;
-      for (int64_t r = 0; r < tile.rows; ++r, c += PANEL) {
-        const Vector p0 = exp2_of_product(load(c) - reference[r], factor);
-        const Vector p1 = exp2_of_product(load(c + Vector::width) - reference[r], factor);
-        store(c, p0);
-        store(c + Vector::width, p1);
-        sum[r] = sum[r] + (p0 + p1);
-      }
-    }
-    for (int64_t r = 0; r < tile.rows; ++r) sums[r] = sum_of_lanes(sum[r]);
-  }
-
-  // c (blocked, TILE_ROWS a block) = scores times the blocked rows (keys or values) that the tile sees.
-  DALLE_NOINLINE void weighted_sum(const float* scores, const float* rows, float* c) const {
-    for (int64_t block = 0; block < dims.blocks; ++block) {
-      const float* b = rows + block * dims.keys * PANEL;
-      const Product p{scores, PANEL, 1, TILE_ROWS * PANEL, b, PANEL * PANEL, panels(), PANEL, columns()};
-      multiply(p, tile.rows, false, c + block * TILE_ROWS * PANEL);
-    }
-  }
-
-  // sums (blocked rows of keys) += transpose of scores times the tile's blocked rows: each key gathers from its
-  // queries.
-  DALLE_NOINLINE void scatter_sum(const float* scores, const float* rows, float* sums) const {
-    for (int64_t slot = 0; slot < tile.slots; ++slot) {
-      const float* a = scores + slot * TILE_ROWS * PANEL;
-      for (int64_t block = 0; block < dims.blocks; ++block) {
-        const float* b = rows + block * TILE_ROWS * PANEL;
-        const Product p{a, 1, PANEL, 0, b, 0, nullptr, TILE_ROWS, tile.rows};
-        multiply(p, PANEL, true, sums + (block * dims.keys + panels()[slot] * PANEL) * PANEL);
-      }
-    }
-  }
-
- private:
-  void hide(const uint32_t* row_masks, float* c) const {
-    const Vector hidden = broadcast(-__builtin_inff());
-    for (int64_t r = 0; r < tile.rows; ++r, c += PANEL) {
-      store(c, select(row_masks[r], load(c), hidden));
-      store(c + Vector::width, select(row_masks[r] >> Vector::width, load(c + Vector::width), hidden));
+  // Calls body(run, position of its first key in the panel's list) for each run beyond the common keys.
+  template <class Body>
+  void each_run(int64_t g, const Body& body) const {
+    int64_t position = tile.common_keys;
+    for (int32_t i = 0; i < panel(g).runs; ++i) {
+      const Run& run = plan.run[panel(g).first_run + i];
+      body(run, position);
+      position += run.keys;
     }
   }
 };
+
+// scores = rows of keys (or values; p.a, with a sum over head_dim given by p's chunks) times the tile's transposed
+// queries (or output gradients), [panel][head_dim][PANEL], `size` apart.
+template <class Element>
+DALLE_NOINLINE void products(const View& view, Product<Element> p, const Element* transposed, int64_t size,
+                             float* scores) {
+  for (int64_t key = 0; key < view.tile.common_keys;) {
+    const int rows = rows_at_once(view.tile.common_keys - key);
+    for (int64_t g = 0; g < view.tile.panels; ++g) {
+      p.b = transposed + g * size;
+      float* c = scores + g * view.stride() + key * PANEL;
+      multiply_rows<Order::by_row, MOST_ROWS>(rows, view.vectors(g), p, key, false, c);
+    }
+    key += rows;
+  }
+  const Element* a = p.a;
+  for (int64_t g = 0; g < view.tile.panels; ++g) {
+    p.b = transposed + g * size;
+    view.each_run(g, [&](const Run& run, int64_t position) {
+      p.a = a + run.first_key * PANEL;
+      multiply<Order::by_row>(p, run.keys, view.vectors(g), false, scores + g * view.stride() + position * PANEL);
+    });
+  }
+}
+
+// x = 2^(factor * (x - largest)) for COUNT vectors x <= largest, side by side so that none waits for another; 0 below
+// 2^-127 (also for an infinite x), NaN for NaN. `lowest` is -127 / factor. 2^f on [-1/2, 1/2] is a minimax polynomial
+// of degree 6, of relative error 2e-9 before rounding.
+template <int COUNT>
+DALLE_INLINE void exp2_of_difference(Vector (&x)[COUNT], Vector factor, Vector lowest, const Vector (&largest)[COUNT]) {
+  // Adding 1.5 * 2^23 rounds to a whole number; with 127 more, its low bits are the exponent of a power of two.
+  const Vector shift = broadcast(12582912.0f + 127.0f);
+  constexpr float COEFFICIENTS[] = {1.3398875e-3f, 9.61843692e-3f, 5.55033237e-2f, 0.240226477f, 0.693147182f, 1.0f};
+  Vector power[COUNT], y[COUNT];
+  for (int i = 0; i < COUNT; ++i) x[i] = maximum(lowest, x[i] - largest[i]);
+  for (int i = 0; i < COUNT; ++i) power[i] = multiply_add(x[i], factor, shift);
+  for (int i = 0; i < COUNT; ++i) x[i] = multiply_add(x[i], factor, shift - power[i]);
+  for (int i = 0; i < COUNT; ++i) y[i] = broadcast(1.5353362e-4f);
+  for (float c : COEFFICIENTS) {
+    for (int i = 0; i < COUNT; ++i) y[i] = multiply_add(y[i], x[i], broadcast(c));
+  }
+  for (int i = 0; i < COUNT; ++i) x[i] = y[i] * as_float(shift_left<23>(as_integer(power[i])));
+}
+
+DALLE_INLINE void hide(const uint32_t* masks, int64_t keys, float* c) {
+  const Vector hidden = broadcast(-__builtin_inff());
+  for (int64_t i = 0; i < keys; ++i, c += PANEL) {
+    store(c, select(masks[i], load(c), hidden));
+    store(c + Vector::width, select(masks[i] >> Vector::width, load(c + Vector::width), hidden));
+  }
+}
+
+// Scores [key][PANEL] of a panel, `end` floats, to unnormalized probabilities; COUNT vectors at a time.
+template <int VECTORS, int COUNT>
+DALLE_INLINE void exponentials(Vector factor, Vector lowest, const Vector (&largest)[VECTORS], float* scores,
+                               Vector (&sum)[VECTORS]) {
+  Vector p[COUNT], reference[COUNT];
+  for (int i = 0; i < COUNT; ++i) {
+    p[i] = load(scores + i / VECTORS * PANEL + i % VECTORS * Vector::width);
+    reference[i] = largest[i % VECTORS];
+  }
+  exp2_of_difference(p, factor, lowest, reference);
+  for (int i = 0; i < COUNT; ++i) {
+    store(scores + i / VECTORS * PANEL + i % VECTORS * Vector::width, p[i]);
+    sum[i % VECTORS] = sum[i % VECTORS] + p[i];
+  }
+}
+
+template <int VECTORS>
+DALLE_NOINLINE void softmax_lanes(float exponent, int64_t end, float* scores, float* maxima, float* sums) {
+  constexpr int64_t PART = 32 * PANEL;  // keys whose sum is taken apart, for the same reason as PARTIAL_SUM
+  constexpr int AT_ONCE = 4;
+  constexpr int64_t STEP = AT_ONCE / VECTORS * PANEL;
+  const Vector factor = broadcast(exponent), lowest = broadcast(-127.0f / exponent);
+  Vector largest[VECTORS], sum[VECTORS], part[VECTORS];
+  for (int v = 0; v < VECTORS; ++v) largest[v] = broadcast(LOWEST), sum[v] = broadcast(0.0f);
+  for (int64_t i = 0; i < end; i += PANEL) {
+    for (int v = 0; v < VECTORS; ++v) largest[v] = maximum(load(scores + i + v * Vector::width), largest[v]);
+  }
+  for (int64_t i = 0; i < end;) {
+    const int64_t stop = i + PART < end ? i + PART : end;
+    for (int v = 0; v < VECTORS; ++v) part[v] = broadcast(0.0f);
+    for (; i + STEP <= stop; i += STEP) exponentials<VECTORS, AT_ONCE>(factor, lowest, largest, scores + i, part);
+    for (; i < stop; i += PANEL) exponentials<VECTORS, VECTORS>(factor, lowest, largest, scores + i, part);
+    for (int v = 0; v < VECTORS; ++v) sum[v] = sum[v] + part[v];
+  }
+  for (int v = 0; v < VECTORS; ++v) {
+    store(maxima + v * Vector::width, largest[v]);
+    store(sums + v * Vector::width, sum[v]);
+  }
+}
+
+// One panel's scores to unnormalized probabilities exp(|scale| * (score - maximum)), 0 where hidden; `exponent` is
+// |scale| * log2(e). Lanes without a query get some finite numbers.
+DALLE_INLINE void softmax(const View& view, int64_t g, float exponent, float* scores, float* maxima, float* sums) {
+  view.each_run(g, [&](const Run& run, int64_t position) {
+    if (run.mask >= 0) hide(view.plan.key_mask + run.mask, run.keys, scores + position * PANEL);
+  });
+  const int64_t end = view.keys(g) * PANEL;
+  if (view.vectors(g) == 2) return softmax_lanes<2>(exponent, end, scores, maxima, sums);
+  softmax_lanes<1>(exponent, end, scores, maxima, sums);
+}
+
+// c [panel][block][query][PANEL] = scores times the blocked rows (of keys or values) that each panel sees. `chunks` is
+// scratch for (most_runs + 1) of each panel.
+template <class Element>
+DALLE_NOINLINE void weighted_sum(const View& view, const Columns& columns, const Element* scores, const Element* rows,
+                                 Chunk* chunks, float* c) {
+  constexpr int64_t PER = NUMBERS_IN<Element>;
+  const int64_t most_chunks = view.plan.most_runs + 1;
+  for (int64_t g = 0; g < view.tile.panels; ++g) {
+    Chunk* chunk = chunks + g * most_chunks;
+    *chunk++ = {0, 0, view.tile.common_keys / PER};
+    view.each_run(g, [&](const Run& run, int64_t position) {
+      *chunk++ = {position / PER * PANEL, run.first_key / PER * PANEL, run.keys / PER};
+    });
+  }
+  for (int64_t block = 0; block < columns.blocks; ++block) {
+    const Element* b = rows + block * (view.plan.keys / PER) * PANEL;
+    for (int64_t g = 0; g < view.tile.panels; ++g) {
+      const int64_t count = view.panel(g).runs + 1;
+      const Product<Element> p{scores + g * view.stride(), b, chunks + g * most_chunks, count, PARTIAL_SUM};
+      float* to = c + (g * columns.blocks + block) * PANEL * PANEL;
+      multiply<Order::by_step>(p, view.panel(g).queries, columns.vectors(block), false, to);
+    }
+  }
+}
+
+// sums (blocked rows of keys) += transpose of scores times the tile's blocked rows [panel][block][query][PANEL]: each
+// key gathers from its queries.
+template <class Element>
+DALLE_NOINLINE void scatter_sum(const View& view, const Columns& columns, const Element* scores, const Element* rows,
+                                float* sums) {
+  constexpr int64_t PER = NUMBERS_IN<Element>;
+  const int64_t block_size = PANEL / PER * PANEL;
+  Chunk chunks[TILE_PANELS];
+  for (int64_t g = 0; g < view.tile.panels; ++g) {
+    chunks[g] = {g * view.stride(), g * columns.blocks * block_size, (view.panel(g).queries + PER - 1) / PER};
+  }
+  for (int64_t key = 0; key < view.tile.common_keys;) {
+    const int count = rows_at_once(view.tile.common_keys - key);
+    for (int64_t block = 0; block < columns.blocks; ++block) {
+      const Product<Element> p{scores, rows + block * block_size, chunks, view.tile.panels, PARTIAL_SUM};
+      float* c = sums + (block * view.plan.keys + key) * PANEL;
+      multiply_rows<Order::by_row, MOST_ROWS>(count, columns.vectors(block), p, key, true, c);
+    }
+    key += count;
+  }
+  for (int64_t g = 0; g < view.tile.panels; ++g) {
+    view.each_run(g, [&](const Run& run, int64_t position) {
+      for (int64_t block = 0; block < columns.blocks; ++block) {
+        const Product<Element> p{scores + position * PANEL, rows + block * block_size, chunks + g, 1, PARTIAL_SUM};
+        float* c = sums + (block * view.plan.keys + run.first_key) * PANEL;
+        multiply<Order::by_row>(p, run.keys, columns.vectors(block), true, c);
+      }
+    });
+  }
+}
 
 }  // namespace dalle::DALLE_ISA_NAMESPACE
