@@ -51,8 +51,8 @@ def _native_unsupported(x, weights, caches, *_settings) -> str | None:
         return "the compiled kernel takes float32, float16 and bfloat16, got float64"
     if not 0 < x.shape[0] <= FEW_ROWS:
         return f"the compiled kernel takes 1 to {FEW_ROWS} rows, got {x.shape[0]}"
-    if not all(tensor.is_contiguous() for tensor in (*weights, *caches)):
-        return "the compiled kernel takes contiguous weights and caches"
+    if not all(tensor.is_contiguous() and tensor.is_cpu for tensor in (*weights, *caches)):
+        return "the compiled kernel takes contiguous weights and caches on the CPU"
     return None
 
 
@@ -61,6 +61,13 @@ _decode = Op(
 )
 _decode.provide("native", _decode_native, unavailable=native_unavailable, unsupported=_native_unsupported)
 _decode.provide("reference", reference.decode_layers)
+
+
+def _shapes(dim: int, width: int, hidden: int) -> list[tuple[int, ...]]:
+    """Of the tensors of one layer, in the order of :class:`LayerWeights`."""
+    norm = [(dim,), (dim,)]
+    attention = [(3 * width, dim), (3 * width,), (dim, width), (dim,)]
+    return [*norm, *attention, *norm, (hidden, dim), (hidden,), (dim, hidden), (dim,)]
 
 
 def decode_layers(
@@ -77,7 +84,7 @@ def decode_layers(
 
     Args:
         x: ``[rows, dim]``, one token a row, floating.
-        layers: their weights, of x's dtype and on its device, not under autocast; see :class:`LayerWeights`.
+        layers: their weights, of x's dtype and on its device, also under autocast; see :class:`LayerWeights`.
         caches: one a layer, all of one length, of patterns that differ in their kind alone; each grows by one token.
         scale: factor on the dot products, by default ``head_dim ** -0.5``.
         epsilon: of the layer normalizations.
@@ -86,7 +93,7 @@ def decode_layers(
         ``[rows, dim]``.
 
     Raises:
-        TypeError, ValueError: for other shapes, dtypes or devices, or caches that are full or not alike.
+        TypeError, ValueError: for other shapes or dtypes, or caches that are full or not alike.
     """
     if not layers or len(layers) != len(caches):
         raise ValueError(f"expected one cache a layer, got {len(layers)} layers and {len(caches)} caches")
@@ -94,34 +101,22 @@ def decode_layers(
     first.check_step()
     if x.dim() != 2 or len(x) != first.step_shape[0]:
         raise ValueError(f"expected x of shape [{first.step_shape[0]}, dim], got {list(x.shape)}")
-    dim, width, hidden = x.shape[1], first.heads * first.head_dim, layers[0].expansion_weight.shape[0]
-    matrices = (
-        (3 * width, dim),
-        (3 * width,),
-        (dim, width),
-        (dim,),
-        (dim,),
-        (dim,),
-        (hidden, dim),
-        (hidden,),
-        (dim, hidden),
-    )
-    shapes = [(dim,), (dim,), *matrices, (dim,)]
-    for layer, cache in zip(layers, caches):
-        if [tensor.shape for tensor in layer] != shapes:
-            found = {name: list(tensor.shape) for name, tensor in layer._asdict().items()}
-            raise ValueError(f"expected weights of shapes {[list(shape) for shape in shapes]}, got {found}")
+    for cache in caches:
         if cache.length != first.length or cache.step_shape != first.step_shape:
             raise ValueError("expected caches of one length, batch, heads, head_dim and samples_per_prompt")
         if cache.pattern_arguments[1:] != first.pattern_arguments[1:]:
             raise ValueError(f"expected patterns that differ in kind alone, got {first.pattern} and {cache.pattern}")
     weights = [tensor for layer in layers for tensor in layer]
     held = [tensor for cache in caches for tensor in (cache.text, cache.image)]
-    for tensor in (*weights, *held):
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise TypeError(
-                f"expected weights and caches of x's {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}"
-            )
+    shapes = _shapes(x.shape[1], first.heads * first.head_dim, layers[0].expansion_weight.shape[0])
+    if [tensor.shape for tensor in weights] != shapes * len(layers):
+        found = [{name: list(tensor.shape) for name, tensor in layer._asdict().items()} for layer in layers]
+        raise ValueError(f"expected weights of shapes {[list(shape) for shape in shapes]}, got {found}")
+    dtypes = {tensor.dtype for tensor in weights}.union(cache.dtype for cache in caches)
+    if dtypes != {x.dtype}:
+        raise TypeError(
+            f"expected weights and caches of x's dtype {x.dtype}, got {', '.join(sorted(map(str, dtypes)))}"
+        )
     kinds = ",".join(cache.pattern.kind for cache in caches)
     with torch.no_grad():
         scale = checked_scale(scale, first.head_dim)
