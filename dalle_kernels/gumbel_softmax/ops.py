@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from dalle_kernels import _native
 from dalle_kernels._dispatch import Op
 from dalle_kernels.gumbel_softmax import reference
 from dalle_kernels.philox import new_seed
@@ -61,12 +62,159 @@ gumbel_codebook_backward_op = Op(
     lambda grad_embedding, grad_kl, logits, codebook, *rest: (_fake_logits(logits), torch.empty_like(codebook)),
 )
 
-gumbel_softmax_op.provide("reference", reference.gumbel_softmax)
-gumbel_softmax_backward_op.provide("reference", reference.gumbel_softmax_backward)
-gumbel_softmax_kl_op.provide("reference", reference.gumbel_softmax_kl)
-gumbel_softmax_kl_backward_op.provide("reference", reference.gumbel_softmax_kl_backward)
-gumbel_codebook_op.provide("reference", reference.gumbel_codebook)
-gumbel_codebook_backward_op.provide("reference", reference.gumbel_codebook_backward)
+
+# ---- The compiled kernels. They see a tensor as rows of columns: its address, its strides without dim, that of dim.
+
+_MAX_ROW_DIMS = 8  # Strided::MAX_DIMS in csrc/common/strided.h
+_MAX_COLUMNS = 1 << 24  # column numbers are compared as float32
+
+
+def _rows(tensor: Tensor, dim: int) -> tuple[int, list[int], int]:
+    strides = list(tensor.stride())
+    column_stride = strides.pop(dim)
+    return tensor.data_ptr(), strides, column_stride
+
+
+def _row_numbers(tensor: Tensor) -> tuple[int, tuple[int, ...], int]:
+    """A tensor with one number per row."""
+    return tensor.data_ptr(), tensor.stride(), 1
+
+
+def _codebook(tensor: Tensor) -> tuple[int, int, int, int, int]:
+    return tensor.data_ptr(), _native.DTYPES[tensor.dtype], tensor.shape[1], *tensor.stride()
+
+
+def _call(kernel: str, logits: Tensor, seed: Tensor, offset: Tensor, tau: Tensor, dim: int, **arguments) -> None:
+    sizes = list(logits.shape)
+    columns = sizes.pop(dim)
+    _native.call(
+        kernel,
+        logits.device,
+        dtype=_native.DTYPES[logits.dtype],
+        rows=sizes,
+        columns=columns,
+        noise=(seed.data_ptr(), offset.data_ptr(), tau.data_ptr()),
+        logits=_rows(logits, dim),
+        **arguments,
+    )
+
+
+def _sample_native(logits, seed, offset, tau, hard, dim) -> Tensor:
+    y = _fake_logits(logits)
+    _call("gumbel_softmax", logits, seed, offset, tau, dim, hard=hard, y=_rows(y, dim), kl=0)
+    return y
+
+
+def _sample_kl_native(logits, seed, offset, tau, hard, dim) -> tuple[Tensor, Tensor]:
+    y, kl = _fake_logits(logits), _fake_kl(logits, dim)
+    _call("gumbel_softmax", logits, seed, offset, tau, dim, hard=hard, y=_rows(y, dim), kl=kl.data_ptr())
+    return y, kl
+
+
+def _sample_backward_native(grad_y, logits, y, seed, offset, tau, hard, dim) -> Tensor:
+    return _sample_kl_backward_native(grad_y, None, logits, y, seed, offset, tau, hard, dim)
+
+
+def _sample_kl_backward_native(grad_y, grad_kl, logits, y, seed, offset, tau, hard, dim) -> Tensor:
+    grad_logits = _fake_logits(logits)
+    tensors = {"grad_y": grad_y, "y": y, "grad_logits": grad_logits}
+    views = {name: _rows(tensor, dim) for name, tensor in tensors.items()}
+    views["grad_kl"] = (0, views["y"][1], 0) if grad_kl is None else _row_numbers(grad_kl)
+    _call("gumbel_softmax_backward", logits, seed, offset, tau, dim, hard=hard, **views)
+    return grad_logits
+
+
+def _codebook_native(logits, codebook, seed, offset, tau, dim) -> tuple[Tensor, Tensor]:
+    embedding, kl = _fake_codebook(logits, codebook, seed, offset, tau, dim)
+    views = {"codebook": _codebook(codebook), "embedding": _rows(embedding, dim), "kl": kl.data_ptr()}
+    _call("gumbel_codebook", logits, seed, offset, tau, dim, **views)
+    return embedding, kl
+
+
+def _codebook_backward_native(grad_embedding, grad_kl, logits, codebook, seed, offset, tau, dim):
+    grad_logits, grad_codebook = _fake_logits(logits), torch.empty_like(codebook)
+    views = {"grad_embedding": _rows(grad_embedding, dim), "grad_kl": _row_numbers(grad_kl)}
+    views |= {"codebook": _codebook(codebook), "grad_codebook": _codebook(grad_codebook)}
+    _call("gumbel_codebook_backward", logits, seed, offset, tau, dim, grad_logits=_rows(grad_logits, dim), **views)
+    return grad_logits, grad_codebook
+
+
+def _unavailable(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return f"the compiled kernel runs on CPU tensors only, got device type {device_type!r}"
+    return _native.unavailable(device_type)
+
+
+def _unsupported_logits(logits: Tensor, tau: Tensor, dim: int) -> str | None:
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the compiled kernel takes logits of float32, bfloat16 and float16, got {logits.dtype}"
+    if tau.dtype != torch.float32:
+        return f"the compiled kernel takes tau as float32, got {tau.dtype}"
+    if logits.dim() > _MAX_ROW_DIMS + 1:
+        return f"the compiled kernel takes at most {_MAX_ROW_DIMS + 1} dimensions, got {logits.dim()}"
+    if logits.shape[dim] > _MAX_COLUMNS:
+        return f"the compiled kernel takes at most {_MAX_COLUMNS} codes, got {logits.shape[dim]}"
+    return None
+
+
+def _unlike(dtype: torch.dtype, **tensors: Tensor) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            return f"the compiled kernel takes {name} as {dtype} with these arguments, got {tensor.dtype}"
+    return None
+
+
+def _unsupported_sample(logits, seed, offset, tau, hard, dim) -> str | None:
+    return _unsupported_logits(logits, tau, dim)
+
+
+def _unsupported_sample_backward(grad_y, logits, y, seed, offset, tau, hard, dim) -> str | None:
+    return _unsupported_logits(logits, tau, dim) or _unlike(logits.dtype, grad_y=grad_y, y=y)
+
+
+def _unsupported_sample_kl_backward(grad_y, grad_kl, *rest) -> str | None:
+    return _unlike(torch.float32, grad_kl=grad_kl) or _unsupported_sample_backward(grad_y, *rest)
+
+
+def _unsupported_codebook(logits, codebook, seed, offset, tau, dim) -> str | None:
+    if codebook.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the compiled kernel takes a codebook of float32, bfloat16 and float16, got {codebook.dtype}"
+    return _unsupported_logits(logits, tau, dim)
+
+
+def _unsupported_codebook_backward(grad_embedding, grad_kl, logits, codebook, *rest) -> str | None:
+    return (
+        _unsupported_codebook(logits, codebook, *rest)
+        or _unlike(torch.float32, grad_kl=grad_kl)
+        or _unlike(codebook.dtype, grad_embedding=grad_embedding)
+    )
+
+
+for _op, _run, _unsupported, _plain in (
+    (gumbel_softmax_op, _sample_native, _unsupported_sample, reference.gumbel_softmax),
+    (
+        gumbel_softmax_backward_op,
+        _sample_backward_native,
+        _unsupported_sample_backward,
+        reference.gumbel_softmax_backward,
+    ),
+    (gumbel_softmax_kl_op, _sample_kl_native, _unsupported_sample, reference.gumbel_softmax_kl),
+    (
+        gumbel_softmax_kl_backward_op,
+        _sample_kl_backward_native,
+        _unsupported_sample_kl_backward,
+        reference.gumbel_softmax_kl_backward,
+    ),
+    (gumbel_codebook_op, _codebook_native, _unsupported_codebook, reference.gumbel_codebook),
+    (
+        gumbel_codebook_backward_op,
+        _codebook_backward_native,
+        _unsupported_codebook_backward,
+        reference.gumbel_codebook_backward,
+    ),
+):
+    _op.provide("native", _run, unavailable=_unavailable, unsupported=_unsupported)
+    _op.provide("reference", _plain)
 
 
 def _save_sample(ctx, inputs, output) -> None:

@@ -1,0 +1,87 @@
+// Family gumbel_softmax: samples of the dVAE's relaxed codes, the KL of their posterior to the uniform prior, and the
+// product of a sample with the codebook (arXiv 2102.12092, section 2.1); dalle_kernels/gumbel_softmax defines them.
+//
+// y = softmax((logits + gumbel) / tau) along the columns of each row, gumbel being the noise of
+// dalle_kernels/philox.py; kl = sum q ln(q columns), q = softmax(logits).
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+#include "common/strided.h"
+
+namespace dalle {
+
+// A tensor seen as rows of columns: `rows` has its other dimensions in order, of the same sizes for all tensors of a
+// call. Strides are in elements and may be anything, but what is written must not overlap.
+struct RowTensor {
+  void* data;
+  Strided rows;
+  int64_t column_stride;
+};
+
+struct GumbelNoise {
+  const int64_t *seed, *offset;
+  const float* tau;
+};
+
+struct GumbelSoftmax {
+  Dtype dtype;  // of logits and y: any but float64
+  int64_t columns;
+  bool hard;
+  GumbelNoise noise;
+  RowTensor logits;
+  RowTensor y;  // contiguous, written in full
+  float* kl;    // one number a row, contiguous, or nullptr
+  int threads;
+};
+
+struct GumbelSoftmaxBackward {
+  Dtype dtype;  // of grad_y, logits, y and grad_logits: any but float64
+  int64_t columns;
+  bool hard;  // the soft sample is drawn again, and y is not read
+  GumbelNoise noise;
+  RowTensor grad_y, logits, y;
+  RowTensor grad_kl;      // float32, one column; data is nullptr where there is none
+  RowTensor grad_logits;  // contiguous, written in full
+  int threads;
+};
+
+// [columns, width], of any strides.
+struct Codebook {
+  void* data;
+  Dtype dtype;  // any but float64
+  int64_t width, column_stride, width_stride;
+};
+
+struct GumbelCodebook {
+  Dtype dtype;  // of the logits: any but float64
+  int64_t columns;
+  GumbelNoise noise;
+  RowTensor logits;
+  Codebook codebook;
+  RowTensor embedding;  // of the codebook's dtype, `width` columns, written in full
+  float* kl;            // one number a row, contiguous
+  int threads;
+};
+
+struct GumbelCodebookBackward {
+  Dtype dtype;  // of the logits and their gradient: any but float64
+  int64_t columns;
+  GumbelNoise noise;
+  RowTensor grad_embedding;  // of the codebook's dtype
+  RowTensor grad_kl;         // float32, one column
+  RowTensor logits;
+  Codebook codebook;
+  RowTensor grad_logits;  // written in full
+  Codebook grad_codebook;  // of the codebook's dtype and width, written in full
+  int threads;
+};
+
+DALLE_DECLARE_CPU_KERNEL(gumbel_softmax, GumbelSoftmax)
+DALLE_DECLARE_CPU_KERNEL(gumbel_softmax_backward, GumbelSoftmaxBackward)
+DALLE_DECLARE_CPU_KERNEL(gumbel_codebook, GumbelCodebook)
+DALLE_DECLARE_CPU_KERNEL(gumbel_codebook_backward, GumbelCodebookBackward)
+
+}  // namespace dalle

@@ -1,0 +1,386 @@
+// What the kernels compute on a tile: the noise, noisy scores, their softmax tile by tile, and the posterior's KL.
+//
+// A row's maximum and sum run along with its tiles: a new maximum shrinks the sum so far. NaN and +inf make the sum
+// NaN, and a row of -inf leaves it 0, so that everything divided by it is NaN, as it should be.
+#pragma once
+
+#include "common/philox.h"
+#include "gumbel_softmax/four.h"
+#include "gumbel_softmax/rows.h"
+
+namespace dalle::DALLE_ISA_NAMESPACE {
+
+constexpr float LOWEST = -3.40282347e38f;
+constexpr double LOG2_E = 1.4426950408889634;
+constexpr int64_t MOST_VECTORS = MOST_ROWS / Vector::width;
+
+// The noise of a block's rows.
+struct BlockNoise {
+  const PhiloxKey& key;
+  PhiloxRows rows[MOST_VECTORS];
+
+  BlockNoise(const PhiloxKey& key_, uint64_t first_row, int64_t pitch) : key(key_) {
+    for (int64_t r = 0; r < pitch; r += Vector::width) {
+      rows[r / Vector::width] = PhiloxRows(key, first_row + static_cast<uint64_t>(r));
+    }
+  }
+};
+
+// What is common to the blocks of a call.
+struct Call {
+  PhiloxKey key;
+  uint64_t offset;
+  float tau;
+  Factor factor;
+  Blocks blocks;
+  bool stream;
+
+  Call(const GumbelNoise& noise, const Blocks& blocks_)
+      : key(static_cast<uint64_t>(*noise.seed)),
+        offset(static_cast<uint64_t>(*noise.offset)),
+        tau(*noise.tau),
+        factor(LOG2_E / static_cast<double>(tau)),
+        blocks(blocks_),
+        stream(blocks.rows * blocks.columns * 4 >= STREAMED_BYTES) {}
+
+  BlockNoise noise(int64_t block) const {
+    return BlockNoise(key, offset + static_cast<uint64_t>(blocks.first(block)), blocks.pitch);
+  }
+};
+
+// complement_uniform of the tile. Apart from what is done with it, since each of the two loops by itself keeps the
+// processor busy, and together they are too long for it to look ahead.
+DALLE_NOINLINE inline void uniform_tile(const BlockNoise& noise, const Tile& tile, float* v) {
+  for (int64_t c = 0; c < tile.columns; c += PHILOX_WORDS) {
+    const PhiloxColumns group(noise.key, static_cast<uint32_t>((tile.first + c) / PHILOX_WORDS));
+    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+      IntegerVector words[PHILOX_WORDS];
+      complement_words(noise.key, noise.rows[r / Vector::width], group, words);
+      for (int64_t j = 0; j < PHILOX_WORDS; ++j) store(v + (c + j) * tile.pitch + r, complement_uniform(words[j]));
+    }
+  }
+}
+
+// Four columns of a row of vectors.
+DALLE_INLINE Four load_four(const Tile& tile, const float* p) {
+  return {{load(p), load(p + tile.pitch), load(p + 2 * tile.pitch), load(p + 3 * tile.pitch)}};
+}
+DALLE_INLINE void store_four(const Tile& tile, float* p, const Four& x) {
+  for (int i = 0; i < 4; ++i) store(p + i * tile.pitch, x.v[i]);
+}
+
+// scores = logits + noise; largest[row] grows to the largest of them. Four columns make a step.
+DALLE_NOINLINE inline void score_tile(const BlockNoise& noise, const Tile& tile, const float* logits, float* scores,
+                                      float* largest) {
+  uniform_tile(noise, tile, scores);
+  for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+    Four most = four(load(largest + r));
+    for (int64_t i = r; i < tile.padded() * tile.pitch; i += 4 * tile.pitch) {
+      const Four score = load_four(tile, logits + i) + gumbel(load_four(tile, scores + i));
+      store_four(tile, scores + i, score);
+      most = maximum(most, score);
+    }
+    store(largest + r, maximum(maximum(most.v[0], most.v[1]), maximum(most.v[2], most.v[3])));
+  }
+}
+
+// values becomes exp(values - largest), with the factor's scale, and sum[row] its sum over the tile.
+DALLE_NOINLINE inline void exponential_tile(const Tile& tile, const Factor& factor, const float* largest, float* values,
+                                            float* sum) {
+  for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+    const Four most = four(load(largest + r));
+    Four total = four(broadcast(0.0f));
+    for (int64_t i = r; i < tile.padded() * tile.pitch; i += 4 * tile.pitch) {
+      const Four e = exponential(load_four(tile, values + i) - most, factor);
+      store_four(tile, values + i, e);
+      total = total + e;
+    }
+    store(sum + r, sum_of(total));
+  }
+}
+
+// to = from * factors[row]
+DALLE_NOINLINE inline void scale_tile(const Tile& tile, const float* from, const float* factors, float* to) {
+  for (int64_t c = 0; c < tile.columns; ++c) {
+    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+      store(to + c * tile.pitch + r, load(from + c * tile.pitch + r) * load(factors + r));
+    }
+  }
+}
+
+// sums[row] += sum over the tile of a * b
+DALLE_NOINLINE inline void dot_tile(const Tile& tile, const float* a, const float* b, double* sums) {
+  for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+    Four total = four(broadcast(0.0f));
+    for (int64_t i = r; i < tile.padded() * tile.pitch; i += 4 * tile.pitch) {
+      total = multiply_add(load_four(tile, a + i), load_four(tile, b + i), total);
+    }
+    float sum[Vector::width];
+    store(sum, sum_of(total));
+    for (int64_t i = 0; i < Vector::width; ++i) sums[r + i] += sum[i];
+  }
+}
+
+// values = exp(scores - largest), where the maximum over all tiles is known.
+inline void draw_tile(const BlockNoise& noise, const Tile& tile, const Factor& factor, const float* logits,
+                      const float* largest, float* values) {
+  float unused[MOST_ROWS];
+  memcpy(unused, largest, tile.pitch * sizeof(float));
+  score_tile(noise, tile, logits, values, unused);
+  exponential_tile(tile, factor, largest, values, unused);
+}
+
+// The soft sample's running maximum and sum.
+class RunningSoftmax {
+ public:
+  RunningSoftmax(const BlockNoise& noise, const Factor& factor, int64_t pitch) : noise_(noise), factor_(factor) {
+    for (int64_t r = 0; r < pitch; ++r) largest[r] = LOWEST, sum[r] = 0.0;
+  }
+
+  // The next tile: values = exp(scores - largest), and by what all earlier values shrink.
+  void draw(const Tile& tile, const float* logits, float* values, float* shrink) {
+    float tile_sum[MOST_ROWS];
+    memcpy(shrink, largest, tile.pitch * sizeof(float));
+    score_tile(noise_, tile, logits, values, largest);
+    exponential_tile(tile, factor_, largest, values, tile_sum);
+    factors(tile, shrink, shrink);
+    for (int64_t r = 0; r < tile.pitch; ++r) sum[r] = sum[r] * shrink[r] + tile_sum[r];
+  }
+
+  // to = exp(from - largest): from a former maximum to the latest.
+  void factors(const Tile& tile, const float* from, float* to) const {
+    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+      store(to + r, exp2_of_product(load(from + r) - load(largest + r), factor_));
+    }
+  }
+
+  float largest[MOST_ROWS];
+  double sum[MOST_ROWS];
+
+ private:
+  const BlockNoise& noise_;
+  const Factor& factor_;
+};
+
+constexpr int64_t tiles_of(int64_t columns) { return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS; }
+
+// The soft sample of a block: `draw` every tile in order, and then take any tile of it by `sample`. What `draw`
+// computed is kept if the rows are not too long, else computed again by `sample`.
+class SoftSample {
+ public:
+  static constexpr int64_t MOST_KEPT_COLUMNS = 65536;
+  static bool keeps(int64_t columns) { return columns <= MOST_KEPT_COLUMNS; }
+  static int64_t kept_floats(int64_t columns, int64_t pitch) {
+    return keeps(columns) ? tiles_of(columns) * (TILE_COLUMNS + 1) * pitch : 0;
+  }
+
+  SoftSample(const BlockNoise& noise, const Factor& factor, int64_t columns, int64_t pitch, float* kept)
+      : noise_(noise),
+        factor_(factor),
+        softmax_(noise, factor, pitch),
+        keeps_(keeps(columns)),
+        kept_(kept),
+        kept_largest_(kept + tiles_of(columns) * TILE_COLUMNS * pitch) {}
+
+  // `values` is scratch for a tile.
+  void draw(const Tile& tile, const float* logits, float* values) {
+    float shrink[MOST_ROWS];
+    if (keeps_) values = kept_ + tile.first * tile.pitch;
+    softmax_.draw(tile, logits, values, shrink);
+    if (keeps_) memcpy(largest_of(tile), softmax_.largest, tile.pitch * sizeof(float));
+  }
+
+  // Reads the logits only if it does not keep.
+  void sample(const Tile& tile, const float* logits, float* y) const {
+    float factors[MOST_ROWS];
+    const float* values = y;
+    if (keeps_) {
+      values = kept_ + tile.first * tile.pitch;
+      softmax_.factors(tile, largest_of(tile), factors);
+    } else {
+      draw_tile(noise_, tile, factor_, logits, softmax_.largest, y);
+      for (int64_t r = 0; r < tile.pitch; ++r) factors[r] = 1.0f;
+    }
+    for (int64_t r = 0; r < tile.pitch; ++r) factors[r] /= static_cast<float>(softmax_.sum[r]);
+    scale_tile(tile, values, factors, y);
+  }
+
+ private:
+  float* largest_of(const Tile& tile) const { return kept_largest_ + tile.first / TILE_COLUMNS * tile.pitch; }
+
+  const BlockNoise& noise_;
+  const Factor& factor_;
+  RunningSoftmax softmax_;
+  bool keeps_;
+  float* kept_;
+  float* kept_largest_;
+};
+
+// A column's number as float: exact up to 2^24, beyond which calls are turned away.
+DALLE_INLINE Vector number_of(const Tile& tile, int64_t c) { return broadcast(static_cast<float>(tile.first + c)); }
+
+// The one-hot sample of a block: `draw` every tile in order, and then take any tile of it by `sample`.
+class HardSample {
+ public:
+  HardSample(const BlockNoise& noise, int64_t pitch) : noise_(noise) {
+    for (int64_t r = 0; r < pitch; ++r) largest_[r] = -INFINITY_FLOAT, index_[r] = -1.0f, poison_[r] = 0.0f;
+  }
+
+  void draw(const Tile& tile, const float* logits, float* values) {
+    float unused[MOST_ROWS];
+    memcpy(unused, largest_, tile.pitch * sizeof(float));
+    score_tile(noise_, tile, logits, values, unused);
+    find(tile, values);
+  }
+
+  DALLE_NOINLINE void sample(const Tile& tile, float* y) const {
+    const Vector zero = broadcast(0.0f), one = broadcast(1.0f);
+    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+      // 0, or NaN for a row with NaN, with +inf or with nothing but -inf.
+      const Vector none = load(poison_ + r) + load(largest_ + r) * zero, index = load(index_ + r);
+      for (int64_t c = 0; c < tile.columns; ++c) {
+        store(y + c * tile.pitch + r, none + select_equal(index, number_of(tile, c), one, zero));
+      }
+    }
+  }
+
+ private:
+  // The first of the largest scores.
+  DALLE_NOINLINE void find(const Tile& tile, const float* scores) {
+    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+      Vector most = load(largest_ + r), poison = load(poison_ + r), index = load(index_ + r);
+      for (int64_t c = 0; c < tile.padded(); ++c) {
+        const Vector score = load(scores + c * tile.pitch + r);
+        index = select_less(most, score, number_of(tile, c), index);
+        most = maximum(score, most);
+        poison = multiply_add(maximum(broadcast(LOWEST), score), broadcast(0.0f), poison);
+      }
+      store(largest_ + r, most);
+      store(poison_ + r, poison);
+      store(index_ + r, index);
+    }
+  }
+
+  const BlockNoise& noise_;
+  float largest_[MOST_ROWS], index_[MOST_ROWS], poison_[MOST_ROWS];
+};
+
+// ln q but for a constant, bounded below where q is 0 for certain, so that 0 * ln 0 is 0.
+DALLE_INLINE Vector log_ratio(Vector logits, Vector largest) {
+  return maximum(broadcast(-1000.0f), logits - largest);
+}
+
+// q = softmax(logits) of a block and its KL to the uniform prior: `add` every tile.
+class Posterior {
+ public:
+  explicit Posterior(int64_t pitch) : factor_(LOG2_E) {
+    for (int64_t r = 0; r < pitch; ++r) largest[r] = LOWEST, sum[r] = moment[r] = 0.0;
+  }
+
+  DALLE_NOINLINE void add(const Tile& tile, const float* logits) {
+    const int64_t end = tile.padded() * tile.pitch;
+    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+      const Vector before = load(largest + r);
+      Four each = four(before);
+      for (int64_t i = r; i < end; i += 4 * tile.pitch) each = maximum(each, load_four(tile, logits + i));
+      const Vector most = maximum(maximum(each.v[0], each.v[1]), maximum(each.v[2], each.v[3]));
+      Four sums = four(broadcast(0.0f)), moments = sums;
+      for (int64_t i = r; i < end; i += 4 * tile.pitch) {
+        Four d;
+        for (int j = 0; j < 4; ++j) d.v[j] = log_ratio(load(logits + i + j * tile.pitch), most);
+        const Four e = exponential(d, factor_);
+        sums = sums + e;
+        moments = multiply_add(e, d, moments);
+      }
+      merge(r, log_ratio(before, most), sum_of(sums), sum_of(moments));
+      store(largest + r, most);
+    }
+  }
+
+  // In nats.
+  float kl(int64_t row, int64_t columns) const {
+    const double kl = moment[row] / sum[row] - __builtin_log(sum[row]) + __builtin_log(static_cast<double>(columns));
+    return static_cast<float>(kl < 0 ? 0.0 : kl);
+  }
+
+  float largest[MOST_ROWS];
+  double sum[MOST_ROWS], moment[MOST_ROWS];  // of exp(logits - largest), and of that times its logarithm
+
+ private:
+  void merge(int64_t first, Vector step, Vector tile_sum, Vector tile_moment) {
+    float steps[Vector::width], shrinks[Vector::width], sums[Vector::width], moments[Vector::width];
+    store(steps, step);
+    store(shrinks, exp2_of_product(step, factor_));
+    store(sums, tile_sum);
+    store(moments, tile_moment);
+    for (int64_t i = 0; i < Vector::width; ++i) {
+      double &s = sum[first + i], &m = moment[first + i];
+      m = shrinks[i] * (m + s * steps[i]) + moments[i];
+      s = shrinks[i] * s + sums[i];
+    }
+  }
+
+  Factor factor_;
+};
+
+// The gradient of the KL, grad_kl * q * (ln q - sum q ln q).
+class PosteriorGradient {
+ public:
+  // `grad_kl` has one column of float32, for these rows of all; without data there is nothing to `add`.
+  PosteriorGradient(const Posterior& posterior, const RowTensor& grad_kl, int64_t first, int64_t rows, int64_t pitch)
+      : factor_(LOG2_E) {
+    if (grad_kl.data == nullptr) return;
+    const RowBlock block(grad_kl, first, rows);
+    for (int64_t r = 0; r < pitch; ++r) weight_[r] = 0.0f;
+    for (int64_t i = 0; i < block.runs; ++i) {
+      read_run(static_cast<const float*>(block.data) + block.run[i].offset, block.run[i].count,
+               weight_ + block.run[i].lane);
+    }
+    for (int64_t r = 0; r < pitch; ++r) {
+      largest_[r] = posterior.largest[r];
+      mean_[r] = static_cast<float>(posterior.moment[r] / posterior.sum[r]);
+      weight_[r] /= static_cast<float>(posterior.sum[r]);
+    }
+  }
+
+  DALLE_NOINLINE void add(const Tile& tile, const float* logits, float* gradient) const {
+    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+      const Vector largest = load(largest_ + r);
+      const Four weight = four(load(weight_ + r)), mean = four(load(mean_ + r));
+      for (int64_t i = r; i < tile.padded() * tile.pitch; i += 4 * tile.pitch) {
+        Four d;
+        for (int j = 0; j < 4; ++j) d.v[j] = log_ratio(load(logits + i + j * tile.pitch), largest);
+        const Four q = exponential(d, factor_) * weight;
+        store_four(tile, gradient + i, multiply_add(q, d - mean, load_four(tile, gradient + i)));
+      }
+    }
+  }
+
+ private:
+  Factor factor_;
+  float weight_[MOST_ROWS], largest_[MOST_ROWS], mean_[MOST_ROWS];
+};
+
+// The gradient of a soft sample, y * (grad_y - dot) / tau, dot[row] being the sum of grad_y * y.
+class SampleGradient {
+ public:
+  SampleGradient(const double* dot, float tau, int64_t pitch) : inverse_tau_(broadcast(1.0f / tau)) {
+    for (int64_t r = 0; r < pitch; ++r) dot_[r] = static_cast<float>(dot[r]);
+  }
+
+  // From grad_y to the gradient, in place.
+  DALLE_NOINLINE void set(const Tile& tile, const float* y, float* gradient) const {
+    for (int64_t c = 0; c < tile.padded(); ++c) {
+      for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+        const int64_t i = c * tile.pitch + r;
+        store(gradient + i, load(y + i) * (load(gradient + i) - load(dot_ + r)) * inverse_tau_);
+      }
+    }
+  }
+
+ private:
+  Vector inverse_tau_;
+  float dot_[MOST_ROWS];
+};
+
+}  // namespace dalle::DALLE_ISA_NAMESPACE
