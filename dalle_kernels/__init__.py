@@ -25,6 +25,7 @@ from dalle_kernels.float16.ops import (
     encode_fp169,
     encode_fp169_checked,
 )
+from dalle_kernels.grad_scale.ops import filter_cast_unscale, scale_cast_filter
 
 # The function gumbel_softmax takes the place of the folder of that name as an attribute of this package; import from
 # the folder by `from dalle_kernels.gumbel_softmax.ops import ...`, which goes by sys.modules.
@@ -56,6 +57,7 @@ __all__ = [
     "encode_fp169",
     "encode_fp169_checked",
     "explain",
+    "filter_cast_unscale",
     "gumbel_codebook",
     "gumbel_softmax",
     "gumbel_softmax_kl",
@@ -65,6 +67,7 @@ __all__ = [
     "map_pixels",
     "ops",
     "philox",
+    "scale_cast_filter",
     "sparse_attention",
     "unmap_pixels",
     "use",

@@ -252,6 +252,20 @@ def adamw_call(op: str, draw: random.Random) -> Call:
     return Call((*map(list, zip(*rows)), *settings, scale, found), bits=True)
 
 
+def grad_scale_call(op: str, draw: random.Random) -> Call:
+    dtype = draw.choice(FLOATS)
+    tensors = []
+    for _ in range(draw.randint(1, 5)):
+        shape = shape_of(draw, 0, 3, 1 << 12)
+        tensor = (torch.randn(shape) * torch.exp2(torch.empty(shape).uniform_(-30, 16))).to(dtype)
+        if draw.random() < 0.3:
+            tensor[torch.rand(shape) < 0.05] = draw.choice((torch.nan, torch.inf, -torch.inf))
+        tensors.append(laid_out(draw, tensor) if draw.random() < 0.1 else tensor)
+    scale = torch.tensor(draw.choice((1.0, 1.3 * 2**13)))
+    dtypes = (draw.choice(FLOATS),) if op == "scale_cast_filter" else ()
+    return Call((tensors, scale, *dtypes), bits=True)
+
+
 SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
     **dict.fromkeys([f"{job}_{form}" for job in ("encode", "decode") for form in ("fp169", "fp0610")], float16_call),
     **dict.fromkeys(["sparse_attention", "sparse_attention_backward"], attention_call),
@@ -268,6 +282,7 @@ SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
     ),
     **dict.fromkeys(["logit_laplace_loss", "logit_laplace_loss_backward"], logit_laplace_call),
     "adamw16_step": adamw_call,
+    **dict.fromkeys(["scale_cast_filter", "filter_cast_unscale"], grad_scale_call),
 }
 
 
@@ -343,7 +358,7 @@ def _run(op: dalle_kernels._dispatch.Op, provider: str, args: tuple) -> tuple[Te
         for now, then in zip(_flat((argument,)), _flat((earlier,))):
             if not written and not _same_bits(now, then):
                 raise AssertionError("an input was changed")
-    return *(o for o in output if o is not None), *_flat(tuple(a for w, a in zip(writes, args) if w))
+    return *_flat(output), *_flat(tuple(a for w, a in zip(writes, args) if w))
 
 
 def fuzz(name: str, count: int, seed: int) -> Findings:

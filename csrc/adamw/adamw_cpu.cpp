@@ -1,7 +1,7 @@
 
 #include "adamw/adamw.h"
 
-#include "common/parallel.h"
+#include "common/tensor_list.h"
 #include "float16/codec_pair.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
@@ -9,9 +9,6 @@ namespace {
 
 // A thread is worth waking for about this many elements.
 constexpr int64_t GRAIN = 8192;
-
-// Threads share a tensor at multiples of this many elements: whole cache lines of any dtype, whole pairs of vectors.
-constexpr int64_t SPLIT = 64;
 
 // How many elements ahead memory is asked for: the processor's own prefetching does not keep up with four arrays.
 constexpr int64_t AHEAD = 512;
@@ -171,36 +168,16 @@ UpdateRun choose_run(const AdamW16Step& p) {
   }
 }
 
-// Where in a tensor of `count` elements a share ends or begins that does so `position` elements after its beginning.
-int64_t boundary(int64_t position, int64_t count) {
-  if (position <= 0) return 0;
-  return position >= count ? count : position / SPLIT * SPLIT;
-}
-
 }  // namespace
 
 const char* adamw16_step(const AdamW16Step& p) {
   const UpdateRun run = choose_run(p);
   if (run == nullptr) return "unknown dtype";
   if (p.found_nonfinite != nullptr && *p.found_nonfinite != 0) return nullptr;
-  int64_t total = 0;
-  for (int64_t t = 0; t < p.tensor_count; ++t) total += p.tensors[t].count;
-  // All tensors end to end, cut into even shares.
-  parallel_for(total, GRAIN, p.threads, [&](int64_t begin, int64_t end) {
-    float last_step = -1.0f;
-    Coefficients c{};
-    int64_t start = 0;
-    for (int64_t t = 0; t < p.tensor_count && start < end; start += p.tensors[t++].count) {
-      const AdamW16Tensor& tensor = p.tensors[t];
-      const int64_t from = boundary(begin - start, tensor.count), to = boundary(end - start, tensor.count);
-      if (from >= to) continue;
-      if (const float step = *tensor.step + 1.0f; step != last_step) {
-        c = coefficients(p, step);
-        last_step = step;
-      }
-      run(c, tensor, from, to);
-    }
-  });
+  parallel_for_tensors(p.tensors, p.tensor_count, GRAIN, p.threads,
+                       [&](const AdamW16Tensor& tensor, int64_t begin, int64_t end) {
+                         run(coefficients(p, *tensor.step + 1.0f), tensor, begin, end);
+                       });
   for (int64_t t = 0; t < p.tensor_count; ++t) *p.tensors[t].step += 1.0f;
   return nullptr;
 }

@@ -1,0 +1,42 @@
+// Family grad_scale: the casts around a resblock's backward under its own loss scale (arXiv 2102.12092, 2.4, Fig. 4).
+//
+// Floor: bytes. Scaling float32 into 16 bits reads 4 and writes 2 bytes a number, and so does the way back; plain torch
+// makes four passes of it, with float32 and bool tensors in between. The few operations hide behind memory.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace dalle {
+
+struct GradScaleTensor {
+  const void* input;
+  void* output;  // written in full, in the input's order
+  int64_t count;
+};
+
+// output = filter(cast(input * *scale)): the product in float, the cast to output_dtype to nearest even. filter makes 0
+// of infinities and NaN; *nonfinite becomes 1 if it met one in any tensor, else 0.
+struct ScaleCastFilter {
+  const GradScaleTensor* tensors;
+  int64_t tensor_count;
+  Dtype input_dtype, output_dtype;  // float32, float16 or bfloat16
+  const float* scale;
+  uint8_t* nonfinite;
+  int threads;  // CPU only
+};
+
+// output = cast(filter(input)) / *scale, in float.
+struct FilterCastUnscale {
+  const GradScaleTensor* tensors;
+  int64_t tensor_count;
+  Dtype input_dtype;  // float32, float16 or bfloat16
+  const float* scale;
+  uint8_t* nonfinite;
+  int threads;  // CPU only
+};
+
+DALLE_DECLARE_CPU_KERNEL(scale_cast_filter, ScaleCastFilter)
+DALLE_DECLARE_CPU_KERNEL(filter_cast_unscale, FilterCastUnscale)
+
+}  // namespace dalle
