@@ -20,7 +20,6 @@ LogitLaplaceTensor tensor(const Tensor& given, const std::vector<int64_t>& sizes
 }  // namespace
 
 DALLE_BINDINGS(m) {
-  m.def("logit_laplace_blocks", &logit_laplace_blocks, "elements"_a);
   m.def(
       "logit_laplace_loss",
       [](const std::vector<int64_t>& sizes, const Tensor& x, const Tensor& mu, const Tensor& log_b, uintptr_t loss,

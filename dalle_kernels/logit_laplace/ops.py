@@ -10,6 +10,7 @@ from dalle_kernels._dispatch import Op
 from dalle_kernels.logit_laplace import reference
 
 REDUCTIONS = ("none", "mean", "sum")
+_BLOCK = 2048  # LOGIT_LAPLACE_BLOCK in csrc/logit_laplace/logit_laplace.h
 _MAX_DIMS = 8  # Strided::MAX_DIMS in csrc/common/strided.h
 _INPUTS = "Tensor x, Tensor mu, Tensor log_b, str reduction"
 
@@ -31,10 +32,10 @@ def _divisor(x: Tensor, reduction: str) -> float:
 
 
 def _native_loss(x: Tensor, mu: Tensor, log_b: Tensor, reduction: str) -> Tensor:
-    loss = _fake(x, mu, log_b, reduction)
-    blocks = 0 if reduction == "none" else _native.library("cpu").logit_laplace_blocks(x.numel())
-    # One more than is needed, so that the address is one when there are no elements.
-    partial = None if reduction == "none" else torch.empty(blocks + 1, dtype=torch.float64)
+    reduced = reduction != "none"
+    loss = torch.empty(() if reduced else x.shape, dtype=torch.float32)
+    # At least one, so that the address is one when there are no elements.
+    partial = torch.empty(x.numel() // _BLOCK + 1, dtype=torch.float64) if reduced else None
     _native.call(
         "logit_laplace_loss",
         x.device,
