@@ -2,6 +2,10 @@
 //
 // Floor: bytes. Scaling float32 into 16 bits reads 4 and writes 2 bytes a number, and so does the way back; plain torch
 // makes four passes of it, with float32 and bool tensors in between. The few operations hide behind memory.
+//
+// Reached on 2 cores of an EPYC (Zen 3), 2^24 numbers in 16 tensors (bench/bench_grad_scale.py): from 5.7 to 9.1 ms,
+// 8 to 17 times as fast as eager torch. A copy of as many bytes takes 2.9 to 5.1 ms, into memory that is there already;
+// the results here are fresh memory.
 #pragma once
 
 #include "common/dtype.h"
