@@ -21,12 +21,13 @@ RIVALS := $(VENV)/rivals
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test sanitize bench lint gpu build clean FORCE
+.PHONY: help demo test sanitize emulate bench lint gpu build clean FORCE
 
 help:
 	@echo 'make demo   draw a labelled grid of pictures with the shipped model'
 	@echo 'make test   run the tests'
 	@echo 'make sanitize  check the kernels for accesses out of bounds and undefined operations'
+	@echo 'make emulate  run the tests of the AVX-512 kernels on any AVX2 processor, by SIMDe (SIMDE=folder of simde/)'
 	@echo 'make bench  measure the kernels against their rivals into bench/results/ and the README'
 	@echo 'make lint   check style and formatting'
 	@echo 'make gpu    build for, check on and measure an NVIDIA GPU'
@@ -46,6 +47,9 @@ bench: build $(RIVALS)/.installed
 
 sanitize: build
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python tests/sanitize.py
+
+emulate: build
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python tests/emulate.py $(SIMDE)
 
 lint: build
 	@$(BIN)/ruff check .

@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 
+#include "attention/pairs.h"
 #include "attention/tile.h"
 #include "common/parallel.h"
 
@@ -28,10 +29,11 @@ class Scratch {
 class Pieces {
  public:
   explicit Pieces(float* next) : next_(next) {}
-  float* take(int64_t floats) {
+  template <class Element = float>
+  Element* take(int64_t floats) {
     float* piece = next_;
     next_ += (floats + 15) / 16 * 16;
-    return piece;
+    return reinterpret_cast<Element*>(piece);
   }
 
  private:
@@ -40,7 +42,7 @@ class Pieces {
 
 class BorrowedPlan {
  public:
-  explicit BorrowedPlan(const Pattern& pattern) : plan_(borrow_plan(pattern, {PANEL, TILE_PANELS, KEY_STEP})) {}
+  BorrowedPlan(const Pattern& pattern, int key_step) : plan_(borrow_plan(pattern, {PANEL, TILE_PANELS, key_step})) {}
   ~BorrowedPlan() { return_plan(plan_); }
   BorrowedPlan(const BorrowedPlan&) = delete;
   BorrowedPlan& operator=(const BorrowedPlan&) = delete;
@@ -62,22 +64,31 @@ struct Scale {
                                       : static_cast<float>(magnitude * 1.4426950408889634)) {}
 };
 
-// What all tasks of a call share.
+// What all tasks of a call share. Sizes are in elements of 4 bytes, whatever they hold.
+template <class T>
 struct Context {
+  using Element = typename PackedAs<T>::Element;
+  static constexpr int64_t PER = NUMBERS_IN<Element>;
+
   const Plan& plan;
   Columns columns;
   Scale scale;
+  int64_t step_blocks;  // of the sum over head_dim
   Chunk over_head_dim[256 / PANEL];
 
   Context(const Plan& plan_, int64_t head_dim, float scale_) : plan(plan_), columns(head_dim), scale(scale_) {
-    for (int64_t block = 0; block < columns.blocks; ++block) {
-      over_head_dim[block] = {block * plan.keys * PANEL, block * PANEL * PANEL, columns.of_block(block)};
+    const int64_t steps = (head_dim + PER - 1) / PER;
+    step_blocks = (steps + PANEL - 1) / PANEL;
+    for (int64_t block = 0; block < step_blocks; ++block) {
+      const int64_t left = steps - block * PANEL;
+      over_head_dim[block] = {block * plan.keys * PANEL, block * PANEL * PANEL, left < PANEL ? left : PANEL};
     }
   }
-  Product<float> over_columns(const float* rows) const {
-    return {rows, nullptr, over_head_dim, columns.blocks, PARTIAL_SCORE};
+  Product<Element> over_columns(const Element* rows) const {
+    return {rows, nullptr, over_head_dim, step_blocks, PARTIAL_SCORE};
   }
 
+  // With pairs, less than this is filled.
   int64_t key_floats() const { return plan.keys * columns.width; }
   int64_t panel_floats() const { return PANEL * columns.width; }
   int64_t tile_floats() const { return TILE_PANELS * panel_floats(); }
@@ -91,74 +102,99 @@ Matrix<T> head_of(const Heads& tensor, int64_t heads, int64_t head) {
           tensor.token_stride};
 }
 
-// A head's keys and values as blocked rows.
+// A head's keys and values as blocked rows: elements along each row for the scores, and across rows for sums over keys;
+// of floats these are the same.
+template <class T>
 struct PackedHead {
-  float *keys, *values;
+  using Element = typename PackedAs<T>::Element;
+  static constexpr bool PAIRS = NUMBERS_IN<Element> > 1;
+  Element *keys, *values, *more;
 
-  PackedHead(float* start, const Context& c) : keys(start), values(start + c.key_floats()) {}
-  static int64_t floats(const Context& c) { return 2 * c.key_floats(); }
+  PackedHead(float* start, const Context<T>& c)
+      : keys(reinterpret_cast<Element*>(start)),
+        values(reinterpret_cast<Element*>(start + c.key_floats())),
+        more(reinterpret_cast<Element*>(start + 2 * c.key_floats())) {}
+  static int64_t floats(const Context<T>& c, bool backward) { return (PAIRS && backward ? 3 : 2) * c.key_floats(); }
+  const Element* key_sums() const { return PAIRS ? more : keys; }  // keys for the sums over keys
 
   static constexpr int64_t PIECE = 64;  // rows that one task packs where several share a head
-  static int64_t pieces(const Context& c) { return (c.plan.keys + PIECE - 1) / PIECE; }
+  static int64_t pieces(const Context<T>& c) { return (c.plan.keys + PIECE - 1) / PIECE; }
 
-  template <class T>
-  void pack(const Matrix<const T>& k, const Matrix<const T>& v, const Context& c, int64_t first, int64_t count) const {
-    const int64_t left = c.plan.keys - first, rows = count < left ? count : left;
+  void pack(const Matrix<const T>& k, const Matrix<const T>& v, const Context<T>& c, bool backward, int64_t first,
+            int64_t count) const {
+    constexpr int64_t PER = NUMBERS_IN<Element>;
+    const int64_t left = c.plan.keys - first, rows = count < left ? count : left, across = c.plan.keys / PER;
     const int32_t* tokens = c.plan.key_token + first;
-    pack_rows(k, tokens, rows, 1.0f, c.columns, keys + first * PANEL, c.plan.keys);
-    pack_rows(v, tokens, rows, 1.0f, c.columns, values + first * PANEL, c.plan.keys);
+    const int64_t along_start = first * PANEL, across_start = first / PER * PANEL;
+    pack_along_rows(k, tokens, rows, 1.0f, c.columns, keys + along_start, c.plan.keys);
+    if (!backward) {
+      pack_across_rows(v, tokens, rows, 1.0f, c.columns, values + across_start, across);
+    } else {
+      pack_along_rows(v, tokens, rows, 1.0f, c.columns, values + along_start, c.plan.keys);
+      if (PAIRS) pack_across_rows(k, tokens, rows, 1.0f, c.columns, more + across_start, across);
+    }
   }
 };
 
-// A tile's rows: as they are, [panel][block][query][PANEL], and transposed, [panel][head_dim][PANEL].
-template <class T>
-void pack_tile(const Matrix<const T>& from, const View& view, float factor, const Context& c, float* rows,
-               float* transposed) {
+// A tile's rows: transposed, [panel][head_dim][PANEL], and, where `across` is not nullptr, as elements across queries
+// for the sums over queries, [panel][block][query][PANEL]; of floats that is `rows`, otherwise scratch.
+template <class T, class Element>
+const Element* pack_tile(const Matrix<const T>& from, const View& view, float factor, const Context<T>& c,
+                         Element* rows, Element* transposed, Element* across) {
   for (int64_t g = 0; g < view.tile.panels; ++g) {
     const int64_t start = g * c.panel_floats();
-    pack_rows(from, view.tokens(g), PANEL, factor, c.columns, rows + start, PANEL);
-    transpose_panel(rows + start, c.columns.blocks, transposed + start);
+    pack_along_rows(from, view.tokens(g), PANEL, factor, c.columns, rows + start, PANEL);
+    transpose_panel(rows + start, c.step_blocks, transposed + start);
+    if (Context<T>::PER == 1 || across == nullptr) continue;
+    pack_across_rows(from, view.tokens(g), PANEL, factor, c.columns, across + start / Context<T>::PER,
+                     PANEL / Context<T>::PER);
   }
+  return Context<T>::PER == 1 ? rows : across;
 }
 
 template <class T>
-void fetch_tile(const Matrix<const T>& from, const View& view, const Context& c) {
+void fetch_tile(const Matrix<const T>& from, const View& view, const Context<T>& c) {
   for (int64_t i = 0; i < view.tile.panels * PANEL; ++i) fetch_row(from, view.tokens(0)[i], c.columns.head_dim);
 }
 
 // ---- Forward
 
+template <class T>
 struct ForwardScratch {
-  float *rows, *queries, *out, *scores;
+  typename PackedAs<T>::Element *rows, *queries;
+  float *out, *scores;
   Chunk* chunks;
   int64_t floats;
 
-  ForwardScratch(float* start, const Context& c) {
+  ForwardScratch(float* start, const Context<T>& c) {
     Pieces pieces(start);
-    rows = pieces.take(c.tile_floats());
-    queries = pieces.take(c.tile_floats());
+    rows = pieces.take<typename PackedAs<T>::Element>(c.tile_floats());
+    queries = pieces.take<typename PackedAs<T>::Element>(c.tile_floats());
     out = pieces.take(c.tile_floats());
     scores = pieces.take(c.score_floats());
-    chunks = reinterpret_cast<Chunk*>(pieces.take(c.chunk_floats()));
+    chunks = pieces.take<Chunk>(c.chunk_floats());
     floats = pieces.take(0) - start;
   }
 };
 
 template <class T>
-void forward_tile(const SparseAttention& p, const Context& c, int64_t head, int32_t t, const PackedHead& packed,
-                  const ForwardScratch& scratch) {
+void forward_tile(const SparseAttention& p, const Context<T>& c, int64_t head, int32_t t, const PackedHead<T>& packed,
+                  const ForwardScratch<T>& scratch) {
+  using Element = typename PackedAs<T>::Element;
   const auto q = head_of<const T>(p.q, p.heads, head);
   const auto out = head_of<T>(p.out, p.heads, head);
   float* lse = p.lse + head * p.pattern.seq;
   const View view{c.plan, c.plan.tile[t]};
-  pack_tile(q, view, c.scale.sign, c, scratch.rows, scratch.queries);
+  pack_tile<T, Element>(q, view, c.scale.sign, c, scratch.rows, scratch.queries, nullptr);
   if (t + 1 < c.plan.tiles) fetch_tile(q, View{c.plan, c.plan.tile[t + 1]}, c);
   products(view, c.over_columns(packed.keys), scratch.queries, c.panel_floats(), scratch.scores);
   float maxima[TILE_PANELS][PANEL], sums[TILE_PANELS][PANEL];
   for (int64_t g = 0; g < view.tile.panels; ++g) {
     softmax(view, g, c.scale.exponent, scratch.scores + g * view.stride(), maxima[g], sums[g]);
+    join_keys(reinterpret_cast<Element*>(scratch.scores + g * view.stride()), view.keys(g) * PANEL);
   }
-  weighted_sum(view, c.columns, scratch.scores, packed.values, scratch.chunks, scratch.out);
+  const Element* probabilities = reinterpret_cast<const Element*>(scratch.scores);
+  weighted_sum(view, c.columns, probabilities, packed.values, scratch.chunks, scratch.out);
   for (int64_t g = 0; g < view.tile.panels; ++g) {
     const int32_t* tokens = view.tokens(g);
     for (int64_t j = 0; j < view.panel(g).queries; ++j) {
@@ -175,20 +211,21 @@ constexpr int64_t HEADS_A_THREAD = 4;
 
 template <class T>
 const char* forward(const SparseAttention& p) {
-  const BorrowedPlan borrowed(p.pattern);
-  const Context c(*borrowed, p.head_dim, p.scale);
+  const BorrowedPlan borrowed(p.pattern, Context<T>::PER);
+  const Context<T> c(*borrowed, p.head_dim, p.scale);
   const int64_t heads = p.batch * p.heads;
-  const int64_t packed_floats = PackedHead::floats(c), own_floats = ForwardScratch(nullptr, c).floats;
+  const int64_t packed_floats = PackedHead<T>::floats(c, false);
+  const int64_t own_floats = ForwardScratch<T>(nullptr, c).floats;
   const int64_t floats = p.threads * (packed_floats + own_floats);
   if (p.workspace != nullptr) return *p.workspace = floats * sizeof(float), nullptr;
   const Scratch scratch(floats);
   if (scratch.data() == nullptr) return OUT_OF_MEMORY;
-  const auto packed = [&](int64_t i) { return PackedHead(scratch.data() + i * packed_floats, c); };
+  const auto packed = [&](int64_t i) { return PackedHead<T>(scratch.data() + i * packed_floats, c); };
   const auto own = [&](int i) {
-    return ForwardScratch(scratch.data() + p.threads * packed_floats + i * own_floats, c);
+    return ForwardScratch<T>(scratch.data() + p.threads * packed_floats + i * own_floats, c);
   };
   const auto pack = [&](int64_t head, int64_t i, int64_t first, int64_t count) {
-    packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, first, count);
+    packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, false, first, count);
   };
   if (heads >= HEADS_A_THREAD * p.threads) {
     parallel_items(heads, p.threads, [&](int64_t head, int thread) {
@@ -198,9 +235,9 @@ const char* forward(const SparseAttention& p) {
     return nullptr;
   }
   for (int64_t first = 0; first < heads; first += p.threads) {
-    const int64_t group = heads - first < p.threads ? heads - first : p.threads, pieces = PackedHead::pieces(c);
+    const int64_t group = heads - first < p.threads ? heads - first : p.threads, pieces = PackedHead<T>::pieces(c);
     parallel_items(group * pieces, p.threads, [&](int64_t item, int) {
-      pack(first + item / pieces, item / pieces, item % pieces * PackedHead::PIECE, PackedHead::PIECE);
+      pack(first + item / pieces, item / pieces, item % pieces * PackedHead<T>::PIECE, PackedHead<T>::PIECE);
     });
     parallel_items(group * c.plan.tiles, p.threads, [&](int64_t item, int thread) {
       const int64_t i = item / c.plan.tiles;
@@ -213,21 +250,25 @@ const char* forward(const SparseAttention& p) {
 // ---- Backward: p = probabilities, dp = grad_out . v, ds = p (dp - p . dp), and then
 //      dq = scale ds k,  dk = scale ds^T q,  dv = p^T grad_out.
 
+template <class T>
 struct BackwardScratch {
-  float *query_rows, *queries, *grad_rows, *grads, *dq, *scores, *grad_scores;
+  using Element = typename PackedAs<T>::Element;
+  Element *query_rows, *queries, *grad_rows, *grads, *rows;
+  float *dq, *scores, *grad_scores;
   Chunk* chunks;
   int64_t floats;
 
-  BackwardScratch(float* start, const Context& c) {
+  BackwardScratch(float* start, const Context<T>& c) {
     Pieces pieces(start);
-    query_rows = pieces.take(c.tile_floats());
-    queries = pieces.take(c.tile_floats());
-    grad_rows = pieces.take(c.tile_floats());
-    grads = pieces.take(c.tile_floats());
+    query_rows = pieces.take<Element>(c.tile_floats());
+    queries = pieces.take<Element>(c.tile_floats());
+    grad_rows = pieces.take<Element>(c.tile_floats());
+    grads = pieces.take<Element>(c.tile_floats());
+    rows = Context<T>::PER == 1 ? nullptr : pieces.take<Element>(c.tile_floats());
     dq = pieces.take(c.tile_floats());
     scores = pieces.take(c.score_floats());
     grad_scores = pieces.take(c.score_floats());
-    chunks = reinterpret_cast<Chunk*>(pieces.take(c.chunk_floats()));
+    chunks = pieces.take<Chunk>(c.chunk_floats());
     floats = pieces.take(0) - start;
   }
 };
@@ -237,8 +278,12 @@ struct KeySums {
   float *dk, *dv;
 
   static constexpr int64_t BLOCKS = 2;  // the blocks of dv follow those of dk
-  KeySums(float* start, const Context& c) : dk(start), dv(start + c.key_floats()) {}
-  static int64_t floats(const Context& c) { return BLOCKS * c.key_floats(); }
+  template <class T>
+  KeySums(float* start, const Context<T>& c) : dk(start), dv(start + c.key_floats()) {}
+  template <class T>
+  static int64_t floats(const Context<T>& c) {
+    return BLOCKS * c.key_floats();
+  }
 };
 
 // The keys that a run of tiles sees lie in two ranges, of the text and of the image.
@@ -284,13 +329,18 @@ DALLE_NOINLINE void score_gradients(const View& view, int64_t g, const float* su
 }
 
 template <class T>
-void backward_tile(const SparseAttentionBackward& p, const Context& c, int64_t head, int32_t t,
-                   const PackedHead& packed, const BackwardScratch& scratch, const KeySums& sums) {
+void backward_tile(const SparseAttentionBackward& p, const Context<T>& c, int64_t head, int32_t t,
+                   const PackedHead<T>& packed, const BackwardScratch<T>& scratch, const KeySums& sums) {
+  using Element = typename PackedAs<T>::Element;
   const auto q = head_of<const T>(p.q, p.heads, head), grad_out = head_of<const T>(p.grad_out, p.heads, head);
   const auto dq = head_of<T>(p.dq, p.heads, head);
   const View view{c.plan, c.plan.tile[t]};
-  pack_tile(q, view, c.scale.sign, c, scratch.query_rows, scratch.queries);
-  pack_tile(grad_out, view, 1.0f, c, scratch.grad_rows, scratch.grads);
+  // Of pairs, `rows` is what is transposed, and the others hold what sums over queries take.
+  Element* const rows = Context<T>::PER == 1 ? nullptr : scratch.rows;
+  const Element* queries = pack_tile<T, Element>(q, view, c.scale.sign, c, rows ? rows : scratch.query_rows,
+                                                 scratch.queries, scratch.query_rows);
+  const Element* grads = pack_tile<T, Element>(grad_out, view, 1.0f, c, rows ? rows : scratch.grad_rows, scratch.grads,
+                                               scratch.grad_rows);
   if (t + 1 < c.plan.tiles) {
     fetch_tile(q, View{c.plan, c.plan.tile[t + 1]}, c);
     fetch_tile(grad_out, View{c.plan, c.plan.tile[t + 1]}, c);
@@ -302,9 +352,19 @@ void backward_tile(const SparseAttentionBackward& p, const Context& c, int64_t h
     softmax(view, g, c.scale.exponent, scores, maxima, row_sums);
     score_gradients(view, g, row_sums, scores, scratch.grad_scores + g * view.stride());
   }
-  scatter_sum(view, c.columns, scratch.scores, scratch.grad_rows, sums.dv);
-  scatter_sum(view, c.columns, scratch.grad_scores, scratch.query_rows, sums.dk);
-  weighted_sum(view, c.columns, scratch.grad_scores, packed.keys, scratch.chunks, scratch.dq);
+  // Pairs of queries take half a row: those of the score gradients go behind those of the probabilities.
+  Element* const joined = reinterpret_cast<Element*>(scratch.scores);
+  const Element *p_rows = joined, *ds_rows = joined + PANEL / 2;
+  Element* const ds = reinterpret_cast<Element*>(scratch.grad_scores);
+  for (int64_t g = 0; g < view.tile.panels; ++g) {
+    const int64_t start = g * view.stride(), end = view.keys(g) * PANEL;
+    join_queries(scratch.scores + start, end, joined + start);
+    join_queries(scratch.grad_scores + start, end, joined + start + PANEL / 2);
+    join_keys(ds + start, end);
+  }
+  scatter_sum(view, c.columns, p_rows, grads, sums.dv);
+  scatter_sum(view, c.columns, Context<T>::PER == 1 ? ds : ds_rows, queries, sums.dk);
+  weighted_sum(view, c.columns, ds, packed.key_sums(), scratch.chunks, scratch.dq);
   for (int64_t g = 0; g < view.tile.panels; ++g) {
     const float* rows = scratch.dq + g * c.panel_floats();
     unpack_rows(rows, PANEL, view.tokens(g), view.panel(g).queries, p.scale, nullptr, c.columns, dq);
@@ -312,8 +372,9 @@ void backward_tile(const SparseAttentionBackward& p, const Context& c, int64_t h
 }
 
 template <class T>
-void backward_tiles(const SparseAttentionBackward& p, const Context& c, int64_t head, int32_t first, int32_t end,
-                    bool all_keys, const PackedHead& packed, const BackwardScratch& scratch, const KeySums& sums) {
+void backward_tiles(const SparseAttentionBackward& p, const Context<T>& c, int64_t head, int32_t first, int32_t end,
+                    bool all_keys, const PackedHead<T>& packed, const BackwardScratch<T>& scratch,
+                    const KeySums& sums) {
   KeyRanges ranges(c.plan, first, end);
   if (all_keys) ranges.first[1] = ranges.end[0], ranges.end[1] = c.plan.keys;
   for (int64_t block = 0; block < KeySums::BLOCKS * c.columns.blocks; ++block) {
@@ -327,7 +388,7 @@ void backward_tiles(const SparseAttentionBackward& p, const Context& c, int64_t 
 }
 
 template <class T>
-void write_key_sums(const SparseAttentionBackward& p, const Context& c, int64_t head, const KeySums& sums,
+void write_key_sums(const SparseAttentionBackward& p, const Context<T>& c, int64_t head, const KeySums& sums,
                     int64_t first, int64_t end) {
   const auto dk = head_of<T>(p.dk, p.heads, head), dv = head_of<T>(p.dv, p.heads, head);
   const int32_t* tokens = c.plan.key_token + first;
@@ -339,7 +400,8 @@ void write_key_sums(const SparseAttentionBackward& p, const Context& c, int64_t 
 
 // Adds what the later segments of a head have summed for the keys [first, end), in their order, to the first one's
 // sums.
-void add_segments(const Context& c, float* sums, int32_t segments, int64_t first, int64_t end) {
+template <class T>
+void add_segments(const Context<T>& c, float* sums, int32_t segments, int64_t first, int64_t end) {
   for (int32_t s = 1; s < segments; ++s) {
     const float* addend = sums + s * KeySums::floats(c);
     const KeyRanges ranges(c.plan, c.plan.cut(s, segments), c.plan.cut(s + 1, segments));
@@ -362,25 +424,26 @@ constexpr int64_t ENOUGH_HEADS = 8;
 
 template <class T>
 const char* backward(const SparseAttentionBackward& p) {
-  const BorrowedPlan borrowed(p.pattern);
-  const Context c(*borrowed, p.head_dim, p.scale);
+  const BorrowedPlan borrowed(p.pattern, Context<T>::PER);
+  const Context<T> c(*borrowed, p.head_dim, p.scale);
   const int64_t heads = p.batch * p.heads, wanted = (ENOUGH_HEADS + heads - 1) / heads;
   const int32_t segments = wanted < c.plan.tiles ? wanted : c.plan.tiles;
   const int64_t packed_count = segments > 1 ? heads : p.threads;
   const int64_t sums_count = segments > 1 ? heads * segments : p.threads;
-  const int64_t packed_floats = PackedHead::floats(c), own_floats = BackwardScratch(nullptr, c).floats;
+  const int64_t packed_floats = PackedHead<T>::floats(c, true);
+  const int64_t own_floats = BackwardScratch<T>(nullptr, c).floats;
   const int64_t sums_floats = KeySums::floats(c);
   const int64_t floats = packed_count * packed_floats + p.threads * own_floats;
   if (p.workspace != nullptr) return *p.workspace = (floats + sums_count * sums_floats) * sizeof(float), nullptr;
   const Scratch scratch(floats), sums(sums_count * sums_floats);
   if (scratch.data() == nullptr || sums.data() == nullptr) return OUT_OF_MEMORY;
-  const auto packed = [&](int64_t i) { return PackedHead(scratch.data() + i * packed_floats, c); };
+  const auto packed = [&](int64_t i) { return PackedHead<T>(scratch.data() + i * packed_floats, c); };
   const auto own = [&](int i) {
-    return BackwardScratch(scratch.data() + packed_count * packed_floats + i * own_floats, c);
+    return BackwardScratch<T>(scratch.data() + packed_count * packed_floats + i * own_floats, c);
   };
   const auto sums_of = [&](int64_t i) { return KeySums(sums.data() + i * sums_floats, c); };
   const auto pack = [&](int64_t head, int64_t i, int64_t first, int64_t count) {
-    packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, first, count);
+    packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, true, first, count);
   };
   if (segments == 1) {
     parallel_items(heads, p.threads, [&](int64_t head, int thread) {
@@ -390,9 +453,9 @@ const char* backward(const SparseAttentionBackward& p) {
     });
     return nullptr;
   }
-  const int64_t pieces = PackedHead::pieces(c);
+  const int64_t pieces = PackedHead<T>::pieces(c);
   parallel_items(heads * pieces, p.threads, [&](int64_t item, int) {
-    pack(item / pieces, item / pieces, item % pieces * PackedHead::PIECE, PackedHead::PIECE);
+    pack(item / pieces, item / pieces, item % pieces * PackedHead<T>::PIECE, PackedHead<T>::PIECE);
   });
   parallel_items(heads * segments, p.threads, [&](int64_t item, int thread) {
     const int64_t head = item / segments;
@@ -401,8 +464,8 @@ const char* backward(const SparseAttentionBackward& p) {
                       packed(head), own(thread), sums_of(item));
   });
   parallel_items(heads * pieces, p.threads, [&](int64_t item, int) {
-    const int64_t head = item / pieces, first = item % pieces * PackedHead::PIECE;
-    const int64_t end = first + PackedHead::PIECE < c.plan.keys ? first + PackedHead::PIECE : c.plan.keys;
+    const int64_t head = item / pieces, first = item % pieces * PackedHead<T>::PIECE;
+    const int64_t end = first + PackedHead<T>::PIECE < c.plan.keys ? first + PackedHead<T>::PIECE : c.plan.keys;
     const KeySums total = sums_of(head * segments);
     add_segments(c, total.dk, segments, first, end);
     write_key_sums<T>(p, c, head, total, first, end);

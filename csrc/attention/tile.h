@@ -14,7 +14,6 @@
 namespace dalle::DALLE_ISA_NAMESPACE {
 
 constexpr int TILE_PANELS = 2;
-constexpr int KEY_STEP = 1;
 // Terms that one accumulator takes before it is added to the rest: one long chain of additions in float32 would be less
 // accurate than the matrix products of a good library. Errors of a score count most, for they are exponentiated.
 constexpr int64_t PARTIAL_SCORE = 16, PARTIAL_SUM = 64;

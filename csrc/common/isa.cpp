@@ -42,6 +42,9 @@ Isa detect() {
   const uint64_t state = enabled_state();
   const bool avx2 = has(basic.ecx, FMA) && has(basic.ecx, F16C) && has(extended.ebx, AVX2);
   if (!avx2 || (state & YMM_STATE) != YMM_STATE) return Isa::portable;
+#if defined(DALLE_EMULATE)
+  return Isa::avx512_bf16;  // whose builds are made of AVX2 instructions here: emulate.h
+#endif
   const bool avx512 = has(extended.ebx, AVX512F) && has(extended.ebx, AVX512DQ) && has(extended.ebx, AVX512BW) &&
                       has(extended.ebx, AVX512VL);
   if (!avx512 || (state & ZMM_STATE) != ZMM_STATE) return Isa::avx2;
