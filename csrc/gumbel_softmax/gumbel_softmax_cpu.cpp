@@ -8,12 +8,12 @@
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
 
-// Where a column of a block is one run in memory, longer runs (and fewer pages) pay for a block beyond the second-level
-// cache.
-int64_t cache_for(const RowTensor& tensor) { return (tensor.column_stride == 1 ? 256 : 2048) * int64_t{1024}; }
-
-Blocks blocks_of(const RowTensor& output, int64_t columns, int64_t row_bytes, int threads) {
-  return Blocks(output, columns, row_bytes, cache_for(output), LEAST_ROWS, threads);
+// Blocks of rows for sweeps that share `row_bytes` a row: in the second-level cache; but where a column of a block is
+// one run in memory, longer runs (and fewer pages) pay for going into the third, as far as `third_level` bytes of it.
+Blocks blocks_of(const RowTensor& output, int64_t columns, int64_t row_bytes, int64_t third_level, int threads) {
+  constexpr int64_t SECOND_LEVEL = 256 << 10;
+  return Blocks(output, columns, row_bytes, output.column_stride == 1 ? SECOND_LEVEL : third_level, LEAST_ROWS,
+                threads);
 }
 
 // `output` is contiguous.
@@ -60,7 +60,7 @@ void forward_block(const GumbelSoftmax& p, const Call& call, int64_t block, floa
 template <bool HARD>
 const char* forward(const GumbelSoftmax& p) {
   const int64_t row_bytes = HARD ? 0 : p.columns * 4;
-  const Call call(p.noise, blocks_of(p.y, p.columns, row_bytes, p.threads));
+  const Call call(p.noise, blocks_of(p.y, p.columns, row_bytes, 1 << 20, p.threads));
   const Scratch scratch(p.threads,
                         3 * TILE_FLOATS + (HARD ? 0 : SoftSample::kept_floats(p.columns, call.blocks.pitch)));
   if (scratch.failed()) return OUT_OF_MEMORY;
@@ -120,7 +120,7 @@ void backward_block(const GumbelSoftmaxBackward& p, const Call& call, int64_t bl
 
 template <bool HARD>
 const char* backward(const GumbelSoftmaxBackward& p) {
-  const Call call(p.noise, blocks_of(p.grad_logits, p.columns, p.columns * 12, p.threads));
+  const Call call(p.noise, blocks_of(p.grad_logits, p.columns, p.columns * 12, 8 << 20, p.threads));
   const Scratch scratch(p.threads,
                         4 * TILE_FLOATS + (HARD ? SoftSample::kept_floats(p.columns, call.blocks.pitch) : 0));
   if (scratch.failed()) return OUT_OF_MEMORY;

@@ -17,6 +17,15 @@ struct Elementwise {
   int64_t count;
 };
 
+// v[column][row] = complement_uniform of dalle_kernels/philox.py, for the rows from `offset` on; both numbers are
+// multiples of 64.
+struct UniformNoise {
+  uint64_t seed, offset;
+  int64_t columns, rows;
+  float* v;
+};
+
 DALLE_DECLARE_CPU_KERNEL(elementwise, Elementwise)
+DALLE_DECLARE_CPU_KERNEL(uniform_noise, UniformNoise)
 
 }  // namespace dalle
