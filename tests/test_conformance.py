@@ -31,7 +31,8 @@ def test_every_op_with_a_compiled_kernel_is_fuzzed():
 @pytest.mark.parametrize("instruction_set", AVAILABLE)
 def test_fuzzed_calls_agree_with_the_reference(instruction_set):
     environment = {**os.environ, "DALLE_KERNELS_ISA": instruction_set}
-    command = [sys.executable, str(Path(fuzz.__file__)), "--seed", "0", "--count", "30"]
+    # Fewer calls would leave the largest error to luck.
+    command = [sys.executable, str(Path(fuzz.__file__)), "--seed", "0", "--count", "60"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"instruction set {instruction_set}," in done.stdout
