@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 import dalle_kernels
 from dalle_kernels import AttentionPattern, KVCache, LayerWeights, _native, decode_layers, sparse_attention
 from dalle_kernels.attention.pattern import KINDS
+from dalle_kernels.attention.slots import slot_table
 from dalle_kernels.linear.ops import FEW_ROWS
 from dalle_kernels.testing import assert_accurate, poisoned_allocations
 
@@ -112,6 +115,40 @@ def test_extreme_activations():
     with dalle_kernels.use("reference"):
         expected = decode_layers(x, [wide], new_caches(2, 2, 8, torch.float32, count=1))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize(("dim", "hidden"), [(0, 4), (4, 0)])
+def test_empty_layers(dim, hidden):
+    torch.manual_seed(2)
+    draws = [t for _ in range(2) for t in (1 + torch.rand(dim), torch.rand(dim))]
+    attention = [torch.rand(24, dim), torch.rand(24), torch.rand(dim, 8), torch.rand(dim)]
+    mlp = [torch.rand(hidden, dim), torch.rand(hidden), torch.rand(dim, hidden), torch.rand(dim)]
+    layers, x = [LayerWeights(*draws[:2], *attention, *draws[2:], *mlp)], torch.randn(2, dim)
+    out = decode_layers(x, layers, new_caches(2, 2, 4, torch.float32, count=1))
+    with dalle_kernels.use("reference"):
+        assert torch.equal(out, decode_layers(x, layers, new_caches(2, 2, 4, torch.float32, count=1)))
+
+
+@native_only
+def test_slots_outlive_their_cache(monkeypatch):
+    """Another thread may need room for other patterns' slots while a kernel reads the addresses of these."""
+    caches = new_caches(1, 2, 4, torch.float32)
+    listed, call = [], _native.call
+
+    def clear_and_call(*arguments, **named):
+        for cache in caches:
+            for slots in slot_table(cache.pattern, cache.device)[:1]:
+                listed.extend([] if slots.listed is None else [weakref.ref(slots.listed)])
+        del slots
+        slot_table.cache_clear()
+        assert all(slots() is not None for slots in listed)
+        call(*arguments, **named)
+
+    monkeypatch.setattr(_native, "call", clear_and_call)
+    for cache in caches:
+        cache.length = TEXT_LEN
+    decode_layers(torch.randn(1, 12), draw_layers(12, 2, 4, 20), caches)
+    assert len(listed) == 2  # those of the convolutional kinds
 
 
 @native_only

@@ -25,9 +25,10 @@ def _fake(x, weights, caches, position, *settings):
 
 def _decode_native(x, weights, caches, position, kinds, text_len, height, width, kernel_size, scale, epsilon):
     _, prompts, heads, samples, _, head_dim = caches[1].shape
-    seen = []
+    seen, held = [], []  # `held` keeps the slots' memory while another thread may put it out of visible_keys' cache
     for text, image, kind in zip(caches[::2], caches[1::2], kinds.split(",")):
         text_keys, slots, new_key = visible_keys(position, image.device, kind, text_len, height, width, kernel_size)
+        held.append(slots)
         address = image.data_ptr() + slots.first * head_dim * image.element_size()
         listed = 0 if slots.listed is None else slots.listed.data_ptr()
         seen.append((text.data_ptr(), address, text_keys, image.shape[4], slots.count, listed, new_key))
@@ -36,7 +37,7 @@ def _decode_native(x, weights, caches, position, kinds, text_len, height, width,
         "decode_layers",
         x.device,
         dtype=_native.DTYPES[x.dtype],
-        sizes=(prompts, samples, heads, head_dim, x.shape[1], weights[8].shape[0], text_len),
+        sizes=(prompts, samples, heads, head_dim, x.shape[1], _hidden(weights), text_len),
         scale=scale,
         epsilon=epsilon,
         weights=[weight.data_ptr() for weight in weights],
@@ -46,11 +47,17 @@ def _decode_native(x, weights, caches, position, kinds, text_len, height, width,
     return out
 
 
+def _hidden(weights: list[Tensor]) -> int:
+    return weights[LayerWeights._fields.index("expansion_weight")].shape[0]
+
+
 def _native_unsupported(x, weights, caches, *_settings) -> str | None:
     if x.dtype == torch.float64:
         return "the compiled kernel takes float32, float16 and bfloat16, got float64"
     if not 0 < x.shape[0] <= FEW_ROWS:
         return f"the compiled kernel takes 1 to {FEW_ROWS} rows, got {x.shape[0]}"
+    if x.shape[1] == 0 or _hidden(weights) == 0:
+        return f"the compiled kernel takes no empty layers, got dim {x.shape[1]} and {_hidden(weights)} hidden"
     if not all(tensor.is_contiguous() and tensor.is_cpu for tensor in (*weights, *caches)):
         return "the compiled kernel takes contiguous weights and caches on the CPU"
     return None
