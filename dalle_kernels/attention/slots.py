@@ -13,18 +13,15 @@ from .pattern import AttentionPattern, cached_pattern
 class Slots(NamedTuple):
     """The slots that the query of an image token sees, once its own key is there: a run, or a list of them.
 
-    ``own`` is the place of the token's own slot among the ``count`` that it sees. ``listed`` is int32 ``[count]``, or
-    None for the run that begins at ``first``.
+    ``own_slot`` is the token's own, and ``own`` its place among the ``count`` that it sees. ``listed`` is int32
+    ``[count]``, or None for the run that begins at ``first``.
     """
 
+    own_slot: int
     own: int
     count: int
     first: int = 0
     listed: torch.Tensor | None = None
-
-    @property
-    def own_slot(self) -> int:
-        return self.first + self.own if self.listed is None else int(self.listed[self.own])
 
 
 def slot_count(pattern: AttentionPattern) -> int:
@@ -50,23 +47,24 @@ def slot_table(pattern: AttentionPattern, device: torch.device) -> list[Slots]:
     height, width = pattern.grid
     tokens, count = height * width, slot_count(pattern)
     if pattern.kind == "column":
-        return [Slots(row, row + 1, column * height) for row in range(height) for column in range(width)]
+        firsts = range(0, tokens, height)
+        return [Slots(first + row, row, row + 1, first) for row in range(height) for first in firsts]
     if pattern.kind == "axial_row":
-        return [Slots(n % width, n % width + 1) for n in range(tokens)]
+        return [Slots(n % width, n % width, n % width + 1) for n in range(tokens)]
     if pattern.kind not in ("conv", "conv_corner"):
-        return [Slots(n % count, min(n + 1, count)) for n in range(tokens)]
+        return [Slots(n % count, n % count, min(n + 1, count)) for n in range(tokens)]
     image = AttentionPattern(pattern.kind, 0, pattern.grid, pattern.kernel_size)
     with torch.inference_mode(False):
         visible = image.mask().nonzero()
         listed = (visible[:, 1] % count).int().to(device).split(visible[:, 0].bincount().tolist())
         # Ascending, so that a token's own key is the last that it sees.
-        return [Slots(len(slots) - 1, len(slots), listed=slots) for slots in listed]
+        return [Slots(n % count, len(slots) - 1, len(slots), listed=slots) for n, slots in enumerate(listed)]
 
 
 def visible_keys(position: int, device: torch.device, *pattern) -> tuple[int, Slots, int]:
     """What the token at ``position`` sees: how many text keys, the image's slots, and which key of all is its own."""
     text_len = pattern[1]
     if position < text_len:
-        return position + 1, Slots(0, 0), position
+        return position + 1, Slots(0, 0, 0), position
     slots = slot_table(cached_pattern(*pattern), device)[position - text_len]
     return text_len, slots, text_len + slots.own
