@@ -20,6 +20,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 PROVIDERS = ("native", "triton", "reference")
@@ -75,7 +76,12 @@ class Op:
 
     def __call__(self, *args):
         # Asked first and by this name, so that a compiler that follows these lines goes no further.
-        if torch.compiler.is_compiling() or _dispatcher_is_needed(args[self._tensors]):
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args[self._tensors])):
+            # torch would take the tangents of an operator for zero.
+            raise RuntimeError(f"{self.name} has no forward-mode derivative: use reverse mode or plain PyTorch")
+        if _dispatcher_is_needed(args[self._tensors]):
             return self.overload(*args)
         if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args[self._tensors]):
             return self._run(*args)
@@ -156,7 +162,8 @@ class Op:
 # Of the thread: modes, transforms, a tracer or a profiler, which must see the operators that are called.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
-_transform = torch._C._functorch.peek_interpreter_stack
+_functorch = torch._C._functorch
+_transform = _functorch.peek_interpreter_stack
 _tracer = torch._C._get_tracing_state
 _profiler = torch.autograd._profiler_enabled
 
@@ -180,6 +187,26 @@ def _dispatcher_is_needed(args: tuple) -> bool:
         elif isinstance(arg, Tensor):
             return True
     return False
+
+
+def _has_tangent(arg) -> bool:
+    """Whether ``arg`` is a dual tensor of forward-mode differentiation, or a list with one, under any transform."""
+    if isinstance(arg, (list, tuple)):
+        return any(map(_has_tangent, arg))
+    while isinstance(arg, Tensor):
+        # Unpacking has no batching rule.
+        if not _functorch.is_batchedtensor(arg) and forward_ad.unpack_dual(arg).tangent is not None:
+            return True
+        arg = _functorch.get_unwrapped(arg) if _functorch.is_functorch_wrapped_tensor(arg) else None
+    return False
+
+
+def has_transform() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is on, which cannot look into an operator.
+
+    A compiler that follows the call is none: it sees the operator.
+    """
+    return not torch.compiler.is_compiling() and (_transform() is not None or forward_ad._current_level >= 0)
 
 
 def _device_type(args: tuple) -> str:

@@ -6,6 +6,7 @@ import uuid
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -168,6 +169,17 @@ def test_torch_func_sees_the_operator(scaled):
     batch = torch.stack((X, 2 * X))
     assert torch.equal(torch.func.vmap(lambda x: scaled(x))(batch), 3 * batch)
     assert scaled.dispatched == 1
+
+
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, lambda f: torch.func.jacfwd(torch.vmap(f))])
+def test_forward_mode_is_refused_and_not_zero(scaled, transform):
+    x = torch.randn(2, 2)
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        transform(lambda x: scaled(x, 3.0))(x)
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            scaled(forward_ad.make_dual(x, x), 3.0)
+        assert torch.equal(scaled(x, 3.0), 3 * x)
 
 
 def test_values_that_the_dispatcher_makes_are_made(scaled):
