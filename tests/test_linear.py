@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import dalle_kernels
 from dalle_kernels import Linear, _native, linear
@@ -62,6 +63,12 @@ def test_what_the_kernel_does_not_take_is_torchs(shape):
         x, weight, bias = draw(*shape, dtype)
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
         assert dalle_kernels.explain("linear", x, weight, bias, dtype).runs == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64])
+def test_other_dtypes_are_torchs(dtype):
+    x, weight, bias = draw(3, 4, 5, dtype)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
 def test_any_layout_and_any_leading_dimensions():
@@ -118,6 +125,38 @@ def test_gradients_and_autocast_are_torchs():
         assert linear(x, layer.weight, layer.bias, torch.float32).dtype == torch.float32
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_transforms_and_forward_mode_are_torchs():
+    x, weight, bias = draw(3, 5, 4, torch.float32)
+
+    def results(layer):
+        def loss(x):
+            return layer(x, weight, bias).square().sum()
+
+        with forward_ad.dual_level():
+            yield forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x + 1), weight, bias)).tangent
+        yield torch.func.jvp(loss, (x,), (x + 1,))[1]
+        yield torch.func.grad(lambda x: torch.vmap(loss)(x[None]).sum())(x)
+        yield torch.vmap(torch.func.grad(loss))(x[None])
+        yield torch.func.jacfwd(loss)(x)
+        yield torch.func.hessian(loss)(x)
+
+    torch.testing.assert_close(list(results(linear)), list(results(F.linear)))
+
+
+def test_a_named_dtype_holds_under_autocast_with_and_without_a_gradient():
+    x, weight, bias = draw(3, 5, 4, torch.float32)
+    expected = F.linear(x, weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        for tensor in (x, x.clone().requires_grad_()):
+            torch.testing.assert_close(linear(tensor, weight, bias, torch.float32), expected)
+
+
+def test_tensors_without_values_pass():
+    assert Linear(5, 4, device="meta")(torch.empty(3, 5, device="meta")).shape == (3, 4)
+    with torch.no_grad():
+        assert Linear(5, 4, device="meta")(torch.empty(3, 5, device="meta")).is_meta
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_kernels import _native
-from dalle_kernels._dispatch import Op
+from dalle_kernels._dispatch import Op, has_transform
 from dalle_kernels.linear import reference
 
 FEW_ROWS = 64
 """Up to as many rows the compiled kernel is faster than torch's matrix product."""
+
+
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -50,7 +53,7 @@ def _native_unavailable(device_type: str) -> str | None:
 
 
 def _native_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> str | None:
-    if x.dtype == torch.float64 or dtype not in (x.dtype, torch.float32):
+    if x.dtype not in _NATIVE_DTYPES or dtype not in (x.dtype, torch.float32):
         return (
             f"the compiled kernel takes float32, float16 and bfloat16 to the same or float32, not {x.dtype} to {dtype}"
         )
@@ -77,14 +80,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
 
     Up to ``FEW_ROWS`` rows, on a CPU and without a gradient, a compiled kernel reads every weight once, at the speed of
     memory, which a general matrix product does not reach. Sums are taken in float32, and a row's result does not depend
-    on the rows beside it. Otherwise, and under autocast, it is torch's own.
+    on the rows beside it. Otherwise, and under autocast or a transform of ``torch.func``, it is torch's own.
 
     Args:
         x: ``[..., inputs]``, floating.
         weight: ``[outputs, inputs]`` of x's dtype and on its device.
         bias: ``[outputs]`` of the same, or None.
-        dtype: of the result, by default x's (or autocast's). With float32 a 16-bit product is not rounded, and no
-            weight is copied.
+        dtype: of the result, by default x's (or autocast's). With float32 a 16-bit product is not rounded, and the
+            compiled kernel copies no weight; torch's own converts them first.
 
     Returns:
         ``[..., outputs]``.
@@ -92,7 +95,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
     Raises:
         TypeError, ValueError: for other dtypes, devices or shapes.
     """
-    if dtype is None and torch.is_autocast_enabled(x.device.type):
+    if dtype is None and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
     for tensor in tensors:
@@ -100,8 +103,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
             _refuse(x, weight, bias)
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
         _refuse(x, weight, bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return reference.linear(x, weight, bias, dtype or x.dtype)
+    if (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) or has_transform():
+        if dtype is None:
+            return F.linear(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.linear(x, weight, bias, dtype)
     return linear_op(x, weight, bias, dtype or x.dtype)
 
 
