@@ -175,6 +175,26 @@ def test_no_rows(provider):
     assert loss.item() == 0 and hidden.grad.shape == (0, 3) and not weight.grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ops.REDUCTIONS)
+def test_no_columns(reduction, dtype, provider):
+    """The logits are the bias's."""
+    inputs = _inputs(6, 5, 0, seed=30, dtype=dtype)
+    results = _run(linear_cross_entropy, inputs, dtype, reduction)
+    for result, expected in zip(results, _run(_plain, inputs, torch.float32, reduction)):
+        torch.testing.assert_close(result, expected.to(result.dtype))
+    shaped = linear_cross_entropy(inputs[0].view(2, 3, 0), inputs[1], inputs[3].view(2, 3), inputs[2])
+    torch.testing.assert_close(shaped, linear_cross_entropy(inputs[0], inputs[1], inputs[3], inputs[2]))
+
+
+def test_dtypes_that_only_the_reference_reads():
+    hidden, weight, bias, target = _inputs(6, 5, 4, seed=31, dtype=torch.float32)
+    hidden = hidden.to(torch.float8_e4m3fn).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, target, bias)
+    torch.testing.assert_close(loss, _plain(hidden.float(), weight, target, bias))
+    assert torch.autograd.grad(loss, hidden)[0].dtype == torch.float8_e4m3fn
+
+
 @pytest.mark.parametrize("wrong", [6, -1, 2**40])
 def test_a_target_that_is_no_class(wrong, provider, monkeypatch):
     hidden, weight, bias, target = _inputs(4, 6, 3, seed=17, dtype=torch.float32)
@@ -197,6 +217,18 @@ def test_mixed_dtypes_and_autocast(provider):
     expected = linear_cross_entropy(hidden, weight, target, bias)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear_cross_entropy(hidden, weight, target, bias), expected)
+
+
+def test_the_default_dtype_changes_nothing(provider):
+    inputs = _inputs(9, 13, 8, seed=29, dtype=torch.float32)
+    for reduction in ops.REDUCTIONS:
+        expected = _run(linear_cross_entropy, inputs, torch.float32, reduction)
+        torch.set_default_dtype(torch.float64)
+        try:
+            results = _run(linear_cross_entropy, inputs, torch.float32, reduction)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(results, expected, msg=reduction)
 
 
 def test_same_input_same_bits(provider):
@@ -238,8 +270,7 @@ def test_logits_exist_for_one_chunk_at_a_time(reduction, dtype):
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_change_no_bit_of_the_compiled_kernel(dtype):
+def test_threads_change_no_bit_of_the_compiled_kernel():
     """The matrix products are torch's and may depend on the threads, so the kernels between them are tried alone."""
     classes, rows = 1300, 37
     generator = torch.Generator().manual_seed(24)

@@ -19,6 +19,7 @@ from dalle_kernels.cross_entropy import reference
 
 _CHUNK_FLOATS = 5 << 20  # of logits, and of the rows in float32; what lies between two products stays in cache
 _PANEL_FLOATS = 1 << 19  # of a 16-bit weight in float32
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64)  # the last one of targets
 _ROW_COPIES = 3  # transposed for the logits, the sums of their gradient, times a factor for the weight's gradient
 
 
@@ -74,7 +75,7 @@ class _Chunks:
         self.row_factor = self._scratch(step)
         self.workspace = self._scratch(_native.library("cpu").cross_entropy_workspace(classes, step))
         narrow = weight.dtype != torch.float32
-        self.panels = _balanced(classes, _PANEL_FLOATS // width if narrow else classes, 16)
+        self.panels = _balanced(classes, _PANEL_FLOATS // max(width, 1) if narrow else classes, 16)
         self.panel = self._scratch(self.panels[0].stop, width) if narrow else None
 
     def _scratch(self, *shape: int) -> Tensor:
@@ -90,7 +91,7 @@ class _Chunks:
         """The losses of a chunk, and its logits ``[classes, rows]`` or, with ``row_scale``, their gradient."""
         rows, target = self.hidden[chunk], self.target[chunk]
         classes, width = self.weight.shape
-        transposed = self.transposed.view(-1)[: width * len(rows)].view(width, -1).copy_(rows.t())
+        transposed = self.transposed.view(-1)[: width * len(rows)].view(width, len(rows)).copy_(rows.t())
         logits = self.logits.view(-1)[: classes * len(rows)].view(classes, -1)
         for panel, weight in self._wide_weight():
             torch.mm(weight, transposed, out=logits[panel])
@@ -178,7 +179,8 @@ def linear_cross_entropy_with_gradient(
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     chunks = _Chunks(hidden, weight, target, bias, ignore_index)
-    share = chunks.kept.sum().reciprocal() if reduction == "mean" else torch.ones(())
+    count = chunks.kept.sum() if reduction == "mean" else hidden.new_ones(())
+    share = count.to(torch.float32).reciprocal()  # in the dtype that the kernel reads, whatever torch's default is
     gradients = chunks.gradients(share.expand(len(hidden)), bias, output_mask)
     return (chunks.total * share).to(torch.float32), *gradients
 
@@ -205,6 +207,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def unsupported(*arguments) -> str | None:
-    if any(isinstance(argument, Tensor) and argument.dtype == torch.float64 for argument in arguments):
-        return "the compiled kernel computes in float32, got a float64 input"
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.dtype not in _DTYPES:
+            return f"the compiled kernel takes float32, float16 and bfloat16, got {argument.dtype}"
     return None

@@ -172,7 +172,8 @@ def linear_cross_entropy(
             ``ignore_index`` raises on the CPU; on a GPU, where looking at it would mean waiting, the loss is NaN.
     """
     _check(hidden, weight, target, bias, reduction)
-    rows, classes = hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() != 2 else hidden, target.reshape(-1)
+    classes = target.reshape(-1)
+    rows = hidden.reshape(len(classes), hidden.shape[-1]) if hidden.dim() != 2 else hidden
     inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if wants_gradient and reduction != "none" and all(tensor.dtype != torch.float16 for tensor in inputs):
