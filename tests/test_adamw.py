@@ -381,6 +381,34 @@ def test_state_dict_round_trip(tmp_path):
         unlike.load_state_dict(saved)
 
 
+def test_a_state_that_does_not_fit_is_not_loaded():
+    """The step writes to the moments' addresses, as far as the parameter reaches."""
+    params = [torch.nn.Parameter(torch.ones(8)) for _ in range(2)]
+    optimizer = AdamW16(params, lr=0.1)
+    params[0].grad = torch.ones(8)
+    optimizer.step()
+    good = optimizer.state_dict()
+    for name, wrong, message in (
+        (
+            "first_moment",
+            torch.zeros(4).short(),
+            r"first_moment of parameter 0 .*shape \(8,\), got torch.int16 .*\(4,\)",
+        ),
+        ("second_moment", torch.zeros(8).bfloat16(), "second_moment of .* int16 or float32 .* got torch.bfloat16"),
+        ("step", torch.zeros(2), r"step of parameter 0 as float32 of one element, got torch.float32 of shape \(2,\)"),
+        ("step", None, "step of parameter 0 as float32 of one element, got NoneType"),
+    ):
+        bad = {**good, "state": {0: {**good["state"][0], name: wrong}}}
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(bad)
+    with pytest.raises(ValueError, match="expected groups of an AdamW16's state dict, got one without 'max_variance'"):
+        optimizer.load_state_dict(torch.optim.AdamW(params).state_dict())
+    optimizer.load_state_dict(good)
+    assert params[1] not in optimizer.state  # which had no gradient
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 2
+
+
 def test_closure_and_its_loss():
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = AdamW16([param], lr=0.1)

@@ -136,10 +136,18 @@ class AdamW16(torch.optim.Optimizer):
         return state["first_moment"], state["second_moment"], state["step"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, moved to the parameters' devices, dtypes as they were saved."""
+        """Load what :meth:`state_dict` gave, moved to the parameters' devices, dtypes as they were saved.
+
+        Raises ValueError, with nothing changed, where it is not the state of such parameters.
+        """
         hooked: list[dict[str, Any]] = []
+
+        def check(_, state: dict[str, Any]) -> None:
+            _check_state(state, self)
+            hooked.append(state)
+
         # The last of the hooks sees the state as it is about to be loaded.
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: hooked.append(state))
+        handle = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -148,8 +156,38 @@ class AdamW16(torch.optim.Optimizer):
         saved = (index for group in hooked[-1]["param_groups"] for index in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
         for index, param in zip(saved, params, strict=True):
-            loaded = hooked[-1]["state"].get(index, {})
-            self.state[param].update({name: loaded[name].to(param.device) for name in _STATE if name in loaded})
+            if index in hooked[-1]["state"]:
+                loaded = hooked[-1]["state"][index]
+                self.state[param].update({name: loaded[name].to(param.device) for name in _STATE if name in loaded})
+
+
+def _check_state(state_dict: dict[str, Any], optimizer: AdamW16) -> None:
+    """The step trusts its state: with moments of another size or dtype it would write out of their bounds."""
+    pairs = list(zip(state_dict["param_groups"], optimizer.param_groups))
+    for group, own in pairs:
+        missing = [name for name in optimizer.defaults if name not in group]
+        if missing:
+            raise ValueError(f"AdamW16: expected groups of an AdamW16's state dict, got one without {missing[0]!r}")
+        if len(group["params"]) != len(own["params"]):
+            return  # of which torch tells
+    moment = (torch.int16, torch.float32)
+    for group, own in pairs:
+        for index, param in zip(group["params"], own["params"]):
+            state = state_dict["state"].get(index)
+            for name, dtypes in (("step", moment[1:]), ("first_moment", moment), ("second_moment", moment)):
+                if state:
+                    _check_loaded(f"{name} of parameter {index}", state.get(name), dtypes, param)
+
+
+def _check_loaded(name: str, loaded: Any, dtypes: tuple[torch.dtype, ...], param: Tensor) -> None:
+    is_step = len(dtypes) == 1
+    is_tensor = isinstance(loaded, Tensor)
+    if is_tensor and loaded.dtype in dtypes and (loaded.numel() == 1 if is_step else loaded.shape == param.shape):
+        return
+    got = f"{loaded.dtype} of shape {tuple(loaded.shape)}" if is_tensor else type(loaded).__name__
+    wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    shape = "one element" if is_step else f"shape {tuple(param.shape)}"
+    raise ValueError(f"AdamW16: expected the {name} as {wanted} of {shape}, got {got}")
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
