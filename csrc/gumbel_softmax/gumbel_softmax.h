@@ -5,15 +5,16 @@
 // dalle_kernels/philox.py; kl = sum q ln(q columns), q = softmax(logits).
 //
 // Floor: the forward reads the logits and writes y once, the backward reads three tensors and writes one. On a CPU the
-// noise costs more than that: about 45 instructions a vector for Philox and the uniform number, 45 for two logarithms,
-// 20 for the softmax's exponential and 25 more for the KL. At three to four a cycle that is about 40 cycles for 8
-// elements on AVX2, 70 ms for [8192, 8192] on two cores at 3.2 GHz; copying its 268 MB takes 16 ms there.
+// noise costs more than that: about 50 instructions a vector for Philox and the uniform number, 40 for two logarithms,
+// 20 for the softmax's exponential and 25 more for the KL. At three a cycle that is about 40 cycles for 8 elements on
+// AVX2 without the KL, 50 ms for [8192, 8192] on two cores at 3.2 GHz; copying its 268 MB takes 16 ms there.
 // Reached on two cores of an EPYC (Zen 3), AVX2, other work on the machine: 106 ms into memory that was touched before,
 // 150 ms with the page faults of a fresh y; F.gumbel_softmax takes 2210 ms.
 //
-// Scratch space is per thread and bounded: three tiles of 8 KiB, and in the forward what it keeps of a block of rows,
-// at most 1 MiB (2 MiB for dim = -1 and 65536 columns); longer rows are drawn twice instead. The codebook's products
-// take the width times some 100 to 200 floats a thread, and their backward also keeps about 7 floats a row.
+// Scratch space is per thread and bounded: four tiles of 8 KiB, and where a soft sample is drawn the exponentials of a
+// block of rows, 1 MiB up to 32768 columns and twice that up to 65536 (AVX-512: four times); longer rows are drawn
+// twice instead. The codebook's products take up to 200 floats a thread for each column of the codebook's width, and
+// their backward also keeps about 7 floats a row.
 #pragma once
 
 #include <cstdint>
