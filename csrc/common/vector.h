@@ -153,9 +153,25 @@ DALLE_INLINE Vector zero_where_less(Vector x, Vector a, Vector b) {
 
 // Round to nearest, ties to even; NaN stays NaN.
 DALLE_INLINE void store(BFloat16* p, Vector x) {
+#if defined(__AVX512F__)
+  const __m512i bits = _mm512_castps_si512(x.lanes), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  __m512i high = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
+  high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(x.lanes, x.lanes, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+#elif defined(__AVX2__)
+  const __m256i bits = _mm256_castps_si256(x.lanes), one = _mm256_set1_epi32(1);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+  __m256i high = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.lanes, x.lanes, _CMP_UNORD_Q));
+  high = _mm256_blendv_epi8(high, _mm256_set1_epi32(0x7fc0), nan);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+#else
   float values[Vector::width];
   store(values, x);
   for (int i = 0; i < Vector::width; ++i) from_float(values[i], p[i]);
+#endif
 }
 
 // The first `count` lanes, the others 0, touching no memory beyond them.
