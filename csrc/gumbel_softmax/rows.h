@@ -128,13 +128,14 @@ DALLE_INLINE void stream_line(void* to, const void* from) {
 template <class T>
 DALLE_INLINE void write_run(const float* from, int64_t count, T* to, bool stream) {
   constexpr int64_t LINE = CACHE_LINE / sizeof(T);
-  T line[LINE];
   int64_t i = 0;
   if (stream && reinterpret_cast<uintptr_t>(to) % CACHE_LINE == 0) {
-    for (; i + LINE <= count; i += LINE) {
-      for (int64_t j = 0; j < LINE; j += Vector::width) store(line + j, load(from + i + j));
-      stream_line(to + i, line);
-    }
+    // Converted as a whole first: a line that was just stored in narrower pieces could not be read at once.
+    T lines[MOST_ROWS];
+    static_assert(MOST_ROWS >= TILE_COLUMNS, "a run is a column or a row of a tile");
+    const int64_t whole = count / LINE * LINE;
+    for (int64_t j = 0; j < whole; j += Vector::width) store(lines + j, load(from + j));
+    for (; i < whole; i += LINE) stream_line(to + i, lines + i);
   }
   for (; i + Vector::width <= count; i += Vector::width) store(to + i, load(from + i));
   for (; i < count; ++i) from_float(from[i], to[i]);
