@@ -409,6 +409,19 @@ def test_a_state_that_does_not_fit_is_not_loaded():
     assert optimizer.state[params[0]]["step"] == 2
 
 
+def test_a_parameter_that_has_grown_since_its_last_step_is_not_updated(provider):
+    """``param.data`` may be given another size at any time; the moments' memory ends where it did."""
+    param = torch.nn.Parameter(torch.ones(4))
+    optimizer = AdamW16([param], lr=0.1)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    param.data, param.grad = torch.ones(7), None
+    param.grad = torch.ones(7)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(7))
+
+
 def test_closure_and_its_loss():
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = AdamW16([param], lr=0.1)

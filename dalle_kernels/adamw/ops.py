@@ -83,16 +83,17 @@ def _native_unsupported(
             return f"the compiled kernel takes {name} of one dtype a call"
     for tensors in zip(params, grads, first_moments, second_moments):
         if not share_layout(*tensors):
-            return "the compiled kernel takes parameters that are dense, and gradients and moments of the same strides"
+            return "the compiled kernel takes dense parameters, and gradients and moments of their sizes and strides"
     return None
 
 
 def share_layout(param: Tensor, *others: Tensor) -> bool:
-    """Whether all of them keep the same elements in the same order, with none between them."""
-    if all(tensor.is_contiguous() for tensor in (param, *others)):
+    """Whether all of them keep as many elements in the same order, with none between them."""
+    count = param.numel()
+    if all(tensor.is_contiguous() and tensor.numel() == count for tensor in (param, *others)):
         return True
-    strides = param.stride()
-    return _is_dense(param) and all(tensor.stride() == strides for tensor in others)
+    shape, strides = param.shape, param.stride()
+    return _is_dense(param) and all(tensor.stride() == strides and tensor.shape == shape for tensor in others)
 
 
 def _is_dense(tensor: Tensor) -> bool:
