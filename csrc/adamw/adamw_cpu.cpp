@@ -95,11 +95,10 @@ struct Arrays {
   }
 };
 
-// For whole pairs.
+// For whole pairs. The addresses are a copy of its own, which no store can change: they stay in registers.
 template <class Parameter, class Gradient, class Mean, class Variance>
-__attribute__((noinline)) void update_pairs(const Update& update,
-                                            const Arrays<Parameter, Gradient, Mean, Variance>& arrays, int64_t begin,
-                                            int64_t end) {
+__attribute__((noinline)) void update_pairs(const Update& update, Arrays<Parameter, Gradient, Mean, Variance> arrays,
+                                            int64_t begin, int64_t end) {
   // Roots and quotients take long: while those of some elements are on their way, others are decoded and encoded.
   Pair mean, root;
   arrays.move_moments(update, begin, mean, root);
