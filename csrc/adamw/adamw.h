@@ -5,9 +5,11 @@
 // (Zen 3). Operations: about 50 vector instructions for 8 parameters, a root and a quotient among them; at most four of
 // them start in a cycle, so AVX2 needs at least 12.5 cycles for 8 parameters: 8.1 ms on these cores at 3.2 GHz.
 //
-// Reached there (bench/bench_adamw.py): 12.0 to 13.0 ms. The same work on data in the second-level cache takes 11.8 ms:
-// the instructions bind, not memory. torch's fused AdamW in float32, which memory binds, takes from 13.4 to 20.6 ms, as
-// the machine's memory happens to be: 1.07 to 1.6 times as long.
+// Reached there (bench/bench_adamw.py): 12.0 to 13.0 ms, against torch's fused AdamW in float32, which memory binds, at
+// 13.4 to 20.6 ms, as the machine's memory happens to be: 1.07 to 1.6 times as long. That was measured before the loop
+// kept its addresses in registers; since then the same work on data in the second-level cache takes 11.2 ms (bfloat16;
+// before, 11.7) and 10.4 ms (float16; before, 11.0), twice one thread's speed taken for two: the instructions bind, not
+// memory, and not root and quotient alone, without which it would still take 10.0 ms (bfloat16, before).
 #pragma once
 
 #include "common/dtype.h"
