@@ -275,10 +275,12 @@ class DALLE(nn.Module):
         weights = [layer.weights() for layer in self.layers]
         return logits.repeat_interleave(samples_per_prompt, dim=0), Decoding(weights, caches, image_positions, length)
 
+    @torch.no_grad()
     def decode_step(self, tokens: torch.Tensor, decoding: Decoding) -> torch.Tensor:
         """Give the next image token of every row, int64 ``[rows]``, and get the logits of the one after it.
 
-        The logits are fp32 ``[rows, image_vocab_size]``. ``decoding`` moves on by one token.
+        The logits are fp32 ``[rows, image_vocab_size]``. ``decoding`` moves on by one token. Nothing here records a
+        gradient, and the layers take the parameters' dtype also under autocast.
         """
         if decoding.position >= self.config.image_len - 1:
             raise UserError(f"expected at most {self.config.image_len - 1} decode steps: the image is complete")
