@@ -90,7 +90,10 @@ def _native_unsupported(
 def share_layout(param: Tensor, *others: Tensor) -> bool:
     """Whether all of them keep as many elements in the same order, with none between them."""
     count = param.numel()
-    if all(tensor.is_contiguous() and tensor.numel() == count for tensor in (param, *others)):
+    for tensor in (param, *others):  # a plain loop: this runs for every parameter on every step
+        if not tensor.is_contiguous() or tensor.numel() != count:
+            break
+    else:
         return True
     shape, strides = param.shape, param.stride()
     return _is_dense(param) and all(tensor.stride() == strides and tensor.shape == shape for tensor in others)
