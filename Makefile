@@ -27,7 +27,7 @@ help:
 	@echo 'make demo   draw a labelled grid of pictures with the shipped model'
 	@echo 'make test   run the tests'
 	@echo 'make sanitize  check the kernels for accesses out of bounds and undefined operations'
-	@echo 'make emulate  run the tests of the AVX-512 kernels on any AVX2 processor, by SIMDe (SIMDE=folder of simde/)'
+	@echo 'make emulate  hold the AVX-512 kernels to the error rule on any AVX2 processor, by SIMDe (SIMDE=folder of simde/)'
 	@echo 'make bench  measure the kernels against their rivals into bench/results/ and the README'
 	@echo 'make lint   check style and formatting'
 	@echo 'make gpu    build for, check on and measure an NVIDIA GPU'

@@ -1,25 +1,35 @@
 """The AVX-512 builds of the CPU kernels on a processor without AVX-512.
 
-``python tests/emulate.py [folder of simde/]`` (``make emulate SIMDE=...``) builds the CPU library with every AVX-512
-intrinsic emulated by SIMDe (Debian's package libsimde-dev) into build/emulate, and runs the kernels' tests there under
-avx512 and avx512_bf16. The same sources are then known to be right; how fast they are, only such a processor tells.
+``python tests/emulate.py FOLDER`` (``make emulate SIMDE=FOLDER``) builds the CPU library with every AVX-512 intrinsic
+emulated by SIMDe, whose headers lie in FOLDER/simde (Debian's package libsimde-dev puts them into /usr/include), and
+then, family by family, holds the kernels to the error rule on random calls (tests/fuzz.py) under avx512 and
+avx512_bf16. The same sources are then known to be right; how fast they are, only such a processor tells.
+
+Each family has a time limit. What has passed is noted in build/emulate/passed, and not run again until the library, the
+calls or the code that draws them change: so a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from sanitize import KERNELS, ROOT, find_tool
+from sanitize import ROOT, find_tool
 
+# As deep as the folder that setup.py builds in, so that ccache knows what the two have in common.
 FOLDER = ROOT / "build" / "emulate"
+PASSED = FOLDER / "passed"
+INSTRUCTION_SETS = ("avx512", "avx512_bf16")
 
 
 def build(folder: Path, headers: Path) -> None:
-    """Put a copy of ``dalle_kernels`` with an emulating library into ``folder``."""
+    """Put a copy of ``dalle_kernels`` with an emulating library into ``folder``; again, only what has changed."""
     import pybind11
 
     options = {
@@ -31,30 +41,86 @@ def build(folder: Path, headers: Path) -> None:
         "DALLE_KERNELS_EMULATE": str(headers.resolve()),
         "CMAKE_CXX_COMPILER_LAUNCHER": shutil.which("ccache") or "",
     }
-    cmake, package, work = find_tool("cmake"), folder / "dalle_kernels", folder / "cmake"
-    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(work), *(f"-D{k}={v}" for k, v in options.items())]
-    for command in (configure, [cmake, "--build", str(work)]):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    cmake, package = find_tool("cmake"), folder / "dalle_kernels"
+    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *(f"-D{k}={v}" for k, v in options.items())]
+    for command in (configure, [cmake, "--build", str(folder)]):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise SystemExit(f"emulate: building failed at {' '.join(command)}\n{done.stdout[-5000:]}")
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "dalle_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    subprocess.run([cmake, "--install", str(work), "--prefix", str(package)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([cmake, "--install", str(folder), "--prefix", str(package)], check=True, stdout=subprocess.DEVNULL)
 
 
-def main() -> int:
-    headers = Path(sys.argv[1] if len(sys.argv) > 1 else "/usr/include")
-    if not (headers / "simde" / "x86" / "avx512.h").exists():
-        print(f"emulate: expected SIMDe's headers in {headers}/simde (Debian: libsimde-dev); pass their folder")
+def families() -> dict[str, list[str]]:
+    """The ops of each family that tests/fuzz.py draws calls of."""
+    from fuzz import SAMPLERS
+
+    found: dict[str, list[str]] = {}
+    for op, sampler in SAMPLERS.items():
+        found.setdefault(sampler.__name__.removesuffix("_call"), []).append(op)
+    return found
+
+
+def environment(instruction_set: str) -> dict[str, str]:
+    paths = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": paths, "DALLE_KERNELS_ISA": instruction_set}
+
+
+def fingerprint(arguments: list[str]) -> str:
+    """Of all that the outcome depends on."""
+    digest = hashlib.sha256(repr(arguments).encode())
+    sources = (FOLDER / "dalle_kernels").rglob("*.py"), (FOLDER / "dalle_kernels").glob("_cpu*.so")
+    for path in (ROOT / "tests" / "fuzz.py", *sorted(path for paths in sources for path in paths)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def run(instruction_set: str, family: str, arguments: list[str], limit: float) -> str:
+    """One family under one instruction set: what to say of it, which begins with "passed" if it passed."""
+    note, wanted = PASSED / f"{instruction_set}-{family}", fingerprint(arguments)
+    if note.exists() and note.read_text() == wanted:
+        return "passed before"
+    start = time.monotonic()
+    command = [sys.executable, str(ROOT / "tests" / "fuzz.py"), *arguments]
+    try:
+        done = subprocess.run(
+            command,
+            env=environment(instruction_set),
+            cwd=FOLDER,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired as error:
+        return f"NOT FINISHED in {limit:.0f} s\n{(error.stdout or b'').decode()}"
+    if done.returncode or f"instruction set {instruction_set}, " not in done.stdout or str(FOLDER) not in done.stdout:
+        return f"FAILED, status {done.returncode}\n{done.stdout}"
+    PASSED.mkdir(exist_ok=True)
+    note.write_text(wanted)
+    return f"passed in {time.monotonic() - start:.0f} s"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("headers", nargs="?", type=Path, help="the folder that holds simde/")
+    parser.add_argument("--family", action="append", choices=sorted(families()), help="(default: all)")
+    parser.add_argument("--count", type=int, default=100, help="calls of each op (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the calls (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for a family (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.headers is None or not (args.headers / "simde" / "x86" / "avx512.h").exists():
+        print("emulate: name the folder of SIMDe's headers, on Debian libsimde-dev: make emulate SIMDE=/usr/include")
         return 1
-    build(FOLDER, headers)
-    families = {path.parent.name for path in (ROOT / "csrc").glob("*/*_cpu.cpp")}
-    tests = [path for family in sorted(families) for path in (ROOT / "tests").glob(f"test_{family}*.py")]
+    build(FOLDER, args.headers)
     failed = False
-    for instruction_set in ("avx512", "avx512_bf16"):
-        paths = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"PYTHONPATH": paths, "DALLE_KERNELS_ISA": instruction_set}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", KERNELS, *map(str, tests)]
-        print(f"{instruction_set}, emulated", flush=True)
-        failed |= bool(subprocess.run(command, env=environment, cwd=FOLDER).returncode)
+    for instruction_set in INSTRUCTION_SETS:
+        for family in args.family or families():
+            arguments = ["--seed", str(args.seed), "--count", str(args.count), *families()[family]]
+            outcome = run(instruction_set, family, arguments, args.limit)
+            print(f"{instruction_set} {family}: {outcome}", flush=True)
+            failed |= not outcome.startswith("passed")
     return int(failed)
 
 
