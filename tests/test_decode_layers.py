@@ -200,6 +200,16 @@ def test_a_step_compiles_into_one_graph():
     assert [cache.length for cache in caches] == [1, 1]
 
 
+def test_inductor_serves_every_position():
+    torch._dynamo.reset()
+    layers, tokens = draw_layers(12, 2, 4, 20), torch.randn(4, 2, 12)
+    expected_caches, caches = new_caches(2, 2, 4, torch.float32), new_caches(2, 2, 4, torch.float32)
+    step = torch.compile(lambda x: decode_layers(x, layers, caches), fullgraph=True)
+    for x in tokens:
+        assert torch.equal(step(x), decode_layers(x, layers, expected_caches))
+    assert [cache.length for cache in caches] == [len(tokens)] * len(caches)
+
+
 def test_mistakes_get_one_clear_sentence():
     layers, x = draw_layers(12, 2, 4, 20, count=2), torch.randn(2, 12)
     caches = new_caches(2, 2, 4, torch.float32, count=2)
