@@ -3,7 +3,7 @@
     python bench/compare.py                                  every family (what `make bench` does)
     python bench/compare.py attention --rounds 3             one family, quickly
     python bench/compare.py attention -k "row and forward"   a part of one; no file is written
-    python bench/compare.py --from out.json                  what an earlier run wrote with --benchmark-json
+    python bench/compare.py --from a.json b.json             what earlier runs wrote with --benchmark-json
 
 Each family runs in a process of its own, which measures that machine's peaks too: floors and shares come from them.
 """
@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import machine
@@ -88,14 +89,17 @@ def judge(case: dict, peaks: dict[str, float]) -> dict:
     return {**case, "goals": goals}
 
 
-def results(report: dict) -> dict[str, dict]:
-    """The results files' contents by family, from what pytest-benchmark wrote."""
-    found = report["machine_info"]["side_by_side"]
-    peaks = found["peaks"]
+def results(reports: Iterable[dict]) -> dict[str, dict]:
+    """The results files' contents by family, from what runs of pytest-benchmark wrote.
+
+    Each run's floors come from its own peaks; a family measured in parts keeps the machine of the first.
+    """
     by_family: dict[str, dict] = {}
-    for benchmark in report["benchmarks"]:
-        case = judge(benchmark["extra_info"], peaks)
-        by_family.setdefault(case["family"], {"machine": found, "cases": []})["cases"].append(case)
+    for report in reports:
+        found = report["machine_info"]["side_by_side"]
+        for benchmark in report["benchmarks"]:
+            case = judge(benchmark["extra_info"], found["peaks"])
+            by_family.setdefault(case["family"], {"machine": found, "cases": []})["cases"].append(case)
     return by_family
 
 
@@ -155,7 +159,15 @@ def main() -> None:
         epilog="Other options go to pytest, such as -k row; then no file is written.",
     )
     parser.add_argument("families", nargs="*", metavar="family", help=f"of {', '.join(families())} (default: all)")
-    parser.add_argument("--from", dest="report", type=Path, help="read this pytest-benchmark JSON, measure nothing")
+    parser.add_argument(
+        "--from",
+        dest="reports",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="read what pytest wrote with --benchmark-json, of a family in parts maybe; measure nothing",
+    )
     parser.add_argument("--machine", help="its name in the files' names (default: made from the processor's)")
     parser.add_argument("--dry", action="store_true", help="print, write no file")
     for name in ("rounds", "threads", "device"):
@@ -166,23 +178,21 @@ def main() -> None:
         parser.error(f"expected families among {', '.join(families())}, got {', '.join(unknown)}")
     values = {name: getattr(options, name) for name in ("rounds", "threads", "device")}
     passed = [f"--{name}={value}" for name, value in values.items() if value]
-    failed, missed = [], []
+    failed, missed, reports = [], [], [json.loads(path.read_text(encoding="utf-8")) for path in options.reports]
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [options.report] if options.report else []
-        for family in () if options.report else options.families or families():
+        for family in () if reports else options.families or families():
             output = Path(folder) / f"{family}.json"
             if not measure(family, [*passed, *others], output):
                 failed.append(family)
             if output.exists() and output.stat().st_size:
-                outputs.append(output)
-        for output in outputs:
-            for family, content in results(json.loads(output.read_text(encoding="utf-8"))).items():
-                for case in content["cases"]:
-                    print(ratio_table(case), end="\n\n")
-                    failing = [goal for goal in case["goals"] if goal["met"] is False]
-                    missed += [f"{describe(case)}: {describe_goal(goal, case['unit'])}" for goal in failing]
-                if not options.dry and not others:
-                    print(f"wrote {write(family, content, options.machine or machine.slug(content['machine']))}\n")
+                reports.append(json.loads(output.read_text(encoding="utf-8")))
+    for family, content in results(reports).items():
+        for case in content["cases"]:
+            print(ratio_table(case), end="\n\n")
+            failing = [goal for goal in case["goals"] if goal["met"] is False]
+            missed += [f"{describe(case)}: {describe_goal(goal, case['unit'])}" for goal in failing]
+        if not options.dry and not others:
+            print(f"wrote {write(family, content, options.machine or machine.slug(content['machine']))}\n")
     if missed:
         print("goals missed:", *missed, sep="\n  ")
     if failed:

@@ -188,15 +188,22 @@ def test_results_files_by_family_and_the_ratio_table(tmp_path, monkeypatch):
         measured({OURS: 10, "dense*": 15, "best": 21}, goals=[Goal("speed", 2, BEST_RIVAL)], operations=5e6),
         measured({OURS: 1, "best": 2}, family="other"),
     )
-    families = compare.results(found)
+    families = compare.results([found])
     assert list(families) == ["toy", "other"]
     path = compare.write("toy", families["toy"], "some-cpu")
     assert path.name == "some-cpu-toy.json"
     content = json.loads(path.read_text())
     assert content["family"] == "toy" and content["cases"][0]["share_of_floor"] == 0.5
+    parts = compare.results([found, found])
+    assert [len(part["cases"]) for part in parts.values()] == [2, 2]
     table = compare.ratio_table(content["cases"][0])
-    for part in ("2.10x", "another function", "not here: not installed", "goal 2.00x against best, reached 2.10x: met"):
-        assert part in table
+    for words in (
+        "2.10x",
+        "another function",
+        "not here: not installed",
+        "goal 2.00x against best, reached 2.10x: met",
+    ):
+        assert words in table
 
 
 def test_readme_tables_of_any_family(tmp_path, monkeypatch):
@@ -205,7 +212,7 @@ def test_readme_tables_of_any_family(tmp_path, monkeypatch):
         measured({OURS: 10, "best": 21, "dense*": 15}, goals=[Goal("speed", 3, "best")], operations=5e6),
         measured({OURS: 0.5, "best": 1}, settings={"size": 4}),
     )
-    for family, content in compare.results(found).items():
+    for family, content in compare.results([found]).items():
         compare.write(family, content, "some-cpu")
     text = tables.tables(tmp_path.glob("*.json"))
     assert text.startswith("On Some CPU (2 threads, avx2, torch ")
@@ -223,7 +230,7 @@ def test_the_roofline_of_any_family(tmp_path):
         measured({OURS: 10}, operations=5e6),
     )
     path = tmp_path / "roofline.png"
-    roofline.draw(list(compare.results(found).values()), path)
+    roofline.draw(list(compare.results([found]).values()), path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -294,5 +301,5 @@ def test_a_benchmark_runs_under_pytest_and_wrong_work_has_no_time(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH), str(BENCH.parent)])}
     done = subprocess.run([*command, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert "1 failed, 1 passed" in done.stdout and "wrong work" in done.stdout, done.stdout + done.stderr
-    (toy,) = compare.results(json.loads(output.read_text()))["toy"]["cases"]
+    (toy,) = compare.results([json.loads(output.read_text())])["toy"]["cases"]
     assert {found["rounds"] for found in toy["candidates"].values()} == {3} and list(toy["candidates"]) == [OURS, "a"]
