@@ -12,8 +12,7 @@
 //   backward  heads' * 2 N W + threads * (10 P W + 4 P M) + sums * 2 N W, where heads' = sums = threads for 8 heads (of
 //             all samples) or more; for fewer, heads' = heads, and sums = heads * ceil(8 / heads), the segments that a
 //             head's tiles are cut into
-// and a few numbers beside (with dot products of bfloat16, N W more for each of heads', and 2 P W more for each thread,
-// in the backward). Never N x N.
+// and a few numbers beside. Never N x N.
 //
 // Reached on two cores of an AMD EPYC (Zen 3, AVX2, about 175 GFLOP/s in a large GEMM), one thread, 8 heads of 256 text
 // and 32 x 32 image tokens, head_dim 64, float32: row forward in 10.1 ms, 67 GFLOP/s on visible pairs, and conv in

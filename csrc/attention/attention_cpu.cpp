@@ -65,9 +65,9 @@ struct Scale {
 };
 
 // What all tasks of a call share. Sizes are in elements of 4 bytes, whatever they hold.
-template <class T>
+template <class T, class Element_>
 struct Context {
-  using Element = typename PackedAs<T>::Element;
+  using Element = Element_;
   static constexpr int64_t PER = NUMBERS_IN<Element>;
 
   const Plan& plan;
@@ -104,60 +104,49 @@ Matrix<T> head_of(const Heads& tensor, int64_t heads, int64_t head) {
 
 // A head's keys and values as blocked rows: elements along each row for the scores, and across rows for sums over keys;
 // of floats these are the same.
-template <class T>
+template <class T, class Element>
 struct PackedHead {
-  using Element = typename PackedAs<T>::Element;
-  static constexpr bool PAIRS = NUMBERS_IN<Element> > 1;
-  Element *keys, *values, *more;
+  Element *keys, *values;
 
-  PackedHead(float* start, const Context<T>& c)
-      : keys(reinterpret_cast<Element*>(start)),
-        values(reinterpret_cast<Element*>(start + c.key_floats())),
-        more(reinterpret_cast<Element*>(start + 2 * c.key_floats())) {}
-  static int64_t floats(const Context<T>& c, bool backward) { return (PAIRS && backward ? 3 : 2) * c.key_floats(); }
-  const Element* key_sums() const { return PAIRS ? more : keys; }  // keys for the sums over keys
+  PackedHead(float* start, const Context<T, Element>& c)
+      : keys(reinterpret_cast<Element*>(start)), values(reinterpret_cast<Element*>(start + c.key_floats())) {}
+  static int64_t floats(const Context<T, Element>& c) { return 2 * c.key_floats(); }
 
   static constexpr int64_t PIECE = 64;  // rows that one task packs where several share a head
-  static int64_t pieces(const Context<T>& c) { return (c.plan.keys + PIECE - 1) / PIECE; }
+  static int64_t pieces(const Context<T, Element>& c) { return (c.plan.keys + PIECE - 1) / PIECE; }
 
-  void pack(const Matrix<const T>& k, const Matrix<const T>& v, const Context<T>& c, bool backward, int64_t first,
+  void pack(const Matrix<const T>& k, const Matrix<const T>& v, const Context<T, Element>& c, int64_t first,
             int64_t count) const {
     constexpr int64_t PER = NUMBERS_IN<Element>;
-    const int64_t left = c.plan.keys - first, rows = count < left ? count : left, across = c.plan.keys / PER;
+    const int64_t left = c.plan.keys - first, rows = count < left ? count : left;
     const int32_t* tokens = c.plan.key_token + first;
-    const int64_t along_start = first * PANEL, across_start = first / PER * PANEL;
-    pack_along_rows(k, tokens, rows, 1.0f, c.columns, keys + along_start, c.plan.keys);
-    if (!backward) {
-      pack_across_rows(v, tokens, rows, 1.0f, c.columns, values + across_start, across);
-    } else {
-      pack_along_rows(v, tokens, rows, 1.0f, c.columns, values + along_start, c.plan.keys);
-      if (PAIRS) pack_across_rows(k, tokens, rows, 1.0f, c.columns, more + across_start, across);
-    }
+    pack_along_rows(k, tokens, rows, 1.0f, c.columns, keys + first * PANEL, c.plan.keys);
+    pack_across_rows(v, tokens, rows, 1.0f, c.columns, values + first / PER * PANEL, c.plan.keys / PER);
   }
 };
 
-// A tile's rows: transposed, [panel][head_dim][PANEL], and, where `across` is not nullptr, as elements across queries
-// for the sums over queries, [panel][block][query][PANEL]; of floats that is `rows`, otherwise scratch.
+// A tile's rows, and the same transposed: [panel][head_dim][PANEL].
 template <class T, class Element>
-const Element* pack_tile(const Matrix<const T>& from, const View& view, float factor, const Context<T>& c,
-                         Element* rows, Element* transposed, Element* across) {
+void pack_tile(const Matrix<const T>& from, const View& view, float factor, const Context<T, Element>& c,
+               Element* rows, Element* transposed) {
   for (int64_t g = 0; g < view.tile.panels; ++g) {
     const int64_t start = g * c.panel_floats();
     pack_along_rows(from, view.tokens(g), PANEL, factor, c.columns, rows + start, PANEL);
     transpose_panel(rows + start, c.step_blocks, transposed + start);
-    if (Context<T>::PER == 1 || across == nullptr) continue;
-    pack_across_rows(from, view.tokens(g), PANEL, factor, c.columns, across + start / Context<T>::PER,
-                     PANEL / Context<T>::PER);
   }
-  return Context<T>::PER == 1 ? rows : across;
 }
 
-template <class T>
-void fetch_tile(const Matrix<const T>& from, const View& view, const Context<T>& c) {
+template <class T, class Element>
+void fetch_tile(const Matrix<const T>& from, const View& view, const Context<T, Element>& c) {
   for (int64_t i = 0; i < view.tile.panels * PANEL; ++i) fetch_row(from, view.tokens(0)[i], c.columns.head_dim);
 }
 
 // ---- Forward
+
+template <class T>
+using ForwardContext = Context<T, typename PackedAs<T>::Element>;
+template <class T>
+using ForwardHead = PackedHead<T, typename PackedAs<T>::Element>;
 
 template <class T>
 struct ForwardScratch {
@@ -166,7 +155,7 @@ struct ForwardScratch {
   Chunk* chunks;
   int64_t floats;
 
-  ForwardScratch(float* start, const Context<T>& c) {
+  ForwardScratch(float* start, const ForwardContext<T>& c) {
     Pieces pieces(start);
     rows = pieces.take<typename PackedAs<T>::Element>(c.tile_floats());
     queries = pieces.take<typename PackedAs<T>::Element>(c.tile_floats());
@@ -178,14 +167,14 @@ struct ForwardScratch {
 };
 
 template <class T>
-void forward_tile(const SparseAttention& p, const Context<T>& c, int64_t head, int32_t t, const PackedHead<T>& packed,
-                  const ForwardScratch<T>& scratch) {
+void forward_tile(const SparseAttention& p, const ForwardContext<T>& c, int64_t head, int32_t t,
+                  const ForwardHead<T>& packed, const ForwardScratch<T>& scratch) {
   using Element = typename PackedAs<T>::Element;
   const auto q = head_of<const T>(p.q, p.heads, head);
   const auto out = head_of<T>(p.out, p.heads, head);
   float* lse = p.lse + head * p.pattern.seq;
   const View view{c.plan, c.plan.tile[t]};
-  pack_tile<T, Element>(q, view, c.scale.sign, c, scratch.rows, scratch.queries, nullptr);
+  pack_tile(q, view, c.scale.sign, c, scratch.rows, scratch.queries);
   if (t + 1 < c.plan.tiles) fetch_tile(q, View{c.plan, c.plan.tile[t + 1]}, c);
   products(view, c.over_columns(packed.keys), scratch.queries, c.panel_floats(), scratch.scores);
   float maxima[TILE_PANELS][PANEL], sums[TILE_PANELS][PANEL];
@@ -211,21 +200,21 @@ constexpr int64_t HEADS_A_THREAD = 4;
 
 template <class T>
 const char* forward(const SparseAttention& p) {
-  const BorrowedPlan borrowed(p.pattern, Context<T>::PER);
-  const Context<T> c(*borrowed, p.head_dim, p.scale);
+  const BorrowedPlan borrowed(p.pattern, ForwardContext<T>::PER);
+  const ForwardContext<T> c(*borrowed, p.head_dim, p.scale);
   const int64_t heads = p.batch * p.heads;
-  const int64_t packed_floats = PackedHead<T>::floats(c, false);
+  const int64_t packed_floats = ForwardHead<T>::floats(c);
   const int64_t own_floats = ForwardScratch<T>(nullptr, c).floats;
   const int64_t floats = p.threads * (packed_floats + own_floats);
   if (p.workspace != nullptr) return *p.workspace = floats * sizeof(float), nullptr;
   const Scratch scratch(floats);
   if (scratch.data() == nullptr) return OUT_OF_MEMORY;
-  const auto packed = [&](int64_t i) { return PackedHead<T>(scratch.data() + i * packed_floats, c); };
+  const auto packed = [&](int64_t i) { return ForwardHead<T>(scratch.data() + i * packed_floats, c); };
   const auto own = [&](int i) {
     return ForwardScratch<T>(scratch.data() + p.threads * packed_floats + i * own_floats, c);
   };
   const auto pack = [&](int64_t head, int64_t i, int64_t first, int64_t count) {
-    packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, false, first, count);
+    packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, first, count);
   };
   if (heads >= HEADS_A_THREAD * p.threads) {
     parallel_items(heads, p.threads, [&](int64_t head, int thread) {
@@ -235,9 +224,9 @@ const char* forward(const SparseAttention& p) {
     return nullptr;
   }
   for (int64_t first = 0; first < heads; first += p.threads) {
-    const int64_t group = heads - first < p.threads ? heads - first : p.threads, pieces = PackedHead<T>::pieces(c);
+    const int64_t group = heads - first < p.threads ? heads - first : p.threads, pieces = ForwardHead<T>::pieces(c);
     parallel_items(group * pieces, p.threads, [&](int64_t item, int) {
-      pack(first + item / pieces, item / pieces, item % pieces * PackedHead<T>::PIECE, PackedHead<T>::PIECE);
+      pack(first + item / pieces, item / pieces, item % pieces * ForwardHead<T>::PIECE, ForwardHead<T>::PIECE);
     });
     parallel_items(group * c.plan.tiles, p.threads, [&](int64_t item, int thread) {
       const int64_t i = item / c.plan.tiles;
@@ -250,21 +239,25 @@ const char* forward(const SparseAttention& p) {
 // ---- Backward: p = probabilities, dp = grad_out . v, ds = p (dp - p . dp), and then
 //      dq = scale ds k,  dk = scale ds^T q,  dv = p^T grad_out.
 
+// In float32, bfloat16 as well: with probabilities and score gradients rounded to bfloat16, gradients broke the error
+// rule.
+template <class T>
+using BackwardContext = Context<T, float>;
+template <class T>
+using BackwardHead = PackedHead<T, float>;
+
 template <class T>
 struct BackwardScratch {
-  using Element = typename PackedAs<T>::Element;
-  Element *query_rows, *queries, *grad_rows, *grads, *rows;
-  float *dq, *scores, *grad_scores;
+  float *query_rows, *queries, *grad_rows, *grads, *dq, *scores, *grad_scores;
   Chunk* chunks;
   int64_t floats;
 
-  BackwardScratch(float* start, const Context<T>& c) {
+  BackwardScratch(float* start, const BackwardContext<T>& c) {
     Pieces pieces(start);
-    query_rows = pieces.take<Element>(c.tile_floats());
-    queries = pieces.take<Element>(c.tile_floats());
-    grad_rows = pieces.take<Element>(c.tile_floats());
-    grads = pieces.take<Element>(c.tile_floats());
-    rows = Context<T>::PER == 1 ? nullptr : pieces.take<Element>(c.tile_floats());
+    query_rows = pieces.take(c.tile_floats());
+    queries = pieces.take(c.tile_floats());
+    grad_rows = pieces.take(c.tile_floats());
+    grads = pieces.take(c.tile_floats());
     dq = pieces.take(c.tile_floats());
     scores = pieces.take(c.score_floats());
     grad_scores = pieces.take(c.score_floats());
@@ -278,10 +271,10 @@ struct KeySums {
   float *dk, *dv;
 
   static constexpr int64_t BLOCKS = 2;  // the blocks of dv follow those of dk
-  template <class T>
-  KeySums(float* start, const Context<T>& c) : dk(start), dv(start + c.key_floats()) {}
-  template <class T>
-  static int64_t floats(const Context<T>& c) {
+  template <class Any>
+  KeySums(float* start, const Any& c) : dk(start), dv(start + c.key_floats()) {}
+  template <class Any>
+  static int64_t floats(const Any& c) {
     return BLOCKS * c.key_floats();
   }
 };
@@ -329,18 +322,13 @@ DALLE_NOINLINE void score_gradients(const View& view, int64_t g, const float* su
 }
 
 template <class T>
-void backward_tile(const SparseAttentionBackward& p, const Context<T>& c, int64_t head, int32_t t,
-                   const PackedHead<T>& packed, const BackwardScratch<T>& scratch, const KeySums& sums) {
-  using Element = typename PackedAs<T>::Element;
+void backward_tile(const SparseAttentionBackward& p, const BackwardContext<T>& c, int64_t head, int32_t t,
+                   const BackwardHead<T>& packed, const BackwardScratch<T>& scratch, const KeySums& sums) {
   const auto q = head_of<const T>(p.q, p.heads, head), grad_out = head_of<const T>(p.grad_out, p.heads, head);
   const auto dq = head_of<T>(p.dq, p.heads, head);
   const View view{c.plan, c.plan.tile[t]};
-  // Of pairs, `rows` is what is transposed, and the others hold what sums over queries take.
-  Element* const rows = Context<T>::PER == 1 ? nullptr : scratch.rows;
-  const Element* queries = pack_tile<T, Element>(q, view, c.scale.sign, c, rows ? rows : scratch.query_rows,
-                                                 scratch.queries, scratch.query_rows);
-  const Element* grads = pack_tile<T, Element>(grad_out, view, 1.0f, c, rows ? rows : scratch.grad_rows, scratch.grads,
-                                               scratch.grad_rows);
+  pack_tile(q, view, c.scale.sign, c, scratch.query_rows, scratch.queries);
+  pack_tile(grad_out, view, 1.0f, c, scratch.grad_rows, scratch.grads);
   if (t + 1 < c.plan.tiles) {
     fetch_tile(q, View{c.plan, c.plan.tile[t + 1]}, c);
     fetch_tile(grad_out, View{c.plan, c.plan.tile[t + 1]}, c);
@@ -352,19 +340,10 @@ void backward_tile(const SparseAttentionBackward& p, const Context<T>& c, int64_
     softmax(view, g, c.scale.exponent, scores, maxima, row_sums);
     score_gradients(view, g, row_sums, scores, scratch.grad_scores + g * view.stride());
   }
-  // Pairs of queries take half a row: those of the score gradients go behind those of the probabilities.
-  Element* const joined = reinterpret_cast<Element*>(scratch.scores);
-  const Element *p_rows = joined, *ds_rows = joined + PANEL / 2;
-  Element* const ds = reinterpret_cast<Element*>(scratch.grad_scores);
-  for (int64_t g = 0; g < view.tile.panels; ++g) {
-    const int64_t start = g * view.stride(), end = view.keys(g) * PANEL;
-    join_queries(scratch.scores + start, end, joined + start);
-    join_queries(scratch.grad_scores + start, end, joined + start + PANEL / 2);
-    join_keys(ds + start, end);
-  }
-  scatter_sum(view, c.columns, p_rows, grads, sums.dv);
-  scatter_sum(view, c.columns, Context<T>::PER == 1 ? ds : ds_rows, queries, sums.dk);
-  weighted_sum(view, c.columns, ds, packed.key_sums(), scratch.chunks, scratch.dq);
+  const float *probabilities = scratch.scores, *ds = scratch.grad_scores;
+  scatter_sum(view, c.columns, probabilities, static_cast<const float*>(scratch.grad_rows), sums.dv);
+  scatter_sum(view, c.columns, ds, static_cast<const float*>(scratch.query_rows), sums.dk);
+  weighted_sum(view, c.columns, ds, static_cast<const float*>(packed.keys), scratch.chunks, scratch.dq);
   for (int64_t g = 0; g < view.tile.panels; ++g) {
     const float* rows = scratch.dq + g * c.panel_floats();
     unpack_rows(rows, PANEL, view.tokens(g), view.panel(g).queries, p.scale, nullptr, c.columns, dq);
@@ -372,8 +351,8 @@ void backward_tile(const SparseAttentionBackward& p, const Context<T>& c, int64_
 }
 
 template <class T>
-void backward_tiles(const SparseAttentionBackward& p, const Context<T>& c, int64_t head, int32_t first, int32_t end,
-                    bool all_keys, const PackedHead<T>& packed, const BackwardScratch<T>& scratch,
+void backward_tiles(const SparseAttentionBackward& p, const BackwardContext<T>& c, int64_t head, int32_t first,
+                    int32_t end, bool all_keys, const BackwardHead<T>& packed, const BackwardScratch<T>& scratch,
                     const KeySums& sums) {
   KeyRanges ranges(c.plan, first, end);
   if (all_keys) ranges.first[1] = ranges.end[0], ranges.end[1] = c.plan.keys;
@@ -388,7 +367,7 @@ void backward_tiles(const SparseAttentionBackward& p, const Context<T>& c, int64
 }
 
 template <class T>
-void write_key_sums(const SparseAttentionBackward& p, const Context<T>& c, int64_t head, const KeySums& sums,
+void write_key_sums(const SparseAttentionBackward& p, const BackwardContext<T>& c, int64_t head, const KeySums& sums,
                     int64_t first, int64_t end) {
   const auto dk = head_of<T>(p.dk, p.heads, head), dv = head_of<T>(p.dv, p.heads, head);
   const int32_t* tokens = c.plan.key_token + first;
@@ -401,7 +380,7 @@ void write_key_sums(const SparseAttentionBackward& p, const Context<T>& c, int64
 // Adds what the later segments of a head have summed for the keys [first, end), in their order, to the first one's
 // sums.
 template <class T>
-void add_segments(const Context<T>& c, float* sums, int32_t segments, int64_t first, int64_t end) {
+void add_segments(const BackwardContext<T>& c, float* sums, int32_t segments, int64_t first, int64_t end) {
   for (int32_t s = 1; s < segments; ++s) {
     const float* addend = sums + s * KeySums::floats(c);
     const KeyRanges ranges(c.plan, c.plan.cut(s, segments), c.plan.cut(s + 1, segments));
@@ -424,26 +403,26 @@ constexpr int64_t ENOUGH_HEADS = 8;
 
 template <class T>
 const char* backward(const SparseAttentionBackward& p) {
-  const BorrowedPlan borrowed(p.pattern, Context<T>::PER);
-  const Context<T> c(*borrowed, p.head_dim, p.scale);
+  const BorrowedPlan borrowed(p.pattern, BackwardContext<T>::PER);
+  const BackwardContext<T> c(*borrowed, p.head_dim, p.scale);
   const int64_t heads = p.batch * p.heads, wanted = (ENOUGH_HEADS + heads - 1) / heads;
   const int32_t segments = wanted < c.plan.tiles ? wanted : c.plan.tiles;
   const int64_t packed_count = segments > 1 ? heads : p.threads;
   const int64_t sums_count = segments > 1 ? heads * segments : p.threads;
-  const int64_t packed_floats = PackedHead<T>::floats(c, true);
+  const int64_t packed_floats = BackwardHead<T>::floats(c);
   const int64_t own_floats = BackwardScratch<T>(nullptr, c).floats;
   const int64_t sums_floats = KeySums::floats(c);
   const int64_t floats = packed_count * packed_floats + p.threads * own_floats;
   if (p.workspace != nullptr) return *p.workspace = (floats + sums_count * sums_floats) * sizeof(float), nullptr;
   const Scratch scratch(floats), sums(sums_count * sums_floats);
   if (scratch.data() == nullptr || sums.data() == nullptr) return OUT_OF_MEMORY;
-  const auto packed = [&](int64_t i) { return PackedHead<T>(scratch.data() + i * packed_floats, c); };
+  const auto packed = [&](int64_t i) { return BackwardHead<T>(scratch.data() + i * packed_floats, c); };
   const auto own = [&](int i) {
     return BackwardScratch<T>(scratch.data() + packed_count * packed_floats + i * own_floats, c);
   };
   const auto sums_of = [&](int64_t i) { return KeySums(sums.data() + i * sums_floats, c); };
   const auto pack = [&](int64_t head, int64_t i, int64_t first, int64_t count) {
-    packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, true, first, count);
+    packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, first, count);
   };
   if (segments == 1) {
     parallel_items(heads, p.threads, [&](int64_t head, int thread) {
@@ -453,9 +432,9 @@ const char* backward(const SparseAttentionBackward& p) {
     });
     return nullptr;
   }
-  const int64_t pieces = PackedHead<T>::pieces(c);
+  const int64_t pieces = BackwardHead<T>::pieces(c);
   parallel_items(heads * pieces, p.threads, [&](int64_t item, int) {
-    pack(item / pieces, item / pieces, item % pieces * PackedHead<T>::PIECE, PackedHead<T>::PIECE);
+    pack(item / pieces, item / pieces, item % pieces * BackwardHead<T>::PIECE, BackwardHead<T>::PIECE);
   });
   parallel_items(heads * segments, p.threads, [&](int64_t item, int thread) {
     const int64_t head = item / segments;
@@ -464,8 +443,8 @@ const char* backward(const SparseAttentionBackward& p) {
                       packed(head), own(thread), sums_of(item));
   });
   parallel_items(heads * pieces, p.threads, [&](int64_t item, int) {
-    const int64_t head = item / pieces, first = item % pieces * PackedHead<T>::PIECE;
-    const int64_t end = first + PackedHead<T>::PIECE < c.plan.keys ? first + PackedHead<T>::PIECE : c.plan.keys;
+    const int64_t head = item / pieces, first = item % pieces * BackwardHead<T>::PIECE;
+    const int64_t end = first + BackwardHead<T>::PIECE < c.plan.keys ? first + BackwardHead<T>::PIECE : c.plan.keys;
     const KeySums total = sums_of(head * segments);
     add_segments(c, total.dk, segments, first, end);
     write_key_sums<T>(p, c, head, total, first, end);

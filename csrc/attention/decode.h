@@ -6,8 +6,8 @@
 // Floor: every visible key and value is read once a step, (text + samples * image) * 2 * head_dim elements a prompt and
 // head, at the bandwidth of wherever the cache lies; arithmetic is small beside it up to about 8 samples a prompt.
 // Reached on two Zen 3 threads (AVX2): text 256, 32x32 grid, 4 x 8 heads of 64, float32, last token: row 50, column 49,
-// conv 55 us at best for 4.7 to 5.2 MB: 95 GB/s, what a plain sum reads from the L3 cache; 65 to 75 us with other work on
-// the machine. bfloat16 takes the same time: half of the bytes, but they are widened.
+// conv 55 us at best for 4.7 to 5.2 MB: 95 GB/s, what a plain sum reads from the L3 cache; 65 to 75 us with other work
+// on the machine. bfloat16 takes the same time: half of the bytes, but they are widened.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ struct DecodeAttention {
   int64_t text_keys;             // visible: the first ones
   int64_t image_keys;            // visible: those in image_slots, or else the first ones
   const int32_t* image_slots;    // or nullptr
-  int64_t new_key;               // which of the visible keys, text before image, is the new one: written before it is read
+  int64_t new_key;               // which visible key, text before image, is the new one: written before it is read
   void* out;                     // [prompts * samples, heads, head_dim], contiguous, written in full
   int threads;
 };

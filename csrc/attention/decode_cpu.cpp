@@ -88,8 +88,8 @@ void exponentials(float* scores, int64_t count, float factor, float* largest, fl
   *sum = sum_of_lanes(sums);
 }
 
-// out[r * out_stride + d] += sum over i in [begin, end) of weights[r * weight_stride + i] * value i, for `rows` <= ROWS.
-// WHOLE: head_dim is a multiple of the vector's width.
+// out[r * out_stride + d] += sum over i in [begin, end) of weights[r * weight_stride + i] * value i, for `rows` <=
+// ROWS. WHOLE: head_dim is a multiple of the vector's width.
 template <int ROWS, bool WHOLE, class T>
 void add_values(int64_t rows, const float* weights, int64_t weight_stride, const Rows<T>& values, int64_t begin,
                 int64_t end, float* out, int64_t out_stride) {
@@ -203,8 +203,9 @@ struct Step {
     for (int64_t sample = first; sample < last; ++sample) {
       const int64_t row = prompt_head / p.heads * p.samples + sample, i = p.new_key - p.text_keys;
       for (int64_t which = 0; which < 2; ++which) {
+        const int64_t slot = i < 0 || p.image_slots == nullptr ? i : p.image_slots[i];
         T* to = i < 0 ? text(which, prompt_head) + p.new_key * p.head_dim
-                      : image(which, prompt_head, sample) + (p.image_slots == nullptr ? i : p.image_slots[i]) * p.head_dim;
+                      : image(which, prompt_head, sample) + slot * p.head_dim;
         copy_token(which == 0 ? p.k_new : p.v_new, row, prompt_head % p.heads, p.head_dim, to);
       }
     }
@@ -223,7 +224,9 @@ struct Step {
       const TokenHeads& q = p.q;
       const int64_t row = prompt_head / p.heads * p.samples + first + r;
       const T* from = static_cast<const T*>(q.data) + row * q.row_stride + prompt_head % p.heads * q.head_stride;
-      for (int64_t d = 0; d < p.head_dim; ++d) queries[r * width + d] = to_float(from[d * q.element_stride]) * scale.sign;
+      for (int64_t d = 0; d < p.head_dim; ++d) {
+        queries[r * width + d] = to_float(from[d * q.element_stride]) * scale.sign;
+      }
       for (int64_t d = 0; d < width; ++d) sums[r * width + d] = 0.0f;
     }
 

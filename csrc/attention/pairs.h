@@ -1,5 +1,5 @@
 // Operands of dot products of bfloat16: two numbers in an element, which one instruction multiplies with two others and
-// adds up in float32. Where a build has no such instruction, bfloat16 is packed as float32 (pack.h).
+// adds up in float32. Only the forward takes them, and only of bfloat16 in a build that has the instruction.
 #pragma once
 
 #include "attention/pack.h"
@@ -27,10 +27,8 @@ DALLE_INLINE void pack_across_rows(const Matrix<const T>& from, const int32_t* t
   pack_rows(from, tokens, count, sign, columns, to, to_rows);
 }
 
-// Probabilities or score gradients [key][PANEL], `end` floats, as elements whose numbers come from neighbouring keys,
-// in their place; and as elements from neighbouring queries, at the beginning of each of the rows `to`.
+// Probabilities [key][PANEL], `end` floats, as elements whose numbers come from neighbouring keys, in their place.
 DALLE_INLINE void join_keys(float*, int64_t) {}
-DALLE_INLINE void join_queries(const float*, int64_t, float*) {}
 
 #if defined(__AVX512BF16__)
 
@@ -131,12 +129,6 @@ DALLE_INLINE void join_keys(BFloat16Pair* numbers, int64_t end) {
       memcpy(halves, &bits, sizeof bits);
       store(numbers + i / 2 + lane, interleave(halves[0], halves[1]));
     }
-  }
-}
-
-DALLE_INLINE void join_queries(const float* from, int64_t end, BFloat16Pair* to) {
-  for (int64_t i = 0; i < end; i += PANEL) {
-    store(to + i, PairVector{rounded(load(from + i), load(from + i + Vector::width))});
   }
 }
 
