@@ -45,6 +45,13 @@ inline __m512i cvtepu16_epi32(__m256i x) {
   return joined<__m512i>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)),
                          _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
 }
+inline __m256i cvtepi32_epi16(__m512i x) {
+  int in[16];
+  short out[16];
+  __builtin_memcpy(in, &x, 64);
+  for (int i = 0; i < 16; ++i) out[i] = static_cast<short>(in[i]);
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(out));
+}
 inline __m512 cvtph_ps(__m256i x) {
   return joined<__m512>(_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1)));
 }
@@ -87,6 +94,7 @@ inline __m512i cvtne2ps_pbh(__m512 high, __m512 low) {
 }  // namespace dalle_emulate
 
 #define _mm512_cvtepi32_ps(x) dalle_emulate::cvtepi32_ps(x)
+#define _mm512_cvtepi32_epi16(x) dalle_emulate::cvtepi32_epi16(x)
 #define _mm512_cvtepu16_epi32(x) dalle_emulate::cvtepu16_epi32(x)
 #define _mm512_cvtph_ps(x) dalle_emulate::cvtph_ps(x)
 #define _mm512_cvtps_ph(x, rounding) dalle_emulate::cvtps_ph(x)
