@@ -10,6 +10,7 @@ import pytest
 
 from dalle import cli
 from dalle.cli import data, main
+from dalle_kernels import _dispatch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -78,6 +79,14 @@ def test_every_job_is_listed():
     assert modules == {f"{name}.py" for name in cli.JOBS}
 
 
+@pytest.fixture
+def environment_is_read_anew():
+    """The provider that the environment forces is read once a process, which other tests have used."""
+    _dispatch._provider_of_environment.cache_clear()
+    yield
+    _dispatch._provider_of_environment.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
@@ -85,7 +94,9 @@ def test_every_job_is_listed():
         ("DALLE_KERNELS_PROVIDER", "triton", "provider 'triton' was forced but"),
     ],
 )
-def test_a_provider_that_cannot_serve_is_one_sentence(monkeypatch, tmp_path, capsys, variable, value, message):
+def test_a_provider_that_cannot_serve_is_one_sentence(
+    monkeypatch, tmp_path, capsys, environment_is_read_anew, variable, value, message
+):
     monkeypatch.setenv(variable, value)
     assert main(["demo", "-o", str(tmp_path / "demo.png")]) == 2
     error = capsys.readouterr().err
