@@ -5,7 +5,7 @@
     python bench/compare.py attention -k "row and forward"   a part of one; no file is written
     python bench/compare.py --from a.json b.json             what earlier runs wrote with --benchmark-json
 
-Each family runs in a process of its own, which measures that machine's peaks too: floors and shares come from them.
+Each family runs in a process of its own, which measures the machine's peaks too; floors come from the highest of them.
 """
 
 from __future__ import annotations
@@ -90,15 +90,21 @@ def judge(case: dict, peaks: dict[str, float]) -> dict:
 
 
 def results(reports: Iterable[dict]) -> dict[str, dict]:
-    """The results files' contents by family, from what runs of pytest-benchmark wrote.
+    """The results files' contents by family, from what runs of pytest-benchmark wrote on one machine.
 
-    Each run's floors come from its own peaks; a family measured in parts keeps the machine of the first.
+    Floors come from the highest peaks that any of the runs saw: a peak measured beside other work is none. A family
+    measured in parts keeps the rest of the machine's description from the first.
     """
+    reports = list(reports)
+    peaks: dict[str, float] = {}
+    for report in reports:
+        for name, rate in report["machine_info"]["side_by_side"]["peaks"].items():
+            peaks[name] = max(rate, peaks.get(name, rate))
     by_family: dict[str, dict] = {}
     for report in reports:
-        found = report["machine_info"]["side_by_side"]
+        found = {**report["machine_info"]["side_by_side"], "peaks": peaks}
         for benchmark in report["benchmarks"]:
-            case = judge(benchmark["extra_info"], found["peaks"])
+            case = judge(benchmark["extra_info"], peaks)
             by_family.setdefault(case["family"], {"machine": found, "cases": []})["cases"].append(case)
     return by_family
 

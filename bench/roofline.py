@@ -89,7 +89,7 @@ def draw_shares(axes: Axes, cases: list[dict]) -> None:
     axes.invert_yaxis()
     axes.axvline(100, color="grey", linewidth=0.8)
     axes.set_xlabel("% of a copy's bandwidth (ideal bytes)")
-    axes.set_title("Bounded by memory; black: the best rival of the same function", fontsize=9)
+    axes.set_title("Bounded by memory; black: the best rival", fontsize=9)
 
 
 def draw(contents: list[dict], path: Path) -> None:
