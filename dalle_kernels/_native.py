@@ -88,6 +88,13 @@ def unavailable(device_type: str) -> str | None:
     return module if isinstance(module, str) else None
 
 
+def unavailable_but_on_cpu(device_type: str) -> str | None:
+    """As :func:`unavailable`, for a kernel that only the CPU library has."""
+    if device_type != "cpu":
+        return f"the compiled kernel runs on CPU tensors only, got device type {device_type!r}"
+    return unavailable(device_type)
+
+
 def library(device_type: str) -> ModuleType:
     """The compiled library for ``device_type`` ("cpu" or "cuda"); raises :class:`NativeError` where there is none."""
     module = _module(device_type)

@@ -62,10 +62,6 @@ def _native_step(
     torch.autograd.graph.increment_version(params)
 
 
-def _native_unavailable(device_type: str) -> str | None:
-    return _native.unavailable(device_type) if device_type == "cpu" else "there is a compiled kernel for the CPU only"
-
-
 def _native_unsupported(
     params: list[Tensor],
     grads: list[Tensor],
@@ -108,7 +104,9 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-adamw16_step_op.provide("native", _native_step, unavailable=_native_unavailable, unsupported=_native_unsupported)
+adamw16_step_op.provide(
+    "native", _native_step, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported
+)
 adamw16_step_op.provide("reference", reference.adamw16_step)
 
 

@@ -8,7 +8,7 @@ from .. import _native
 from .._dispatch import Op
 from . import reference
 from .cache import KVCache
-from .ops import PATTERN_SCHEMA, check_heads, checked_scale, native_unavailable
+from .ops import PATTERN_SCHEMA, check_heads, checked_scale
 from .slots import visible_keys
 
 
@@ -56,7 +56,7 @@ _decode = Op(
     f"{PATTERN_SCHEMA}) -> Tensor",
     _fake,
 )
-_decode.provide("native", _decode_native, unavailable=native_unavailable, unsupported=_native_unsupported)
+_decode.provide("native", _decode_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported)
 _decode.provide("reference", reference.decode_attention)
 
 

@@ -55,12 +55,6 @@ def _backward_native(grad_out, q, k, v, out, lse, *pattern):
     return dq, dk, dv
 
 
-def native_unavailable(device_type: str) -> str | None:
-    if device_type != "cpu":
-        return f"the compiled kernel runs on CPU tensors only, got device type {device_type!r}"
-    return _native.unavailable(device_type)
-
-
 def _native_unsupported(first, *arguments) -> str | None:
     if first.dtype == torch.float64:
         return "the compiled kernel takes float32, float16 and bfloat16, got float64"
@@ -81,7 +75,7 @@ _backward = Op(
     f"{PATTERN_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward_fake,
 )
-_native_limits = {"unavailable": native_unavailable, "unsupported": _native_unsupported}
+_native_limits = {"unavailable": _native.unavailable_but_on_cpu, "unsupported": _native_unsupported}
 _forward.provide("native", _forward_native, **_native_limits)
 _forward.provide("reference", reference.sparse_attention)
 _backward.provide("native", _backward_native, **_native_limits)

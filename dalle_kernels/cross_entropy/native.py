@@ -200,12 +200,6 @@ def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Te
     return output
 
 
-def unavailable(device_type: str) -> str | None:
-    if device_type != "cpu":
-        return f"the compiled kernel runs on CPU tensors only, got device type {device_type!r}"
-    return _native.unavailable(device_type)
-
-
 def unsupported(*arguments) -> str | None:
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.dtype not in _DTYPES:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle_kernels import _native
 from dalle_kernels._dispatch import Op, _dispatcher_is_needed
 from dalle_kernels.cross_entropy import native, reference
 
@@ -53,7 +54,9 @@ for _op in (
     linear_cross_entropy_with_gradient_op,
     linear_cross_entropy_scaled_gradient_op,
 ):
-    _op.provide("native", getattr(native, _op.name), unavailable=native.unavailable, unsupported=native.unsupported)
+    _op.provide(
+        "native", getattr(native, _op.name), unavailable=_native.unavailable_but_on_cpu, unsupported=native.unsupported
+    )
     _op.provide("reference", getattr(reference, _op.name))
 
 

@@ -57,10 +57,6 @@ def _native_unscale(tensors: list[Tensor], scale: Tensor) -> tuple[list[Tensor],
     return outputs, nonfinite
 
 
-def _native_unavailable(device_type: str) -> str | None:
-    return _native.unavailable(device_type) if device_type == "cpu" else "there is a compiled kernel for the CPU only"
-
-
 def _native_unsupported(tensors: list[Tensor], scale: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
     dtypes = {t.dtype for t in tensors}
     if len(dtypes) > 1 or not dtypes.issubset(_DTYPES) or dtype not in _DTYPES:
@@ -74,7 +70,7 @@ for _op, _run, _plain in (
     (scale_cast_filter_op, _native_scale, reference.scale_cast_filter),
     (filter_cast_unscale_op, _native_unscale, reference.filter_cast_unscale),
 ):
-    _op.provide("native", _run, unavailable=_native_unavailable, unsupported=_native_unsupported)
+    _op.provide("native", _run, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported)
     _op.provide("reference", _plain)
 
 

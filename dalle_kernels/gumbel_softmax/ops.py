@@ -139,12 +139,6 @@ def _codebook_backward_native(grad_embedding, grad_kl, logits, codebook, seed, o
     return grad_logits, grad_codebook
 
 
-def _unavailable(device_type: str) -> str | None:
-    if device_type != "cpu":
-        return f"the compiled kernel runs on CPU tensors only, got device type {device_type!r}"
-    return _native.unavailable(device_type)
-
-
 def _unsupported_logits(logits: Tensor, tau: Tensor, dim: int) -> str | None:
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the compiled kernel takes logits of float32, bfloat16 and float16, got {logits.dtype}"
@@ -213,7 +207,7 @@ for _op, _run, _unsupported, _plain in (
         reference.gumbel_codebook_backward,
     ),
 ):
-    _op.provide("native", _run, unavailable=_unavailable, unsupported=_unsupported)
+    _op.provide("native", _run, unavailable=_native.unavailable_but_on_cpu, unsupported=_unsupported)
     _op.provide("reference", _plain)
 
 

@@ -46,12 +46,6 @@ def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
     return out
 
 
-def _native_unavailable(device_type: str) -> str | None:
-    if device_type != "cpu":
-        return f"the compiled kernel runs on CPU tensors only, got device type {device_type!r}"
-    return _native.unavailable(device_type)
-
-
 def _native_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> str | None:
     if x.dtype not in _NATIVE_DTYPES or dtype not in (x.dtype, torch.float32):
         return (
@@ -71,7 +65,7 @@ def _sizes(x: Tensor, weight: Tensor) -> str:
 
 
 linear_op = Op("linear(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", _fake)
-linear_op.provide("native", _native_linear, unavailable=_native_unavailable, unsupported=_native_unsupported)
+linear_op.provide("native", _native_linear, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported)
 linear_op.provide("reference", reference.linear)
 
 

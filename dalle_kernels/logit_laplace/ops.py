@@ -67,12 +67,6 @@ def _native_backward(grad_loss: Tensor, x: Tensor, mu: Tensor, log_b: Tensor, re
     return grad_mu, grad_log_b
 
 
-def _native_unavailable(device_type: str) -> str | None:
-    if device_type != "cpu":
-        return f"the compiled kernel runs on CPU tensors only, got device type {device_type!r}"
-    return _native.unavailable(device_type)
-
-
 def _native_unsupported(*arguments) -> str | None:
     *tensors, x, mu, log_b, _reduction = arguments
     for tensor in (*tensors, x, mu, log_b):
@@ -87,7 +81,7 @@ logit_laplace_loss_op = Op(f"logit_laplace_loss({_INPUTS}) -> Tensor", _fake)
 logit_laplace_loss_backward_op = Op(
     f"logit_laplace_loss_backward(Tensor grad_loss, {_INPUTS}) -> (Tensor, Tensor)", _fake_backward
 )
-_native_limits = {"unavailable": _native_unavailable, "unsupported": _native_unsupported}
+_native_limits = {"unavailable": _native.unavailable_but_on_cpu, "unsupported": _native_unsupported}
 logit_laplace_loss_op.provide("native", _native_loss, **_native_limits)
 logit_laplace_loss_op.provide("reference", reference.logit_laplace_loss)
 logit_laplace_loss_backward_op.provide("native", _native_backward, **_native_limits)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dalle_kernels import _native
 from dalle_kernels._dispatch import Op
 from dalle_kernels.attention.cache import KVCache
-from dalle_kernels.attention.ops import checked_scale, native_unavailable
+from dalle_kernels.attention.ops import checked_scale
 from dalle_kernels.attention.slots import visible_keys
 from dalle_kernels.linear.ops import FEW_ROWS
 from dalle_kernels.transformer import reference
@@ -66,7 +66,7 @@ def _native_unsupported(x, weights, caches, *_settings) -> str | None:
 _decode = Op(
     f"decode_layers(Tensor x, Tensor[] weights, Tensor(a!)[] caches, SymInt position, {_SETTINGS}) -> Tensor", _fake
 )
-_decode.provide("native", _decode_native, unavailable=native_unavailable, unsupported=_native_unsupported)
+_decode.provide("native", _decode_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported)
 _decode.provide("reference", reference.decode_layers)
 
 
