@@ -3,6 +3,49 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+
+import pytest
 
 # Before torch is imported: two threads suffice to find what threads break, and leave a small machine usable.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+def available(name: str) -> str:
+    """``name`` again; skips the test where no build of that instruction set can run."""
+    from dalle_kernels import _native
+
+    if name not in _native.instruction_sets()[1]:
+        pytest.skip(f"{name} is not built or this processor does not run it")
+    return name
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request):
+    """Each instruction set that runs here, forced in this process."""
+    from dalle_kernels import _native
+
+    name, library = available(request.param), _native.library("cpu")
+    used = _native.instruction_sets()[2]
+    library.force_instruction_set(name)
+    yield name
+    library.force_instruction_set(used)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def run_with_instruction_set(request):
+    """A function that runs a program, its ``{isa}`` filled in, in a process that the environment forces to each set.
+
+    The program can import the test files.
+    """
+    name = available(request.param)
+
+    def run(program: str) -> None:
+        path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "DALLE_KERNELS_ISA": name, "PYTHONPATH": path}
+        subprocess.run([sys.executable, "-c", program.format(isa=name)], check=True, env=environment)
+
+    return run

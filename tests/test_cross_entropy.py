@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -417,12 +414,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ("portable", "avx2", "avx512", "avx512_bf16"))
-def test_every_instruction_set_is_as_accurate_as_the_reference(isa):
-    if isa not in _native.instruction_sets()[1]:
-        pytest.skip(f"{isa} is not built or this processor does not run it")
-    environment = {**os.environ, "DALLE_KERNELS_ISA": isa}
-    subprocess.run([sys.executable, "-c", CHECK_ONE_INSTRUCTION_SET.format(isa=isa)], check=True, env=environment)
+def test_every_instruction_set_is_as_accurate_as_the_reference(run_with_instruction_set):
+    run_with_instruction_set(CHECK_ONE_INSTRUCTION_SET)
 
 
 def test_compiles_whole():

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from functools import cache
 
 import numpy as np
@@ -269,12 +266,8 @@ for form in ("fp169", "fp0610"):
 
 
 @pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the compiled library is not built")
-@pytest.mark.parametrize("isa", ("portable", "avx2", "avx512", "avx512_bf16"))
-def test_every_instruction_set_equals_the_reference(isa):
-    if isa not in _native.instruction_sets()[1]:
-        pytest.skip(f"{isa} is not built or this processor does not run it")
-    environment = {**os.environ, "DALLE_KERNELS_ISA": isa}
-    subprocess.run([sys.executable, "-c", CHECK_ONE_INSTRUCTION_SET.format(isa=isa)], check=True, env=environment)
+def test_every_instruction_set_equals_the_reference(run_with_instruction_set):
+    run_with_instruction_set(CHECK_ONE_INSTRUCTION_SET)
 
 
 @pytest.mark.gpu

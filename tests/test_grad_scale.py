@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -171,10 +168,5 @@ for dtype in FLOATS:
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ("portable", "avx2", "avx512", "avx512_bf16"))
-def test_every_instruction_set_equals_the_reference(isa):
-    if isa not in _native.instruction_sets()[1]:
-        pytest.skip(f"{isa} is not built or this processor does not run it")
-    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "DALLE_KERNELS_ISA": isa, "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", CHECK_ONE_INSTRUCTION_SET.format(isa=isa)], check=True, env=environment)
+def test_every_instruction_set_equals_the_reference(run_with_instruction_set):
+    run_with_instruction_set(CHECK_ONE_INSTRUCTION_SET)

@@ -16,17 +16,6 @@ pytestmark = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="
 SEED, ZERO, TAU = torch.tensor(0x5EED), torch.tensor(0), torch.tensor(0.5)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
-def instruction_set(request):
-    _, available, used = _native.instruction_sets()
-    if request.param not in available:
-        pytest.skip(f"{request.param} is not built or this processor does not run it")
-    library = _native.library("cpu")
-    library.force_instruction_set(request.param)
-    yield request.param
-    library.force_instruction_set(used)
-
-
 @pytest.mark.parametrize("seed", [0, -1, 0x0123456789ABCDEF])
 @pytest.mark.parametrize("offset", [0, 2**32 - 30, -5, 2**63 - 3])
 def test_uniforms_equal_the_definition_bit_for_bit(seed, offset, instruction_set):

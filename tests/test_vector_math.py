@@ -17,17 +17,6 @@ LIMITS = {"exponential": 1.5, "natural_log": 1.5, "log1p": 2.2}
 pytestmark = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the CPU library is not built")
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
-def instruction_set(request):
-    _, available, used = _native.instruction_sets()
-    if request.param not in available:
-        pytest.skip(f"{request.param} is not built or this processor does not run it")
-    library = _native.library("cpu")
-    library.force_instruction_set(request.param)
-    yield request.param
-    library.force_instruction_set(used)
-
-
 def _apply(name: str, x: torch.Tensor) -> torch.Tensor:
     output = torch.full_like(x, math.nan)
     number = FUNCTIONS[name][0]
