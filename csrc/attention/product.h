@@ -9,9 +9,6 @@
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 
-// A call costs nothing beside the loops in here, and a copy at every place of use costs minutes of compiling.
-#define DALLE_NOINLINE __attribute__((noinline))
-
 constexpr int PANEL = 2 * Vector::width;
 // Rows of a register block: with two registers of columns, as many accumulators as leave room for the operands.
 constexpr int MOST_ROWS = Vector::width == 16 ? 12 : 6;

@@ -11,3 +11,7 @@
 #else
 #define DALLE_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
 #endif
+
+// A call costs nothing beside the loops in a function so marked, and a copy at every place of use costs minutes of
+// compiling.
+#define DALLE_NOINLINE __attribute__((noinline))

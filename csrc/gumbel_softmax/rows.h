@@ -13,9 +13,6 @@
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 
-// A call costs nothing beside the loops in here, and a copy at every place of use costs minutes of compiling.
-#define DALLE_NOINLINE __attribute__((noinline))
-
 constexpr int64_t TILE_COLUMNS = 32;  // 128 bytes of float32: whole cache lines where columns are contiguous
 constexpr int64_t MOST_ROWS = 64;     // of a block
 constexpr int64_t LEAST_ROWS = Vector::width > 8 ? Vector::width : 8;
