@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from sanitize import ROOT, find_tool
+import special_build
+from special_build import ROOT
 
 # As deep as the folder that setup.py builds in, so that ccache knows what the two have in common.
 FOLDER = ROOT / "build" / "emulate"
@@ -29,27 +28,9 @@ INSTRUCTION_SETS = ("avx512", "avx512_bf16")
 
 
 def build(folder: Path, headers: Path) -> None:
-    """Put a copy of ``dalle_kernels`` with an emulating library into ``folder``; again, only what has changed."""
-    import pybind11
-
-    options = {
-        "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "DALLE_KERNELS_CUDA": "off",
-        "DALLE_KERNELS_EMULATE": str(headers.resolve()),
-        "CMAKE_CXX_COMPILER_LAUNCHER": shutil.which("ccache") or "",
-    }
-    cmake, package = find_tool("cmake"), folder / "dalle_kernels"
-    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *(f"-D{k}={v}" for k, v in options.items())]
-    for command in (configure, [cmake, "--build", str(folder)]):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise SystemExit(f"emulate: building failed at {' '.join(command)}\n{done.stdout[-5000:]}")
-    shutil.rmtree(package, ignore_errors=True)
-    shutil.copytree(ROOT / "dalle_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    subprocess.run([cmake, "--install", str(folder), "--prefix", str(package)], check=True, stdout=subprocess.DEVNULL)
+    """Put a copy of ``dalle_kernels`` with an emulating library into ``folder``."""
+    options = {"CMAKE_BUILD_TYPE": "Release", "DALLE_KERNELS_EMULATE": str(headers.resolve())}
+    special_build.build(folder / "dalle_kernels", folder, options)
 
 
 def families() -> dict[str, list[str]]:
@@ -60,11 +41,6 @@ def families() -> dict[str, list[str]]:
     for op, sampler in SAMPLERS.items():
         found.setdefault(sampler.__name__.removesuffix("_call"), []).append(op)
     return found
-
-
-def environment(instruction_set: str) -> dict[str, str]:
-    paths = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": paths, "DALLE_KERNELS_ISA": instruction_set}
 
 
 def fingerprint(arguments: list[str]) -> str:
@@ -86,7 +62,7 @@ def run(instruction_set: str, family: str, arguments: list[str], limit: float) -
     try:
         done = subprocess.run(
             command,
-            env=environment(instruction_set),
+            env=special_build.environment(FOLDER, instruction_set),
             cwd=FOLDER,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -13,16 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import special_build
+from special_build import ROOT
+
 FOLDER = ROOT / "build" / "sanitize"
 
 # Tests of what surrounds the kernels take long under a sanitizer and find nothing.
 KERNELS = "not compile and not opcheck and not instruction_set"
-
-
-def find_tool(name: str) -> str | None:
-    """A program on PATH or beside this Python."""
-    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def runtime() -> str | None:
@@ -50,32 +47,15 @@ def instruction_sets() -> list[str]:
 
 
 def build(folder: Path, instruction_sets: list[str]) -> None:
-    """Put a copy of ``dalle_kernels`` with a sanitized library into ``folder``; a second time only what has changed."""
-    import pybind11
-
-    launcher = shutil.which("ccache")
+    """Put a copy of ``dalle_kernels`` with a sanitized library into ``folder``."""
     options = {
         "CMAKE_BUILD_TYPE": "None",  # whose flags are those below and no others
         "CMAKE_CXX_COMPILER": shutil.which("g++"),
         "CMAKE_CXX_FLAGS": "-O1 -g1",
-        "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "DALLE_KERNELS_CUDA": "off",
         "DALLE_KERNELS_SANITIZE": "on",
         "DALLE_KERNELS_INSTRUCTION_SETS": ";".join(instruction_sets),
-        "CMAKE_CXX_COMPILER_LAUNCHER": launcher or "",
     }
-    cmake, package = find_tool("cmake"), folder / "dalle_kernels"
-    work = folder / "cmake"
-    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(work), *(f"-D{k}={v}" for k, v in options.items())]
-    for command in (configure, [cmake, "--build", str(work)]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"building with sanitizers failed at {' '.join(command)}\n{done.stdout}{done.stderr}")
-    shutil.rmtree(package, ignore_errors=True)
-    shutil.copytree(ROOT / "dalle_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    subprocess.run([cmake, "--install", str(work), "--prefix", str(package)], check=True, stdout=subprocess.DEVNULL)
+    special_build.build(folder / "dalle_kernels", folder / "cmake", options)
 
 
 def environment(folder: Path, instruction_set: str) -> dict[str, str]:
@@ -83,14 +63,11 @@ def environment(folder: Path, instruction_set: str) -> dict[str, str]:
 
     Python itself never frees all of its memory, so leaks are not looked for.
     """
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
-        **os.environ,
+        **special_build.environment(folder, instruction_set),
         "LD_PRELOAD": runtime(),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": os.pathsep.join(paths),
-        "DALLE_KERNELS_ISA": instruction_set,
     }
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import sanitize
+import special_build
 
 from dalle_kernels import _native
 
@@ -14,7 +15,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the compiled library is not built"),
     pytest.mark.skipif(sanitize.runtime() is None, reason="needs GCC's libasan.so"),
-    pytest.mark.skipif(sanitize.find_tool("cmake") is None, reason="needs cmake"),
+    pytest.mark.skipif(special_build.find_tool("cmake") is None, reason="needs cmake"),
 ]
 # One build with intrinsics and one without, which together take as long as a test may.
 INSTRUCTION_SETS = [name for name in ("portable", "avx2") if name in sanitize.instruction_sets()]
