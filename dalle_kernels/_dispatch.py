@@ -53,6 +53,15 @@ class Provider:
     unavailable: Callable[[str], str | None]
     unsupported: Callable[..., str | None]
 
+    def rejected(self, device_type: str, forced: str | None) -> str | None:
+        """Why it does not run on ``device_type``, whatever the arguments, where the user forces ``forced``."""
+        if forced is not None and self.name != forced:
+            return f"{forced!r} is forced"
+        reason = self.unavailable(device_type)
+        if reason is None and forced is None and self.name == "triton" and device_type == "cpu":
+            return "Triton's interpreter is for tests and runs only where it is forced"
+        return reason
+
 
 class Op:
     """A ``torch.library`` operator ``dalle_kernels::<name>`` and the providers behind it.
@@ -136,7 +145,7 @@ class Op:
         for provider in self.providers:
             if forced is not None and provider.name != forced:
                 continue
-            reason = provider.unavailable(device_type) or provider.unsupported(*args)
+            reason = provider.rejected(device_type, forced) or provider.unsupported(*args)
             if reason is None:
                 return provider
             if forced is not None:
@@ -287,10 +296,7 @@ def explain(op: str, *args, device_type: str = "cpu") -> Explanation:
     forced = forced_provider()
     rejected = []
     for provider in providers:
-        if forced not in (None, provider.name):
-            reason = f"{forced!r} is forced"
-        else:
-            reason = provider.unavailable(device_type) or (provider.unsupported(*args) if args else None)
+        reason = provider.rejected(device_type, forced) or (provider.unsupported(*args) if args else None)
         if reason is None:
             return Explanation(op, provider.name, tuple(rejected))
         rejected.append((provider.name, reason))
