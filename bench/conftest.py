@@ -5,7 +5,7 @@ from __future__ import annotations
 import machine
 import pytest
 import torch
-from harness import Case, Contest
+from harness import Case, Contest, keep_freed_memory
 
 
 def pytest_addoption(parser):
@@ -16,6 +16,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    keep_freed_memory()
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
 

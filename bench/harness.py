@@ -4,6 +4,8 @@ A benchmark hands a :class:`Case` to the fixture ``side_by_side`` of ``conftest.
 time is ever taken of wrong work; then every round times each rival once and ours once, so that whatever else the
 machine does is spread over all of them.
 
+Memory that a call frees is kept for the next one (:func:`keep_freed_memory`).
+
 Peak memory is the growth of the process's resident memory during one call after a warm one: freed memory is given back
 to the system first (``malloc_trim``), the kernel's high-water mark is reset through ``/proc/self/clear_refs`` and read
 from ``VmHWM`` afterwards. It holds what a call returns; ``result_bytes`` says how much of it that is. The kernel counts
@@ -221,6 +223,21 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
         "p90_ms": tenths[-1],
         "rounds": len(seconds),
     }
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory for the next call instead of giving it back to the system; whether it does.
+
+    By default every large result is memory that the system must supply anew, page by page. On a virtual machine that
+    takes longer than the work, and differently long each time. Every candidate is spared it alike, as on a GPU, where
+    torch keeps freed memory itself.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except AttributeError:  # not glibc
+        return False
+    return bool(set_option(mmap_max, 0)) and bool(set_option(trim_threshold, -1))
 
 
 def _resident(name: str) -> int:
