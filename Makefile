@@ -1,7 +1,8 @@
 # Everything from a fresh clone, with nothing but Python 3.11 to 3.13, a C++ compiler and make. `make help` lists it.
 #
-# Settings, as `make NAME=value`: PYTHON (which one to use), VENV (the environment's folder), TORCH (what to install) and
-# DALLE_KERNELS_CUDA (auto, on or off: see setup.py); for `make bench` also BENCH, such as BENCH='attention --rounds 3'.
+# Settings, as `make NAME=value`: PYTHON (which one to use), VENV (the environment's folder), TORCH and TRITON (what to
+# install) and DALLE_KERNELS_CUDA (auto, on or off: see setup.py); for `make bench` also BENCH, such as
+# BENCH='attention --rounds 3', for `make gates` UPDATE=1 and for `make tune` TUNE, such as TUNE=float16.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -14,6 +15,8 @@ NVIDIA_DRIVER := $(wildcard /proc/driver/nvidia/version)
 # Without a GPU the release that this project is tested with; with one, whatever pip finds best among those it supports.
 TORCH ?= $(if $(NVIDIA_DRIVER),torch>=2.11$(COMMA)<2.14,torch==2.13.0)
 COMMA := ,
+# Triton comes with a torch for GPUs; without one this release compiles the kernels that tests/gates holds to account.
+TRITON ?= $(if $(NVIDIA_DRIVER),,$(if $(filter Linux,$(shell uname -s)),triton==3.6.0))
 export DALLE_KERNELS_CUDA ?= auto
 
 BIN := $(VENV)/bin
@@ -21,13 +24,15 @@ RIVALS := $(VENV)/rivals
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test sanitize emulate bench lint gpu build clean FORCE
+.PHONY: help demo test sanitize emulate gates tune bench lint gpu build clean FORCE
 
 help:
 	@echo 'make demo   draw a labelled grid of pictures with the shipped model'
 	@echo 'make test   run the tests'
 	@echo 'make sanitize  check the kernels for accesses out of bounds and undefined operations'
 	@echo 'make emulate  hold the AVX-512 kernels to the error rule on any AVX2 processor, by SIMDe (SIMDE=folder of simde/)'
+	@echo 'make gates  compile the Triton kernels for sm_80 and sm_90 and check registers, spills and tensor-core instructions'
+	@echo 'make tune   measure the Triton kernels in every candidate configuration, on an NVIDIA GPU'
 	@echo 'make bench  measure the kernels against their rivals into bench/results/ and the README'
 	@echo 'make lint   check style and formatting'
 	@echo 'make gpu    build for, check on and measure an NVIDIA GPU'
@@ -50,6 +55,12 @@ sanitize: build
 
 emulate: build
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python tests/emulate.py $(SIMDE)
+
+gates: build
+	@$(BIN)/python tests/gates.py $(if $(UPDATE),--update)
+
+tune: build
+	@$(BIN)/python bench/tune.py $(TUNE)
 
 lint: build
 	@$(BIN)/ruff check .
@@ -76,7 +87,7 @@ $(VENV)/.torch: $(VENV)/.torch-wanted
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo \
 	  'dalle-kernels: expected a C++ compiler, found none (on Debian and Ubuntu: apt install g++)'; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q '$(TORCH)'
+	$(BIN)/python -m pip install -q '$(TORCH)' $(TRITON)
 	@touch $@
 
 # Build isolation would fetch the build tools anew and compile everything again each time.
@@ -92,7 +103,7 @@ $(RIVALS)/.installed: bench/rivals.txt $(VENV)/.torch
 
 # Files that hold a setting and change only when it does.
 $(VENV)/.torch-wanted: FORCE
-	@mkdir -p $(VENV) && echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' >$@
+	@mkdir -p $(VENV) && echo '$(TORCH) $(TRITON)' | cmp -s - $@ || echo '$(TORCH) $(TRITON)' >$@
 $(VENV)/.cuda-wanted: FORCE
 	@mkdir -p $(VENV) && echo '$(DALLE_KERNELS_CUDA)' | cmp -s - $@ || echo '$(DALLE_KERNELS_CUDA)' >$@
 

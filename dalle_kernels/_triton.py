@@ -1,8 +1,12 @@
-"""Whether Triton can serve here, and its kernels, which are loaded at their first use.
+"""Whether Triton can serve here, its kernels, which are loaded at their first use, and what their launches need to know.
 
 A family's kernels are in its ``triton_kernels.py``, the only files that import ``triton``, which need not be installed
 and takes a second to import. Under ``TRITON_INTERPRET=1``, set before the first use, kernels run on CPU tensors through
 Triton's interpreter: slow, for tests, and only where the provider is forced.
+
+The functions of ``triton_kernels.py`` allocate with torch and launch; they ask :func:`architecture` and
+:func:`multiprocessors` for the device, not torch. So the gates can run them on meta tensors and compile, for a chip that
+is not there, exactly what would be launched on it.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -53,9 +58,60 @@ def _function(family: str, name: str) -> Callable:
 
 
 def launcher(family: str, name: str) -> Callable:
-    """The function ``name`` of ``dalle_kernels.<family>.triton_kernels``, as a provider's ``run``."""
+    """The function ``name`` of ``dalle_kernels.<family>.triton_kernels``, as a provider's ``run``.
+
+    Triton launches on the current device: it is made that of the first tensor, which may be in a list.
+    """
 
     def run(*args):
-        return _function(family, name)(*args)
+        function = _function(family, name)
+        device = _device(args)
+        if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*args)
+        with torch.cuda.device(device):
+            return function(*args)
 
     return run
+
+
+def _device(args: tuple) -> torch.device | None:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device
+        if isinstance(arg, (list, tuple)):
+            found = _device(arg)
+            if found is not None:
+                return found
+    return None
+
+
+_assumed: tuple[int, int] | None = None
+
+
+@contextmanager
+def assume(architecture: int, multiprocessors: int) -> Iterator[None]:
+    """Within the block, every device is taken for such a chip: to compile for one that is not here, and for tests."""
+    global _assumed
+    previous, _assumed = _assumed, (architecture, multiprocessors)
+    try:
+        yield
+    finally:
+        _assumed = previous
+
+
+@cache
+def _chip(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return 0, 1
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability as one number, 90 for 9.0; 0 for what is no GPU."""
+    return (_assumed or _chip(device))[0]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has; 1 for what is no GPU."""
+    return (_assumed or _chip(device))[1]

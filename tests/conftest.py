@@ -11,6 +11,13 @@ import pytest
 # Before torch is imported: two threads suffice to find what threads break, and leave a small machine usable.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import interpreter
+import torch
+
+# Before triton is imported, which reads it once: without a GPU its kernels run by its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
@@ -21,6 +28,22 @@ def available(name: str) -> str:
     if name not in _native.instruction_sets()[1]:
         pytest.skip(f"{name} is not built or this processor does not run it")
     return name
+
+
+@pytest.fixture
+def triton_device():
+    """The device to try Triton's kernels on, with that provider forced: a GPU, else the CPU by the interpreter."""
+    import dalle_kernels
+    from dalle_kernels import _triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = _triton.unavailable(device)
+    if reason is not None:
+        pytest.skip(reason)
+    if device == "cpu":
+        interpreter.mend()
+    with dalle_kernels.use("triton"):
+        yield device
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

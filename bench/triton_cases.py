@@ -1,0 +1,42 @@
+"""Calls of Triton's kernels at the shapes that matter: what ``make gates`` compiles and ``make tune`` measures.
+
+Each family declares its own in ``triton_<family>.py``, a list CASES. A call is prepared for a device, "meta" for the
+gates, which launch nothing, or "cuda", so its function of ``triton_kernels.py`` allocates by torch and reads no value.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle_kernels._triton_configurations import Configuration
+
+FOLDER = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: ``prepare(device)`` makes its inputs and returns the function that makes it.
+
+    ``row`` is the configuration that the call is to choose, if any, as the key of its table, among ``candidates``;
+    ``bytes_moved`` and ``operations`` are the least that it needs, for the figure.
+    """
+
+    name: str
+    prepare: Callable[[str], Callable[[], object]]
+    row: tuple[str, str] | None = None
+    candidates: Sequence[Configuration] = ()
+    bytes_moved: float | None = None
+    operations: float | None = None
+
+
+def families() -> list[str]:
+    return sorted(
+        path.stem.removeprefix("triton_") for path in FOLDER.glob("triton_*.py") if path.stem != "triton_cases"
+    )
+
+
+def cases(family: str) -> Sequence[Case]:
+    return importlib.import_module(f"triton_{family}").CASES

@@ -1,0 +1,79 @@
+"""How each Triton kernel is cut into blocks, by op, shape class and architecture: fixed, so that no call ever tunes.
+
+A row belongs to an op's name and a class of shapes that its family names; it has an entry for DEFAULT, which serves any
+chip that the row does not name and must fit 99 KiB of shared memory, and one for each architecture that wants another.
+``make tune`` measures the candidates of ``bench/triton_<family>.py`` on the GPU at hand and says which rows to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from dalle_kernels import _triton
+
+DEFAULT = 0
+"""In place of an architecture such as 80 or 90."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Block sizes by the names that the kernel's constexpr parameters have, and how a program runs.
+
+    ``figure`` is the measurement that chose it, such as "H100: 3.9 TB/s, 2025-01-31"; None: no GPU has measured it.
+    """
+
+    blocks: Mapping[str, int] = field(hash=False)
+    num_warps: int = 4
+    num_stages: int = 1
+    maxnreg: int | None = None
+    figure: str | None = None
+
+    @cached_property
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch: ``kernel[grid](..., **configuration.options)``."""
+        options = {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
+
+    def __getitem__(self, block: str) -> int:
+        return self.blocks[block]
+
+
+TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
+    # float16
+    ("encode", "dense"): {DEFAULT: Configuration({"BLOCK": 2048}, num_warps=4)},
+    ("encode", "strided"): {DEFAULT: Configuration({"BLOCK": 1024}, num_warps=4)},
+    ("decode", "dense"): {DEFAULT: Configuration({"BLOCK": 2048}, num_warps=4)},
+    ("decode", "strided"): {DEFAULT: Configuration({"BLOCK": 1024}, num_warps=4)},
+}
+
+_forced: dict[tuple[str, str], Configuration] = {}
+
+
+def configuration(op: str, shape_class: str, device: torch.device) -> Configuration:
+    """The configuration for a launch on ``device``."""
+    forced = _forced.get((op, shape_class))
+    if forced is not None:
+        return forced
+    row = TABLE[op, shape_class]
+    return row.get(_triton.architecture(device)) or row[DEFAULT]
+
+
+@contextmanager
+def use_configuration(op: str, shape_class: str, chosen: Configuration) -> Iterator[None]:
+    """Take ``chosen`` for this row inside the block, on every device: for tuning and tests."""
+    key = op, shape_class
+    if key not in TABLE:
+        raise ValueError(f"expected a row among {', '.join(map(' '.join, TABLE))}, got {op} {shape_class}")
+    previous = _forced.get(key)
+    _forced[key] = chosen
+    try:
+        yield
+    finally:
+        del _forced[key]
+        if previous is not None:
+            _forced[key] = previous

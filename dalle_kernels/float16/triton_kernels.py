@@ -1,0 +1,136 @@
+"""Triton kernels of the 16-bit formats; they give the reference's bits.
+
+Floor: bytes. Encoding reads an element and writes 2 bytes, decoding the reverse; about ten integer operations an
+element are far below that. Encoding is one launch after the flag's fill; whoever meets an infinity or NaN stores the
+flag, all of them the same value. The device function :func:`encoded` and :func:`decoded` serve AdamW16 as well.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dalle_kernels._triton_configurations import configuration
+from dalle_kernels.float16.reference import Format
+
+_BIAS = tl.constexpr(60)  # EXPONENT_BIAS of the formats
+
+
+@triton.jit
+def encoded(bits, SIGNIFICAND: tl.constexpr, FRACTION: tl.constexpr, IEEE_BIAS: tl.constexpr):
+    """Codes (int16) of float32 (FRACTION 23, IEEE_BIAS 127) or float64 (52, 1023) numbers, and which are not finite.
+
+    SIGNIFICAND is 9 for 1-6-9, which has a sign, and 10 for 0-6-10. Half away from zero is "add half a step to the
+    magnitude, then truncate"; NaN lies beyond the largest code and saturates.
+    """
+    REBIAS: tl.constexpr = (IEEE_BIAS - _BIAS) << FRACTION
+    SHIFT: tl.constexpr = FRACTION - SIGNIFICAND
+    INFINITY: tl.constexpr = (2 * IEEE_BIAS + 1) << FRACTION
+    magnitude = bits & (((2 * IEEE_BIAS + 2) << FRACTION) - 1)
+    negative = (bits < 0) & (magnitude <= INFINITY)
+    saturated = tl.minimum(magnitude, REBIAS + (((64 << SIGNIFICAND) - 1) << SHIFT))
+    codes = (saturated + ((1 << (SHIFT - 1)) - REBIAS)) >> SHIFT
+    flushed = magnitude < REBIAS + (1 << SHIFT)
+    if SIGNIFICAND == 9:
+        codes = tl.where(negative, codes | 0x8000, codes)
+    else:
+        flushed = flushed | negative
+    return tl.where(flushed, 0, codes).to(tl.int16), magnitude >= INFINITY
+
+
+@triton.jit
+def decoded(codes, SIGNIFICAND: tl.constexpr):
+    """The values (float32) of int16 codes; SIGNIFICAND as in :func:`encoded`."""
+    bits = codes.to(tl.int32)
+    magnitude = bits & ((64 << SIGNIFICAND) - 1)
+    value = tl.where(magnitude == 0, 0, (magnitude << (23 - SIGNIFICAND)) + ((127 - _BIAS) << 23))
+    if SIGNIFICAND == 9:
+        value = value | ((bits & 0x8000) << 16)
+    return value.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _places(index, sizes, strides):
+    """Where elements number ``index``, counted row by row, lie, in elements from the first."""
+    places = tl.zeros_like(index).to(tl.int64)
+    for d in tl.static_range(len(sizes)):
+        # From the innermost dimension out: the host passes them in that order.
+        places += (index % sizes[d]).to(tl.int64) * strides[d]
+        index = index // sizes[d]
+    return places
+
+
+@triton.jit
+def _indices(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    first = tl.program_id(0)
+    if WIDE:
+        first = first.to(tl.int64)
+    return first * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _encode(x, codes, nonfinite, count, sizes, strides, SIGNIFICAND: tl.constexpr, DENSE: tl.constexpr,
+            WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    index = _indices(BLOCK, WIDE)
+    mask = index < count
+    values = tl.load(x + (index if DENSE else _places(index, sizes, strides)), mask, other=0.0)
+    if x.dtype.element_ty == tl.float64:
+        code, found = encoded(values.to(tl.int64, bitcast=True), SIGNIFICAND, 52, 1023)
+    else:
+        code, found = encoded(values.to(tl.float32).to(tl.int32, bitcast=True), SIGNIFICAND, 23, 127)
+    tl.store(codes + index, code, mask)
+    tl.store(nonfinite + tl.zeros_like(index), found, found)
+
+
+@triton.jit
+def _decode(codes, output, count, sizes, strides, SIGNIFICAND: tl.constexpr, DENSE: tl.constexpr,
+            WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    index = _indices(BLOCK, WIDE)
+    mask = index < count
+    values = decoded(tl.load(codes + (index if DENSE else _places(index, sizes, strides)), mask, other=0), SIGNIFICAND)
+    tl.store(output + index, values.to(output.dtype.element_ty), mask)
+
+
+def _merged(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides, innermost first, of the same elements in the same order in as few dimensions as possible."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
+        if size == 1:
+            continue
+        if sizes and stride == sizes[-1] * strides[-1]:
+            sizes[-1] *= size
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    return tuple(sizes), tuple(strides)
+
+
+def _launch(op: str, kernel, form: Format, tensors: tuple[Tensor, ...]) -> None:
+    """Run ``kernel`` on its tensors, of which the first is read in place whatever its strides."""
+    count = tensors[0].numel()
+    if count == 0:
+        return
+    sizes, strides = _merged(tensors[0])
+    dense = sizes == (count,) and strides == (1,)
+    chosen = configuration(op, "dense" if dense else "strided", tensors[0].device)
+    # A dense tensor needs no sizes, and one element has none: any will do.
+    layout = (sizes, strides) if sizes and not dense else ((count,), (1,))
+    kernel[(triton.cdiv(count, chosen["BLOCK"]),)](
+        *tensors, count, *layout, form.significand_bits, dense, count >= 2**31 - chosen["BLOCK"], **chosen.options
+    )
+
+
+def encode(form: Format, x: Tensor) -> tuple[Tensor, Tensor]:
+    codes = torch.empty_like(x, dtype=torch.int16, memory_format=torch.contiguous_format)
+    nonfinite = torch.zeros((), dtype=torch.bool, device=x.device)
+    _launch("encode", _encode, form, (x, codes, nonfinite))
+    return codes, nonfinite
+
+
+def decode(form: Format, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    output = torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format)
+    _launch("decode", _decode, form, (codes, output))
+    return output

@@ -1,0 +1,220 @@
+"""Triton's kernels compiled for chips that need not be here, and held to what is known of their machine code.
+
+``python tests/gates.py [--update] [FAMILY ...]`` makes every call of ``bench/triton_<family>.py`` on meta tensors for
+sm_80 and sm_90, compiles each launch just as it would run there and reads its machine code. It prints a table, and ends
+with status 1 where a kernel spills registers, multiplies float32 as tf32, or differs from ``tests/gates/<family>.json``:
+registers and shared memory may differ by a little, the number of tensor-core instructions not at all. ``--update``
+writes these files anew. Compiled kernels are kept in Triton's own cache, so a second run takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "tests" / "gates"
+CHIPS = {80: 108, 90: 132}
+"""Architectures, and how many multiprocessors the chip has that stands for each (A100, H100)."""
+PROCESSES = 2
+REGISTER_SLACK = 8
+SHARED_SLACK = 1024
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the machine code of one launch needs: ``hmma`` and ``hgmma`` count tensor-core instructions."""
+
+    registers: int
+    shared: int
+    hmma: int
+    hgmma: int
+    tf32: int
+    spills: int
+
+    def faults(self, known: Code | None) -> Iterator[str]:
+        if self.spills:
+            yield f"{self.spills} instructions for spilled registers or other local memory"
+        if self.tf32:
+            yield f"{self.tf32} products in tf32"
+        if known is None:
+            yield "not in the checked-in table; make gates UPDATE=1 puts it there"
+            return
+        if abs(self.registers - known.registers) > REGISTER_SLACK:
+            yield f"{self.registers} registers instead of {known.registers}"
+        if abs(self.shared - known.shared) > SHARED_SLACK:
+            yield f"{self.shared} bytes of shared memory instead of {known.shared}"
+        if (self.hmma, self.hgmma) != (known.hmma, known.hgmma):
+            yield f"{self.hmma} HMMA and {self.hgmma} HGMMA instead of {known.hmma} and {known.hgmma}"
+
+
+class Driver:
+    """Stands for Triton's driver of a GPU that is not here, for compiling only."""
+
+    def __init__(self, architecture: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def disassembled(cubin: bytes) -> tuple[str, str]:
+    """The machine code and the resource usage."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = [tools / "nvdisasm", "-c"], [tools / "cuobjdump", "--dump-resource-usage"]
+        return tuple(
+            subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+            for command in commands
+        )
+
+
+def examine(kernel) -> Code:
+    """The code of a compiled Triton kernel."""
+    code, usage = disassembled(kernel.asm["cubin"])
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code, re.MULTILINE)
+    return Code(
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        shared=kernel.metadata.shared,
+        hmma=sum(opcode.startswith("HMMA") for opcode in opcodes),
+        hgmma=sum(opcode.startswith("HGMMA") for opcode in opcodes),
+        tf32=sum("TF32" in opcode for opcode in opcodes),
+        spills=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
+    )
+
+
+def compile_case(family: str, number: int, architecture: int) -> list[tuple[str, Code]]:
+    """What each launch of the family's case compiles to, by a name for it: case, kernel, architecture."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+    from triton_cases import cases
+
+    from dalle_kernels import _triton
+
+    case = cases(family)[number]
+    found: list[tuple[str, Code]] = []
+    run = JITFunction.run
+
+    def compile_only(function, *args, grid, warmup, **options):
+        kernel = run(function, *args, grid=grid, warmup=True, **options)
+        found.append((f"{case.name} | {function.__name__.strip('_')} | sm_{architecture}", examine(kernel)))
+        return kernel
+
+    driver.set_active(Driver(architecture))
+    # A kernel keeps its compiled forms by device, of which all are device 0 here.
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("dalle_kernels"):
+            for value in vars(module).values():
+                if isinstance(value, JITFunction):
+                    value.device_caches.clear()
+    JITFunction.run = compile_only
+    try:
+        with _triton.assume(architecture, CHIPS[architecture]):
+            case.prepare("meta")()
+    finally:
+        JITFunction.run = run
+    if not found:
+        raise ValueError(f"{case.name}: no Triton kernel was launched")
+    # A kernel that is launched more than once in a call may be so in several forms.
+    return list(dict(found).items()) if len(dict(found)) == len(found) else number_repeated(found)
+
+
+def number_repeated(found: list[tuple[str, Code]]) -> list[tuple[str, Code]]:
+    seen: dict[str, int] = {}
+    numbered = []
+    for name, code in found:
+        seen[name] = seen.get(name, 0) + 1
+        numbered.append((f"{name} | launch {seen[name]}" if seen[name] > 1 else name, code))
+    return numbered
+
+
+def known_codes(family: str) -> dict[str, Code]:
+    path = FOLDER / f"{family}.json"
+    if not path.exists():
+        return {}
+    return {name: Code(**code, tf32=0, spills=0) for name, code in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def write(family: str, codes: dict[str, Code]) -> None:
+    """One line a launch, so that a change shows as one."""
+    rows = []
+    for name in sorted(codes):
+        code = {key: value for key, value in asdict(codes[name]).items() if key not in ("tf32", "spills")}
+        rows.append(f"  {json.dumps(name)}: {json.dumps(code)}")
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{family}.json").write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+
+
+def compile_families(families: list[str]) -> dict[str, dict[str, Code]]:
+    from triton_cases import cases
+
+    codes: dict[str, dict[str, Code]] = {family: {} for family in families}
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+        jobs = [
+            (family, pool.submit(compile_case, family, number, architecture))
+            for architecture in CHIPS
+            for family in families
+            for number in range(len(cases(family)))
+        ]
+        for family, job in jobs:
+            codes[family].update(job.result())
+    return codes
+
+
+def report(family: str, codes: dict[str, Code], update: bool) -> int:
+    """Print the family's table and what is wrong; how many faults there are."""
+    known = codes if update else known_codes(family)
+    width = max(map(len, codes))
+    print(f"{'launch':{width}}  registers  shared  HMMA  HGMMA  spills")
+    faults = [f"{name}: no longer launched; make gates UPDATE=1" for name in sorted(known.keys() - codes.keys())]
+    for name, code in sorted(codes.items()):
+        print(f"{name:{width}}  {code.registers:9}  {code.shared:6}  {code.hmma:4}  {code.hgmma:5}  {code.spills:6}")
+        faults += [f"{name}: {fault}" for fault in code.faults(known.get(name))]
+    print(*(f"FAILED {fault}" for fault in faults), sep="\n", flush=True)
+    return len(faults)
+
+
+def main() -> None:
+    from triton_cases import families
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("families", nargs="*", help=f"of {', '.join(families())} (default: all)")
+    parser.add_argument("--update", action="store_true", help="write the checked-in tables anew")
+    options = parser.parse_args()
+    chosen = options.families or families()
+    faults = 0
+    for family, codes in compile_families(chosen).items():
+        faults += report(family, codes, options.update)
+        if options.update:
+            write(family, codes)
+    sys.exit(1 if faults else 0)
+
+
+# Also in the processes that compile: kernels are compiled only where the interpreter is off.
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+if __name__ == "__main__":
+    main()
