@@ -1,12 +1,12 @@
-"""Whether Triton can serve here, its kernels, which are loaded at their first use, and what their launches need to know.
+"""Whether Triton can serve here, its kernels, loaded at their first use, and what their launches need to know.
 
 A family's kernels are in its ``triton_kernels.py``, the only files that import ``triton``, which need not be installed
 and takes a second to import. Under ``TRITON_INTERPRET=1``, set before the first use, kernels run on CPU tensors through
 Triton's interpreter: slow, for tests, and only where the provider is forced.
 
 The functions of ``triton_kernels.py`` allocate with torch and launch; they ask :func:`architecture` and
-:func:`multiprocessors` for the device, not torch. So the gates can run them on meta tensors and compile, for a chip that
-is not there, exactly what would be launched on it.
+:func:`multiprocessors` for the device, not torch. So the gates can run them on meta tensors and compile, for a chip
+that is not there, exactly what would be launched on it.
 """
 
 from __future__ import annotations

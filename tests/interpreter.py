@@ -6,9 +6,12 @@ matrices as the integers that hold their bits, and rounds a fused multiply-add t
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 
+@cache
 def mend() -> None:
     """Replace these operations of the interpreter, for the life of the process."""
     import torch
