@@ -1,8 +1,8 @@
 """Whether Triton can serve here, its kernels, loaded at their first use, and what their launches need to know.
 
-A family's kernels are in its ``triton_kernels.py``, the only files that import ``triton``, which need not be installed
-and takes a second to import. Under ``TRITON_INTERPRET=1``, set before the first use, kernels run on CPU tensors through
-Triton's interpreter: slow, for tests, and only where the provider is forced.
+A family's kernels are in its ``triton_kernels.py``. Only these files, and what they alone import, import ``triton``,
+which need not be installed and takes a second to import. Under ``TRITON_INTERPRET=1``, set before the first use,
+kernels run on CPU tensors through Triton's interpreter: slow, for tests, and only where the provider is forced.
 
 The functions of ``triton_kernels.py`` allocate with torch and launch; they ask :func:`architecture` and
 :func:`multiprocessors` for the device, not torch. So the gates can run them on meta tensors and compile, for a chip

@@ -1,10 +1,11 @@
 """Triton's kernels compiled for chips that need not be here, and held to what is known of their machine code.
 
 ``python tests/gates.py [--update] [FAMILY ...]`` makes every call of ``bench/triton_<family>.py`` on meta tensors for
-sm_80 and sm_90, compiles each launch just as it would run there and reads its machine code. It prints a table, and ends
-with status 1 where a kernel spills registers, multiplies float32 as tf32, or differs from ``tests/gates/<family>.json``:
-registers and shared memory may differ by a little, the number of tensor-core instructions not at all. ``--update``
-writes these files anew. Compiled kernels are kept in Triton's own cache, so a second run takes seconds.
+sm_80 and sm_90, compiles each launch just as it would run there and reads its machine code. It prints a table, and
+ends with status 1 where a kernel spills registers, multiplies float32 as tf32, or differs from
+``tests/gates/<family>.json``: registers and shared memory may differ by a little, the number of tensor-core
+instructions not at all. ``--update`` writes these files anew. Compiled kernels are kept in Triton's own cache, so a
+second run takes seconds.
 """
 
 from __future__ import annotations

@@ -63,34 +63,52 @@ def _places(index, sizes, strides):
 
 
 @triton.jit
-def _indices(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _block(count, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The numbers of this program's elements, and whether all of them exist: such a block takes no mask."""
     first = tl.program_id(0)
     if WIDE:
         first = first.to(tl.int64)
-    return first * BLOCK + tl.arange(0, BLOCK)
+    first = first * BLOCK
+    return first + tl.arange(0, BLOCK), first + BLOCK <= count
+
+
+@triton.jit
+def _encode_block(x, codes, nonfinite, index, mask, sizes, strides, SIGNIFICAND: tl.constexpr, DENSE: tl.constexpr):
+    values = tl.load(x + (index if DENSE else _places(index, sizes, strides)), mask)
+    if x.dtype.element_ty == tl.float64:
+        code, found = encoded(values.to(tl.int64, bitcast=True), SIGNIFICAND, 52, 1023)
+    else:
+        code, found = encoded(values.to(tl.float32).to(tl.int32, bitcast=True), SIGNIFICAND, 23, 127)
+    if mask is not None:
+        found = found & mask
+    tl.store(codes + index, code, mask)
+    tl.store(nonfinite, True, tl.max(found.to(tl.int32), 0) != 0)
 
 
 @triton.jit
 def _encode(x, codes, nonfinite, count, sizes, strides, SIGNIFICAND: tl.constexpr, DENSE: tl.constexpr,
             WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    index = _indices(BLOCK, WIDE)
-    mask = index < count
-    values = tl.load(x + (index if DENSE else _places(index, sizes, strides)), mask, other=0.0)
-    if x.dtype.element_ty == tl.float64:
-        code, found = encoded(values.to(tl.int64, bitcast=True), SIGNIFICAND, 52, 1023)
+    index, whole = _block(count, BLOCK, WIDE)
+    if whole:
+        _encode_block(x, codes, nonfinite, index, None, sizes, strides, SIGNIFICAND, DENSE)
     else:
-        code, found = encoded(values.to(tl.float32).to(tl.int32, bitcast=True), SIGNIFICAND, 23, 127)
-    tl.store(codes + index, code, mask)
-    tl.store(nonfinite + tl.zeros_like(index), found, found)
+        _encode_block(x, codes, nonfinite, index, index < count, sizes, strides, SIGNIFICAND, DENSE)
+
+
+@triton.jit
+def _decode_block(codes, output, index, mask, sizes, strides, SIGNIFICAND: tl.constexpr, DENSE: tl.constexpr):
+    values = decoded(tl.load(codes + (index if DENSE else _places(index, sizes, strides)), mask), SIGNIFICAND)
+    tl.store(output + index, values.to(output.dtype.element_ty), mask)
 
 
 @triton.jit
 def _decode(codes, output, count, sizes, strides, SIGNIFICAND: tl.constexpr, DENSE: tl.constexpr,
             WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    index = _indices(BLOCK, WIDE)
-    mask = index < count
-    values = decoded(tl.load(codes + (index if DENSE else _places(index, sizes, strides)), mask, other=0), SIGNIFICAND)
-    tl.store(output + index, values.to(output.dtype.element_ty), mask)
+    index, whole = _block(count, BLOCK, WIDE)
+    if whole:
+        _decode_block(codes, output, index, None, sizes, strides, SIGNIFICAND, DENSE)
+    else:
+        _decode_block(codes, output, index, index < count, sizes, strides, SIGNIFICAND, DENSE)
 
 
 def _merged(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

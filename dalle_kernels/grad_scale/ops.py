@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dalle_kernels import _native
+from dalle_kernels import _native, _triton
 from dalle_kernels._dispatch import Op
 from dalle_kernels.adamw.ops import share_layout
 from dalle_kernels.grad_scale import reference
@@ -24,7 +24,7 @@ def _fake(tensors: list[Tensor], scale: Tensor, dtype: torch.dtype) -> tuple[lis
 
 def _fake_unscale(tensors: list[Tensor], scale: Tensor) -> tuple[list[Tensor], Tensor]:
     nonfinite = torch.empty((), dtype=torch.bool, device=scale.device)
-    return [torch.empty_like(t, dtype=reference._compute_dtype(t)) for t in tensors], nonfinite
+    return [torch.empty_like(t, dtype=reference.compute_dtype(t)) for t in tensors], nonfinite
 
 
 scale_cast_filter_op = Op(
@@ -57,12 +57,12 @@ def _native_unscale(tensors: list[Tensor], scale: Tensor) -> tuple[list[Tensor],
     return outputs, nonfinite
 
 
-def _native_unsupported(tensors: list[Tensor], scale: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
+def _unsupported(tensors: list[Tensor], scale: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
     dtypes = {t.dtype for t in tensors}
     if len(dtypes) > 1 or not dtypes.issubset(_DTYPES) or dtype not in _DTYPES:
-        return "the compiled kernel takes tensors of one dtype of float32, float16 and bfloat16 a call"
+        return "the kernel takes tensors of one dtype of float32, float16 and bfloat16 a call"
     if not all(share_layout(t) for t in tensors):
-        return "the compiled kernel takes tensors that are dense"
+        return "the kernel takes tensors that are dense"
     return None
 
 
@@ -70,7 +70,9 @@ for _op, _run, _plain in (
     (scale_cast_filter_op, _native_scale, reference.scale_cast_filter),
     (filter_cast_unscale_op, _native_unscale, reference.filter_cast_unscale),
 ):
-    _op.provide("native", _run, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported)
+    _launch = _triton.launcher("grad_scale", _op.name)
+    _op.provide("native", _run, unavailable=_native.unavailable_but_on_cpu, unsupported=_unsupported)
+    _op.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_unsupported)
     _op.provide("reference", _plain)
 
 

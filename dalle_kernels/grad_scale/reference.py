@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
+def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -26,12 +26,12 @@ def _gathered(tensors: list[Tensor], results: list[tuple[Tensor, Tensor]], devic
 
 def scale_cast_filter(tensors: list[Tensor], scale: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     scale = scale.reshape(())
-    results = [_filter((t.to(_compute_dtype(t)) * scale).to(dtype)) for t in tensors]
+    results = [_filter((t.to(compute_dtype(t)) * scale).to(dtype)) for t in tensors]
     return _gathered(tensors, results, scale.device)
 
 
 def filter_cast_unscale(tensors: list[Tensor], scale: Tensor) -> tuple[list[Tensor], Tensor]:
     scale = scale.reshape(())
     filtered = [_filter(t) for t in tensors]
-    results = [(t.to(_compute_dtype(t)) / scale, found) for t, found in filtered]
+    results = [(t.to(compute_dtype(t)) / scale, found) for t, found in filtered]
     return _gathered(tensors, results, scale.device)
