@@ -1,4 +1,4 @@
-"""``python -m dalle_kernels``: versions, instruction sets, GPUs, and which provider of every op runs here and why."""
+"""``python -m dalle_kernels``: versions, instruction sets, GPUs, each op's providers, which one runs here and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import dalle_kernels
-from dalle_kernels import _native
+from dalle_kernels import _native, _triton
 
 DEVICE_TYPES = ("cpu", "cuda")
 
@@ -55,21 +55,24 @@ def gpus() -> Iterator[tuple[str, str]]:
     else:
         version = _native.library("cuda").runtime_version()
         yield "CUDA library", f"CUDA runtime {version // 1000}.{version % 1000 // 10}"
+    reason = _triton.unavailable("cuda")
+    yield "Triton", "; ".join(filter(None, (_triton.version(), reason)))
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         yield f"GPU {index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"
 
 
-def op_rows(device_types: tuple[str, ...]) -> Iterator[tuple[str, str, str, str]]:
-    for name in sorted(dalle_kernels.ops()):
+def op_rows(device_types: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for name, op in sorted(dalle_kernels.ops().items()):
+        providers = ", ".join(provider.name for provider in op.providers)
         for device_type in device_types:
             if device_type == "cuda" and not torch.cuda.is_available():
-                yield name, device_type, "-", "torch finds no CUDA GPU"
+                yield name, providers, device_type, "-", "torch finds no CUDA GPU"
                 continue
             found = dalle_kernels.explain(name, device_type=device_type)
             reasons = "; ".join(f"{provider}: {reason}" for provider, reason in found.rejected)
-            yield name, device_type, found.runs or "nothing", reasons
+            yield name, providers, device_type, found.runs or "nothing", reasons
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     try:
         print(table([*versions(), *processor(), *gpus()]))
-        header = ("op", "device", "runs", "why not a faster one")
+        header = ("op", "providers", "device", "runs", "why not a faster one")
         print("\n" + table([header, *op_rows(DEVICE_TYPES)]), flush=True)
     except BrokenPipeError:  # The reader of our output has left, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

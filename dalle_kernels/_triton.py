@@ -12,6 +12,7 @@ that is not there, exactly what would be launched on it.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -30,13 +31,20 @@ def interprets() -> bool:
     return os.environ.get(INTERPRETER_VARIABLE, "0") not in ("", "0")
 
 
+def version() -> str | None:
+    """The installed Triton's, found without importing it; None where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.metadata.version("triton")
+
+
 def unavailable(device_type: str) -> str | None:
     """Why Triton's kernels cannot serve ``device_type`` ("cpu" or "cuda") here, or None when they can."""
     if device_type not in ("cpu", "cuda"):
         return f"there are no Triton kernels for device type {device_type!r}"
     if device_type == "cpu" and not interprets():
         return f"Triton's kernels run on a GPU; on CPU tensors only under {INTERPRETER_VARIABLE}=1, for tests"
-    if importlib.util.find_spec("triton") is None:
+    if version() is None:
         return "Triton is not installed; pip install 'dalle-kernels[triton]'"
     if device_type == "cpu":
         return None

@@ -1,7 +1,8 @@
-"""Triton's interpreter, made to compute what a GPU does where it does not.
+"""Triton's interpreter, made to compute what a GPU does where it does not, and without needless work.
 
 As it comes (Triton 3.6) it truncates float32 to bfloat16 instead of rounding to nearest even, multiplies bfloat16
-matrices as the integers that hold their bits, and rounds a fused multiply-add twice.
+matrices as the integers that hold their bits, rounds a fused multiply-add twice, and takes no loop bound from a scalar
+under NumPy 2.4.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ def mend() -> None:
     """Replace these operations of the interpreter, for the life of the process."""
     import torch
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
     def widened(handle: TensorHandle) -> np.ndarray:
         """The values of a bfloat16 tensor as float32; any other as they are."""
@@ -54,6 +56,31 @@ def mend() -> None:
 
     for replacement in (cast_impl, create_dot, create_fma):
         setattr(InterpreterBuilder, replacement.__name__, replacement)
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_with_bounds(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor_with_bounds
+
+    # Every call of a device function would prepare the whole language anew; once a module and launch is enough.
+    prepared: set[str] = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def launch_afresh(self, *args, **options):
+        prepared.clear()
+        return launch(self, *args, **options)
+
+    def call_prepared(self, *args, **options):
+        if self.fn.__module__ not in prepared:
+            interpreter._patch_lang(self.fn)
+            prepared.add(self.fn.__module__)
+        return self.rewrite()(*args, **options)
+
+    interpreter.GridExecutor.__call__ = launch_afresh
+    InterpretedFunction.__call__ = call_prepared
 
 
 def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -1,0 +1,108 @@
+"""Choose the configurations of Triton's kernels on the GPU at hand: what ``make tune`` runs.
+
+    python bench/tune.py                the rows of every family
+    python bench/tune.py float16        of one
+
+Each row of ``dalle_kernels/_triton_configurations.py`` is decided by one case of ``bench/triton_<family>.py``: its
+candidates take turns, and the last lines printed are the entries to write into the table, with the figures that chose
+them. Tune what passes the tests: nothing is checked here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from triton_cases import Case, cases, families
+
+from dalle_kernels import _triton
+from dalle_kernels._triton_configurations import Configuration, use_configuration
+
+ROUNDS = 15
+CALLS = 5
+"""Calls timed at once, so that a launch's own time is hidden behind the one before."""
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(CALLS):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / CALLS
+
+
+def measure(case: Case) -> dict[int, float]:
+    """The median time of each candidate that runs, by its number."""
+    call, times = case.prepare("cuda"), {}
+
+    def run(number: int) -> float:
+        with use_configuration(*case.row, case.candidates[number]):
+            return milliseconds(call)
+
+    for number in range(len(case.candidates)):
+        try:
+            run(number)
+            times[number] = []
+        except Exception as error:  # too much shared memory or too many registers for this chip
+            print(f"  {describe(case.candidates[number])}: {str(error).splitlines()[0]}")
+    for _ in range(ROUNDS):
+        for number, taken in times.items():
+            taken.append(run(number))
+    return {number: median(taken) for number, taken in times.items()}
+
+
+def describe(chosen: Configuration) -> str:
+    return ", ".join(f"{name} {value}" for name, value in chosen.options.items())
+
+
+def rate(case: Case, took: float) -> str:
+    parts = []
+    if case.bytes_moved:
+        parts.append(f"{case.bytes_moved / took / 1e9:.2f} TB/s")
+    if case.operations:
+        parts.append(f"{case.operations / took / 1e9:.0f} TFLOP/s")
+    return ", ".join(parts)
+
+
+def entry(case: Case, chosen: Configuration, took: float, architecture: int) -> str:
+    """A line for the table."""
+    parts = torch.cuda.get_device_name(), f"{took:.4f} ms", rate(case, took), time.strftime("%Y-%m-%d")
+    figure = ", ".join(filter(None, parts))
+    options = [repr(dict(chosen.blocks)), f"num_warps={chosen.num_warps}", f"num_stages={chosen.num_stages}"]
+    options += [f"maxnreg={chosen.maxnreg}"] if chosen.maxnreg is not None else []
+    options.append(f"figure={figure!r}")
+    return f"{case.row}: {{{architecture}: Configuration({', '.join(options)})}}".replace("'", '"')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("families", nargs="*", help=f"of {', '.join(families())} (default: all)")
+    options = parser.parse_args()
+    reason = _triton.unavailable("cuda")
+    if reason is not None:
+        sys.exit(f"make tune: {reason}, so there is nothing to measure; stopping.")
+    architecture = _triton.architecture(torch.device("cuda", torch.cuda.current_device()))
+    entries = []
+    for family in options.families or families():
+        for case in cases(family):
+            if case.row is None:
+                continue
+            print(case.name, flush=True)
+            times = measure(case)
+            for number in sorted(times, key=times.get):
+                took = times[number]
+                print(f"  {describe(case.candidates[number])}: {took:.4f} ms {rate(case, took)}", flush=True)
+            if times:
+                best = min(times, key=times.get)
+                entries.append(entry(case, case.candidates[best], times[best], architecture))
+    print("\nfor dalle_kernels/_triton_configurations.py:", *entries, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
