@@ -136,24 +136,26 @@ struct PhiloxColumns {
   }
 };
 
-// words[j] = 2^32 - 1 - bits of column 4 * group + j, for each row.
-DALLE_INLINE void complement_words(const PhiloxKey& key, const PhiloxRows& rows, const PhiloxColumns& columns,
-                                   IntegerVector* words) {
+// words[i][j] = 2^32 - 1 - bits of column 4 * group + j, for each row of rows[i]. The rounds are one chain of dependent
+// operations a counter: with COUNT of 2 the processor has the chains of two vectors to fill its pipes with.
+template <int COUNT>
+DALLE_INLINE void complement_words(const PhiloxKey& key, const PhiloxRows* rows, const PhiloxColumns& columns,
+                                   IntegerVector (*words)[PHILOX_WORDS]) {
   const WideVector multiplier0 = broadcast_wide(PHILOX_MULTIPLIER[0]);
   const WideVector multiplier1 = broadcast_wide(PHILOX_MULTIPLIER[1]);
   const WideVector a = broadcast_wide(columns.a), b = broadcast_wide(columns.b), c = broadcast_wide(columns.c);
-  WideVector x[2][PHILOX_WORDS];
-  for (int half = 0; half < 2; ++half) {
-    const WideVector product0 = multiply_low(load_wide(rows.a[half]) ^ a, multiplier0);
-    const WideVector product1 = multiply_low(load_wide(rows.b[half]) ^ b, multiplier1);
-    x[half][0] = high_word(product1) ^ c;
-    x[half][1] = product1;
-    x[half][2] = high_word(product0) ^ load_wide(rows.c[half]);
-    x[half][3] = product0;
+  WideVector x[2 * COUNT][PHILOX_WORDS];
+  for (int i = 0; i < 2 * COUNT; ++i) {
+    const PhiloxRows& own = rows[i / 2];
+    const WideVector product0 = multiply_low(load_wide(own.a[i % 2]) ^ a, multiplier0);
+    const WideVector product1 = multiply_low(load_wide(own.b[i % 2]) ^ b, multiplier1);
+    x[i][0] = high_word(product1) ^ c;
+    x[i][1] = product1;
+    x[i][2] = high_word(product0) ^ load_wide(own.c[i % 2]);
+    x[i][3] = product0;
   }
   for (int round = 0; round < PHILOX_WHOLE_ROUNDS; ++round) {
-    for (int half = 0; half < 2; ++half) {
-      WideVector* const w = x[half];
+    for (WideVector(&w)[PHILOX_WORDS] : x) {
       const WideVector product0 = multiply_low(w[0], multiplier0), product1 = multiply_low(w[2], multiplier1);
       w[0] = high_word(product1) ^ (w[1] ^ key.rounds[round][0]);
       w[1] = product1;
@@ -162,9 +164,11 @@ DALLE_INLINE void complement_words(const PhiloxKey& key, const PhiloxRows& rows,
     }
   }
   // Words 0 and 2 were complemented by the last key.
-  for (int j = 0; j < PHILOX_WORDS; ++j) words[j] = join_low(x[0][j], x[1][j]);
-  words[1] = words[1] ^ broadcast_integer(0xffffffffu);
-  words[3] = words[3] ^ broadcast_integer(0xffffffffu);
+  for (int i = 0; i < COUNT; ++i) {
+    for (int j = 0; j < PHILOX_WORDS; ++j) words[i][j] = join_low(x[2 * i][j], x[2 * i + 1][j]);
+    words[i][1] = words[i][1] ^ broadcast_integer(0xffffffffu);
+    words[i][3] = words[i][3] ^ broadcast_integer(0xffffffffu);
+  }
 }
 
 // v = fp32(word) * 2^-32 + 2^-33, at most 1 - 2^-24, each step rounded to nearest even.

@@ -50,14 +50,27 @@ struct Call {
 
 // complement_uniform of the tile. Apart from what is done with it, since each of the two loops by itself keeps the
 // processor busy, and together they are too long for it to look ahead.
+template <int COUNT>
+DALLE_INLINE void uniform_vectors(const BlockNoise& noise, const PhiloxColumns& group, const Tile& tile, int64_t r,
+                                  float* v) {
+  IntegerVector words[COUNT][PHILOX_WORDS];
+  complement_words<COUNT>(noise.key, noise.rows + r / Vector::width, group, words);
+  for (int i = 0; i < COUNT; ++i) {
+    for (int64_t j = 0; j < PHILOX_WORDS; ++j) {
+      store(v + j * tile.pitch + r + i * Vector::width, complement_uniform(words[i][j]));
+    }
+  }
+}
+
 DALLE_NOINLINE inline void uniform_tile(const BlockNoise& noise, const Tile& tile, float* v) {
   for (int64_t c = 0; c < tile.columns; c += PHILOX_WORDS) {
     const PhiloxColumns group(noise.key, static_cast<uint32_t>((tile.first + c) / PHILOX_WORDS));
-    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
-      IntegerVector words[PHILOX_WORDS];
-      complement_words(noise.key, noise.rows[r / Vector::width], group, words);
-      for (int64_t j = 0; j < PHILOX_WORDS; ++j) store(v + (c + j) * tile.pitch + r, complement_uniform(words[j]));
+    float* const columns = v + c * tile.pitch;
+    int64_t r = 0;
+    for (; r + 2 * Vector::width <= tile.pitch; r += 2 * Vector::width) {
+      uniform_vectors<2>(noise, group, tile, r, columns);
     }
+    for (; r < tile.pitch; r += Vector::width) uniform_vectors<1>(noise, group, tile, r, columns);
   }
 }
 
