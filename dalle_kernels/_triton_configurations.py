@@ -49,6 +49,8 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("encode", "strided"): {DEFAULT: Configuration({"BLOCK": 1024}, num_warps=4)},
     ("decode", "dense"): {DEFAULT: Configuration({"BLOCK": 2048}, num_warps=4)},
     ("decode", "strided"): {DEFAULT: Configuration({"BLOCK": 1024}, num_warps=4)},
+    # adamw
+    ("adamw16_step", "any"): {DEFAULT: Configuration({"BLOCK": 2048}, num_warps=8)},
     # grad_scale
     ("grad_scale", "any"): {DEFAULT: Configuration({"BLOCK": 4096}, num_warps=8)},
 }

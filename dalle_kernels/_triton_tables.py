@@ -30,6 +30,7 @@ MOST_KEPT_BYTES = 1 << 24
 _MARK = tl.constexpr(2**62 + 1)
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+DTYPES[torch.int16] = tl.int16  # codes
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Triton's interpreter, made to compute what a GPU does where it does not, and without needless work.
 
 As it comes (Triton 3.6) it truncates float32 to bfloat16 instead of rounding to nearest even, multiplies bfloat16
-matrices as the integers that hold their bits, rounds a fused multiply-add twice, and takes no loop bound from a scalar
-under NumPy 2.4.
+matrices as the integers that hold their bits, rounds a fused multiply-add twice, lets NaN through a minimum or maximum
+of numbers, and takes no loop bound from a scalar under NumPy 2.4.
 """
 
 from __future__ import annotations
@@ -54,7 +54,13 @@ def mend() -> None:
             return TensorHandle(a.data * b.data + c.data, c.dtype.scalar)
         return TensorHandle(_fused(a.data, b.data, c.data), tl.float32)
 
-    for replacement in (cast_impl, create_dot, create_fma):
+    def create_minnumf(self, a, b):
+        return self.binary_op(a, b, np.fmin)
+
+    def create_maxnumf(self, a, b):
+        return self.binary_op(a, b, np.fmax)
+
+    for replacement in (cast_impl, create_dot, create_fma, create_minnumf, create_maxnumf):
         setattr(InterpreterBuilder, replacement.__name__, replacement)
 
     patch_tensor = interpreter._patch_lang_tensor

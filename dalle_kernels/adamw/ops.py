@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dalle_kernels import _native
+from dalle_kernels import _native, _triton
 from dalle_kernels._dispatch import Op
 from dalle_kernels.adamw import reference
 
@@ -62,7 +62,7 @@ def _native_step(
     torch.autograd.graph.increment_version(params)
 
 
-def _native_unsupported(
+def _unsupported(
     params: list[Tensor],
     grads: list[Tensor],
     first_moments: list[Tensor],
@@ -73,13 +73,13 @@ def _native_unsupported(
     for name, tensors in (("params", params), ("grads", grads)):
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1 or not dtypes.issubset(_DTYPES):
-            return f"the compiled kernel takes {name} of one dtype of float32, float16 and bfloat16 a call"
+            return f"the kernel takes {name} of one dtype of float32, float16 and bfloat16 a call"
     for name, tensors in (("first_moments", first_moments), ("second_moments", second_moments)):
         if len({tensor.dtype for tensor in tensors}) > 1:
-            return f"the compiled kernel takes {name} of one dtype a call"
+            return f"the kernel takes {name} of one dtype a call"
     for tensors in zip(params, grads, first_moments, second_moments):
         if not share_layout(*tensors):
-            return "the compiled kernel takes dense parameters, and gradients and moments of their sizes and strides"
+            return "the kernel takes dense parameters, and gradients and moments of their sizes and strides"
     return None
 
 
@@ -104,8 +104,12 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
+adamw16_step_op.provide("native", _native_step, unavailable=_native.unavailable_but_on_cpu, unsupported=_unsupported)
 adamw16_step_op.provide(
-    "native", _native_step, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported
+    "triton",
+    _triton.launcher("adamw", "adamw16_step"),
+    unavailable=_triton.unavailable,
+    unsupported=_unsupported,
 )
 adamw16_step_op.provide("reference", reference.adamw16_step)
 
