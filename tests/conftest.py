@@ -18,6 +18,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+def pytest_collection_modifyitems(items):
+    """Where there is a GPU, tests of Triton's kernels run on it and are its tests."""
+    for item in items:
+        if torch.cuda.is_available() and "triton_device" in item.fixturenames:
+            item.add_marker("gpu")
+
+
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 

@@ -110,29 +110,6 @@ def test_no_code_of_one_instruction_set_can_be_linked_into_another():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc").rglob("*.cu")), ids=lambda path: path.stem)
-def test_cuda_kernels_do_not_spill(source, tmp_path):
-    command = [
-        "nvcc",
-        "-std=c++17",
-        "-O3",
-        "-I",
-        str(ROOT / "csrc"),
-        "-Xptxas",
-        "-v",
-        "-c",
-        "-o",
-        str(tmp_path / "object"),
-    ]
-    architectures = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ("80", "90a")]
-    result = subprocess.run([*command, *architectures, str(source)], check=True, capture_output=True, text=True)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stdout + result.stderr)
-    assert spills
-    assert all(spill == ("0", "0") for spill in spills)
-
-
-@pytest.mark.slow
 def test_a_wheel_holds_the_two_packages_and_the_compiled_libraries_only(tmp_path):
     """Built without isolation, so that it takes no network, and here, where the libraries are compiled already."""
     pytest.importorskip("pybind11")

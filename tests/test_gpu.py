@@ -1,0 +1,92 @@
+"""Every op on an NVIDIA GPU: agreement, equal bits of two runs, the CPU's noise, CUDA graphs, no wait for a result."""
+
+from __future__ import annotations
+
+import random
+
+import fuzz
+import pytest
+import torch
+
+import dalle_kernels
+
+GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")]
+PROVIDERS = [(op, provider) for provider in ("triton", "native") for op in fuzz.ops_of(provider, "cuda")] if GPU else []
+OPS = sorted({op for op, _ in PROVIDERS})
+
+
+@pytest.mark.parametrize(("op", "provider"), PROVIDERS)
+def test_fuzzed_calls_agree_with_the_reference_on_the_cpu_and_repeat_bit_for_bit(op, provider):
+    found = fuzz.fuzz(op, 30, seed=0, provider=provider, device="cuda")
+    assert found.passed, str(found)
+
+
+def served_calls(op: str, count: int) -> list[tuple]:
+    """Arguments on the GPU of calls that a kernel serves there, drawn as the fuzz draws them."""
+    calls = []
+    for index in range(10 * count):
+        draw = random.Random(f"{op} {index}")
+        torch.manual_seed(draw.getrandbits(32))
+        args = fuzz.copied(fuzz.SAMPLERS[op](op, draw).args, "cuda")
+        if len(calls) < count and dalle_kernels.explain(op, *args).runs != "reference":
+            calls.append(args)
+    assert calls, "no drawn call is served by a kernel"
+    return calls
+
+
+def results(op: str, args: tuple) -> list[torch.Tensor]:
+    """The outputs and, for what the op writes in place, the arguments; the same memory as the call's."""
+    output = dalle_kernels.ops()[op](*args)
+    outputs = output if isinstance(output, (list, tuple)) else () if output is None else (output,)
+    return [*fuzz.flat(tuple(outputs)), *fuzz.flat(args)]
+
+
+def restore(args: tuple, originals: tuple) -> None:
+    for tensor, original in zip(fuzz.flat(args), fuzz.flat(originals), strict=True):
+        tensor.copy_(original)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_captured_call_replays(op):
+    for originals in served_calls(op, 4):
+        expected = results(op, fuzz.copied(originals))
+        args = fuzz.copied(originals)
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):  # compiles, which a capture must not
+            results(op, args)
+        torch.cuda.synchronize()
+        restore(args, originals)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = results(op, args)
+        for _ in range(2):
+            restore(args, originals)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert all(map(fuzz.same_bits, captured, expected))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_call_waits_for_the_device(op):
+    for args in served_calls(op, 2):
+        results(op, fuzz.copied(args))  # compiles
+        again = fuzz.copied(args)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results(op, again)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_noise_is_that_of_the_cpu():
+    """The softmax of noise alone is largest where the noise is."""
+    torch.manual_seed(3)
+    logits, seed, offset = torch.zeros(512, 1000), torch.tensor(77), torch.tensor(5)
+    arguments = (seed, offset, torch.tensor(1.0), True, 1)
+    with dalle_kernels.use("reference"):
+        expected = dalle_kernels.ops()["gumbel_softmax"](logits, *arguments)
+    got = dalle_kernels.ops()["gumbel_softmax"](*fuzz.copied((logits, *arguments), "cuda"))
+    agreeing = (got.cpu().argmax(1) == expected.argmax(1)).double().mean()
+    assert agreeing > 0.99  # the largest two of a row may round to the same number
