@@ -44,6 +44,17 @@ class Configuration:
 
 
 TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
+    # gumbel_softmax
+    ("gumbel_softmax", "short rows"): {DEFAULT: Configuration({"ELEMENTS": 4096}, num_warps=4)},
+    ("gumbel_softmax", "rows"): {DEFAULT: Configuration({"ELEMENTS": 8192}, num_warps=8)},
+    ("gumbel_softmax", "long rows"): {DEFAULT: Configuration({"ELEMENTS": 16384}, num_warps=16)},
+    ("gumbel_softmax", "blocks of rows"): {DEFAULT: Configuration({"ROWS": 1, "GROUPS": 1024}, num_warps=8)},
+    ("gumbel_softmax", "columns apart"): {DEFAULT: Configuration({"ROWS": 32, "GROUPS": 16}, num_warps=8)},
+    ("gumbel_softmax_backward", "short rows"): {DEFAULT: Configuration({"ELEMENTS": 4096}, num_warps=4)},
+    ("gumbel_softmax_backward", "rows"): {DEFAULT: Configuration({"ELEMENTS": 8192}, num_warps=8)},
+    ("gumbel_softmax_backward", "long rows"): {DEFAULT: Configuration({"ELEMENTS": 16384}, num_warps=16)},
+    ("gumbel_softmax_backward", "blocks of rows"): {DEFAULT: Configuration({"ROWS": 1, "GROUPS": 1024}, num_warps=8)},
+    ("gumbel_softmax_backward", "columns apart"): {DEFAULT: Configuration({"ROWS": 32, "GROUPS": 16}, num_warps=8)},
     # float16
     ("encode", "dense"): {DEFAULT: Configuration({"BLOCK": 2048}, num_warps=4)},
     ("encode", "strided"): {DEFAULT: Configuration({"BLOCK": 1024}, num_warps=4)},

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from dalle_kernels import _native
+from dalle_kernels import _native, _triton
 from dalle_kernels._dispatch import Op
 from dalle_kernels.gumbel_softmax import reference
 from dalle_kernels.philox import new_seed
@@ -67,6 +67,7 @@ gumbel_codebook_backward_op = Op(
 
 _MAX_ROW_DIMS = 8  # Strided::MAX_DIMS in csrc/common/strided.h
 _MAX_COLUMNS = 1 << 24  # column numbers are compared as float32
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # the last one of seed and offset
 
 
 def _rows(tensor: Tensor, dim: int) -> tuple[int, list[int], int]:
@@ -184,6 +185,14 @@ def _unsupported_codebook_backward(grad_embedding, grad_kl, logits, codebook, *r
     )
 
 
+def _unsupported_by_triton(*args) -> str | None:
+    """Tensors of float32, bfloat16 and float16 in any mixture, and tau in float32: not the arithmetic of float64."""
+    for tensor in args:
+        if isinstance(tensor, Tensor) and tensor.dtype not in _TRITON_DTYPES:
+            return f"the Triton kernel takes float32, bfloat16 and float16, got {tensor.dtype}"
+    return None
+
+
 for _op, _run, _unsupported, _plain in (
     (gumbel_softmax_op, _sample_native, _unsupported_sample, reference.gumbel_softmax),
     (
@@ -208,6 +217,12 @@ for _op, _run, _unsupported, _plain in (
     ),
 ):
     _op.provide("native", _run, unavailable=_native.unavailable_but_on_cpu, unsupported=_unsupported)
+    _op.provide(
+        "triton",
+        _triton.launcher("gumbel_softmax", _op.name),
+        unavailable=_triton.unavailable,
+        unsupported=_unsupported_by_triton,
+    )
     _op.provide("reference", _plain)
 
 

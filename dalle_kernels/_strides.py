@@ -1,0 +1,23 @@
+"""Tensors of one shape seen in as few dimensions as their strides allow, for kernels that take a fixed number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def merged(sizes: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+    """``sizes`` and each tensor's strides, with neighbours that are one in every tensor made one, and no size of 1."""
+    kept: list[int] = []
+    steps: list[list[int]] = [[] for _ in strides]
+    for size, *here in zip(sizes, *strides):
+        if size == 1:
+            continue
+        if kept and all(mine[-1] == step * size for mine, step in zip(steps, here)):
+            kept[-1] *= size
+            for mine, step in zip(steps, here):
+                mine[-1] = step
+        else:
+            kept.append(size)
+            for mine, step in zip(steps, here):
+                mine.append(step)
+    return kept, steps

@@ -1,0 +1,203 @@
+"""What the Triton kernels of this family share: tiles of rows and columns, their noisy scores, their running softmax.
+
+A tile holds four columns for each pair of a row and a *group*, since one Philox counter gives four numbers: its shape
+is [rows, groups, 2, 2], or [groups, rows, 2, 2] where AXIS, the axis of the groups, is 0: then the rows lie next to
+each other in memory and lanes run along them. The four columns of a pair are one thread's.
+
+Running numbers, such as a maximum, are kept for each pair and merged over the groups at the end, so that no thread
+waits for another in a loop. A number of a row has size 1 in place of the groups.
+
+Maxima pass over NaN, sums do not: NaN, +inf and nothing but -inf each make the sum of a row NaN or 0, so that
+everything divided by it is NaN, as it should be. Exponentials are of 2, with the factor log2(e) / tau in ``scale``; they
+are taken relative to the rounded product of maximum and scale, an error that numerator and sum share.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dalle_kernels.triton_philox import LN_2, LOG2_E, complement_uniform, log2_of_exponential, philox_words
+
+NO_COLUMN = tl.constexpr(2**31 - 1)
+NONE = tl.constexpr(-float("inf"))
+
+
+@triton.jit
+def along(COUNT: tl.constexpr, AXIS: tl.constexpr):
+    """0 .. COUNT - 1 along one of two axes."""
+    number = tl.arange(0, COUNT)
+    return number[None, :] if AXIS == 1 else number[:, None]
+
+
+@triton.jit
+def row_numbers(first, rows, ROWS: tl.constexpr, AXIS: tl.constexpr):
+    """The tile's rows (int64), and again with the last row in place of those beyond it, which may be read."""
+    row = first + along(ROWS, 1 - AXIS)
+    return row, tl.minimum(row, rows - 1)
+
+
+@triton.jit
+def places(row, inner, strides):
+    """Where rows begin, in elements: strides are those of row // inner, of row % inner and of the columns."""
+    outer = row // inner
+    return outer * strides[0] + (row - outer * inner) * strides[1]
+
+
+@triton.jit
+def joined(x0, x1, x2, x3):
+    return tl.join(tl.join(x0, x2), tl.join(x1, x3))
+
+
+@triton.jit
+def column_numbers(first, GROUPS: tl.constexpr, AXIS: tl.constexpr):
+    """The columns of a tile; rows have size 1."""
+    column = first + 4 * along(GROUPS, AXIS)
+    return joined(column, column + 1, column + 2, column + 3)
+
+
+@triton.jit
+def _load_columns(tensor, place, column, columns, stride, other, EVEN: tl.constexpr):
+    at = tensor + place + column.to(tl.int64) * stride
+    if EVEN:
+        return tl.load(at).to(tl.float32)
+    return tl.load(at, column < columns, other=other).to(tl.float32)
+
+
+@triton.jit
+def load_tile(tensor, place, first, columns, stride, other, GROUPS: tl.constexpr, AXIS: tl.constexpr,
+              EVEN: tl.constexpr):  # fmt: skip
+    """A tile in float32, of rows that begin at ``place``, from column ``first`` on; beyond the last column, ``other``.
+
+    EVEN: no tile of the call reaches beyond it.
+    """
+    if AXIS == 1:
+        tile = _load_columns(tensor, place, first + along(4 * GROUPS, 1), columns, stride, other, EVEN)
+        return tl.reshape(tile, [tile.shape[0], GROUPS, 2, 2])
+    else:
+        column = first + 4 * along(GROUPS, 0)
+        return joined(
+            _load_columns(tensor, place, column, columns, stride, other, EVEN),
+            _load_columns(tensor, place, column + 1, columns, stride, other, EVEN),
+            _load_columns(tensor, place, column + 2, columns, stride, other, EVEN),
+            _load_columns(tensor, place, column + 3, columns, stride, other, EVEN),
+        )
+
+
+@triton.jit
+def _store_columns(tensor, place, kept, column, columns, stride, values):
+    tl.store(tensor + place + column.to(tl.int64) * stride, values, kept & (column < columns))
+
+
+@triton.jit
+def store_tile(tensor, place, kept, first, columns, stride, tile, GROUPS: tl.constexpr, AXIS: tl.constexpr):
+    """Store the rows that ``kept`` says, rounded to the tensor's dtype."""
+    values = tile.to(tensor.dtype.element_ty)
+    if AXIS == 1:
+        values = tl.reshape(values, [tile.shape[0], 4 * GROUPS])
+        _store_columns(tensor, place, kept, first + along(4 * GROUPS, 1), columns, stride, values)
+    else:
+        column = first + 4 * along(GROUPS, 0)
+        even, odd = tl.split(values)
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        _store_columns(tensor, place, kept, column, columns, stride, x0)
+        _store_columns(tensor, place, kept, column + 1, columns, stride, x1)
+        _store_columns(tensor, place, kept, column + 2, columns, stride, x2)
+        _store_columns(tensor, place, kept, column + 3, columns, stride, x3)
+
+
+@triton.jit
+def noisy_scores(logits, seed, row, first, GROUPS: tl.constexpr, AXIS: tl.constexpr):
+    """``logits + gumbel`` of a tile, less a constant; ``row`` are global row numbers, the call's offset included."""
+    x0, x1, x2, x3 = philox_words(seed, row, first // 4 + along(GROUPS, AXIS))
+    return logits - log2_of_exponential(complement_uniform(joined(x0, x1, x2, x3))) * LN_2
+
+
+@triton.jit
+def of_each(number):
+    """A number of each pair or row, against a tile."""
+    return number[:, :, None, None]
+
+
+@triton.jit
+def largest_of(tile):
+    return tl.max(tl.max(tile, 3), 2)
+
+
+@triton.jit
+def sum_of(tile):
+    return tl.sum(tl.sum(tile, 3), 2)
+
+
+@triton.jit
+def pairs_of(row, GROUPS: tl.constexpr, AXIS: tl.constexpr, value):
+    """``value`` for each pair, in float32."""
+    return tl.zeros_like(row + along(GROUPS, AXIS)).to(tl.float32) + value
+
+
+@triton.jit
+def shift_of(largest, scale):
+    """What is subtracted before exponentials are taken: 0 while there is nothing but -inf."""
+    return tl.where(largest == NONE, 0.0, largest * scale)
+
+
+@triton.jit
+def carry(before, after, scale):
+    """By what sums relative to a former maximum shrink."""
+    return tl.where(before == NONE, 0.0, tl.exp2(shift_of(before, scale) - shift_of(after, scale)))
+
+
+@triton.jit
+def exponentials(values, largest, scale):
+    return tl.exp2(values * scale - of_each(shift_of(largest, scale)))
+
+
+@triton.jit
+def first_largest(scores, largest, column):
+    """The first of a pair's columns whose score is the largest."""
+    return tl.min(tl.min(tl.where(scores == of_each(largest), column, NO_COLUMN), 3), 2)
+
+
+@triton.jit
+def merged_sum(total, largest, of_row, scale, AXIS: tl.constexpr):
+    """A row's sum, relative to its maximum ``of_row``."""
+    return tl.sum(total * carry(largest, of_row, scale), AXIS, keep_dims=True)
+
+
+@triton.jit
+def merged_choice(chosen, largest, of_row, AXIS: tl.constexpr):
+    return tl.min(tl.where(largest == of_row, chosen, NO_COLUMN), AXIS, keep_dims=True)
+
+
+@triton.jit
+def log_ratios(logits, largest):
+    """log2 of the posterior but for a constant of the row; bounded below where it is 0, so that 0·log 0 is 0."""
+    return tl.maximum(logits * LOG2_E - of_each(shift_of(largest, LOG2_E)), -1000.0)
+
+
+@triton.jit
+def add_to_posterior(logits, largest, total, moment):
+    """The running maximum, sum of exponentials and sum of exponentials times their logarithms, with a tile more."""
+    after = tl.maximum(largest, largest_of(logits))
+    e = exponentials(logits, after, LOG2_E)
+    step = shift_of(largest, LOG2_E) - shift_of(after, LOG2_E)
+    shrink = carry(largest, after, LOG2_E)
+    moment = shrink * (moment + total * step) + sum_of(e * log_ratios(logits, after))
+    return after, shrink * total + sum_of(e), moment
+
+
+@triton.jit
+def merged_posterior(largest, total, moment, AXIS: tl.constexpr):
+    of_row = tl.max(largest, AXIS, keep_dims=True)
+    step = shift_of(largest, LOG2_E) - shift_of(of_row, LOG2_E)
+    shrink = carry(largest, of_row, LOG2_E)
+    moment = tl.sum(shrink * (moment + total * step), AXIS, keep_dims=True)
+    return of_row, tl.sum(shrink * total, AXIS, keep_dims=True), moment
+
+
+@triton.jit
+def divergence(total, moment, columns):
+    """The KL to the uniform prior in nats; of total / columns, since that is near 1 where the KL is near 0."""
+    kl = (tl.div_rn(moment, total) - tl.log2(tl.div_rn(total, columns.to(tl.float32)))) * LN_2
+    return tl.where(kl < 0, 0.0, kl)
