@@ -55,6 +55,24 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("gumbel_softmax_backward", "long rows"): {DEFAULT: Configuration({"ELEMENTS": 16384}, num_warps=16)},
     ("gumbel_softmax_backward", "blocks of rows"): {DEFAULT: Configuration({"ROWS": 1, "GROUPS": 1024}, num_warps=8)},
     ("gumbel_softmax_backward", "columns apart"): {DEFAULT: Configuration({"ROWS": 32, "GROUPS": 16}, num_warps=8)},
+    ("gumbel_codebook", "16 bits"): {
+        DEFAULT: Configuration({"ROWS": 32, "GROUPS": 16, "WIDTH": 128}, num_warps=4, num_stages=2)
+    },
+    ("gumbel_codebook", "float32"): {
+        DEFAULT: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 64}, num_warps=4),
+    },
+    ("gumbel_codebook_backward_of_logits", "16 bits"): {
+        DEFAULT: Configuration({"ROWS": 32, "GROUPS": 16, "WIDTH": 128}, num_warps=4, num_stages=2)
+    },
+    ("gumbel_codebook_backward_of_logits", "float32"): {
+        DEFAULT: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 64}, num_warps=4)
+    },
+    ("gumbel_codebook_backward_of_codebook", "16 bits"): {
+        DEFAULT: Configuration({"ROWS": 32, "GROUPS": 16, "WIDTH": 128}, num_warps=4, num_stages=2)
+    },
+    ("gumbel_codebook_backward_of_codebook", "float32"): {
+        DEFAULT: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 64}, num_warps=4)
+    },
     # float16
     ("encode", "dense"): {DEFAULT: Configuration({"BLOCK": 2048}, num_warps=4)},
     ("encode", "strided"): {DEFAULT: Configuration({"BLOCK": 1024}, num_warps=4)},

@@ -185,11 +185,13 @@ def _unsupported_codebook_backward(grad_embedding, grad_kl, logits, codebook, *r
     )
 
 
-def _unsupported_by_triton(*args) -> str | None:
-    """Tensors of float32, bfloat16 and float16 in any mixture, and tau in float32: not the arithmetic of float64."""
-    for tensor in args:
+def _unsupported_by_triton(first, *rest) -> str | None:
+    """float32, bfloat16 and float16 are served in any mixture; ``first`` has the rows of the call."""
+    for tensor in (first, *rest):
         if isinstance(tensor, Tensor) and tensor.dtype not in _TRITON_DTYPES:
             return f"the Triton kernel takes float32, bfloat16 and float16, got {tensor.dtype}"
+    if first.numel() >= first.shape[rest[-1]] << 31:
+        return "the Triton kernel takes fewer than 2^31 rows"
     return None
 
 

@@ -15,19 +15,18 @@ No GPU has run these kernels yet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dalle_kernels._strides import merged
 from dalle_kernels._triton_configurations import configuration
 from dalle_kernels.gumbel_softmax import reference
+from dalle_kernels.gumbel_softmax.triton_codebook import gumbel_codebook, gumbel_codebook_backward
 from dalle_kernels.gumbel_softmax.triton_tile import (
-    NO_COLUMN,
     NONE,
+    View,
+    add_posterior_gradient,
     add_to_posterior,
     carry,
     column_numbers,
@@ -36,7 +35,6 @@ from dalle_kernels.gumbel_softmax.triton_tile import (
     first_largest,
     largest_of,
     load_tile,
-    log_ratios,
     merged_choice,
     merged_posterior,
     merged_sum,
@@ -44,18 +42,20 @@ from dalle_kernels.gumbel_softmax.triton_tile import (
     of_each,
     pairs_of,
     places,
-    row_numbers,
+    start,
     store_tile,
     sum_of,
+    view_of,
 )
-from dalle_kernels.triton_philox import LN_2, LOG2_E
 
-
-@triton.jit
-def _start(seed, offset, tau, rows, ROWS: tl.constexpr, AXIS: tl.constexpr):
-    """Seed and scale, the program's rows, those of them that may be read, and their global numbers."""
-    row, read = row_numbers(tl.program_id(0).to(tl.int64) * ROWS, rows, ROWS, AXIS)
-    return tl.load(seed), tl.div_rn(LOG2_E, tl.load(tau)), row, read, tl.load(offset) + row
+__all__ = [
+    "gumbel_codebook",
+    "gumbel_codebook_backward",
+    "gumbel_softmax",
+    "gumbel_softmax_backward",
+    "gumbel_softmax_kl",
+    "gumbel_softmax_kl_backward",
+]
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _forward(logits, y, kl, seed, offset, tau, rows, inner, columns, logits_stri
              WITH_KL: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
              EVEN: tl.constexpr):  # fmt: skip
     """Of rows that fit a tile."""
-    seed, scale, row, read, number = _start(seed, offset, tau, rows, ROWS, AXIS)
+    seed, scale, row, read, number = start(seed, offset, tau, rows, ROWS, AXIS)
     x = load_tile(logits, places(read, inner, logits_strides), 0, columns, logits_strides[2], NONE, GROUPS, AXIS, EVEN)
     if WITH_KL:
         none, zero = pairs_of(row, GROUPS, AXIS, NONE), pairs_of(row, GROUPS, AXIS, 0.0)
@@ -92,7 +92,7 @@ def _forward(logits, y, kl, seed, offset, tau, rows, inner, columns, logits_stri
 def _forward_by_blocks(logits, y, kl, seed, offset, tau, rows, inner, columns, logits_strides, y_strides,
                        HARD: tl.constexpr, WITH_KL: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr,
                        GROUPS: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    seed, scale, row, read, number = _start(seed, offset, tau, rows, ROWS, AXIS)
+    seed, scale, row, read, number = start(seed, offset, tau, rows, ROWS, AXIS)
     place = places(read, inner, logits_strides)
     largest, total = pairs_of(row, GROUPS, AXIS, NONE), pairs_of(row, GROUPS, AXIS, 0.0)
     chosen = total.to(tl.int32)
@@ -127,20 +127,15 @@ def _forward_by_blocks(logits, y, kl, seed, offset, tau, rows, inner, columns, l
 
 
 @triton.jit
-def _add_posterior_gradient(gradient, x, largest, total, moment, grad_kl):
-    """The KL's gradient, grad_kl·q·(ln q - sum q ln q), is added."""
-    q = exponentials(x, largest, LOG2_E) * of_each(tl.div_rn(grad_kl, total) * LN_2)
-    return gradient + q * (log_ratios(x, largest) - of_each(tl.div_rn(moment, total)))
-
-
-@triton.jit
 def _backward(grad_y, grad_kl, logits, y, grad_logits, seed, offset, tau, rows, inner, columns, grad_y_strides,
               grad_kl_strides, logits_strides, y_strides, grad_logits_strides, HARD: tl.constexpr,
               WITH_KL: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
               EVEN: tl.constexpr):  # fmt: skip
     """Of rows that fit a tile. The soft sample is ``y``; where that is a one-hot it is drawn again."""
-    seed, scale, row, read, number = _start(seed, offset, tau, rows, ROWS, AXIS)
-    grad = load_tile(grad_y, places(read, inner, grad_y_strides), 0, columns, grad_y_strides[2], 0.0, GROUPS, AXIS, EVEN)
+    seed, scale, row, read, number = start(seed, offset, tau, rows, ROWS, AXIS)
+    grad = load_tile(
+        grad_y, places(read, inner, grad_y_strides), 0, columns, grad_y_strides[2], 0.0, GROUPS, AXIS, EVEN
+    )
     place = places(read, inner, logits_strides)
     if HARD or WITH_KL:
         x = load_tile(logits, place, 0, columns, logits_strides[2], NONE, GROUPS, AXIS, EVEN)
@@ -157,7 +152,7 @@ def _backward(grad_y, grad_kl, logits, y, grad_logits, seed, offset, tau, rows, 
         largest, total, moment = add_to_posterior(x, none, zero, zero)
         largest, total, moment = merged_posterior(largest, total, moment, AXIS)
         weight = tl.load(grad_kl + places(read, inner, grad_kl_strides))
-        gradient = _add_posterior_gradient(gradient, x, largest, total, moment, weight)
+        gradient = add_posterior_gradient(gradient, x, largest, total, moment, weight)
     place = places(read, inner, grad_logits_strides)
     store_tile(grad_logits, place, row < rows, 0, columns, grad_logits_strides[2], gradient, GROUPS, AXIS)
 
@@ -167,7 +162,7 @@ def _backward_by_blocks(grad_y, grad_kl, logits, y, grad_logits, seed, offset, t
                         grad_y_strides, grad_kl_strides, logits_strides, y_strides, grad_logits_strides,
                         HARD: tl.constexpr, WITH_KL: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr,
                         GROUPS: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    seed, scale, row, read, number = _start(seed, offset, tau, rows, ROWS, AXIS)
+    seed, scale, row, read, number = start(seed, offset, tau, rows, ROWS, AXIS)
     place, grad_place = places(read, inner, logits_strides), places(read, inner, grad_y_strides)
     y_place, out_place = places(read, inner, y_strides), places(read, inner, grad_logits_strides)
     largest, total = pairs_of(row, GROUPS, AXIS, NONE), pairs_of(row, GROUPS, AXIS, 0.0)
@@ -208,47 +203,8 @@ def _backward_by_blocks(grad_y, grad_kl, logits, y, grad_logits, seed, offset, t
             sample = load_tile(y, y_place, first, columns, y_strides[2], 0.0, GROUPS, AXIS, EVEN)
         gradient = sample * (grad - of_each(dot)) * inverse_tau
         if WITH_KL:
-            gradient = _add_posterior_gradient(gradient, x, q_largest, q_total, q_moment, weight)
+            gradient = add_posterior_gradient(gradient, x, q_largest, q_total, q_moment, weight)
         store_tile(grad_logits, out_place, row < rows, first, columns, grad_logits_strides[2], gradient, GROUPS, AXIS)
-
-
-@dataclass(frozen=True)
-class View:
-    """How the kernels see the tensors of a call: rows, in one or two dimensions, of columns.
-
-    ``strides`` has, for each tensor, those of the outer and the inner dimension of the rows and of the columns.
-    """
-
-    rows: int
-    inner: int
-    columns: int
-    tensors: list[Tensor]
-    strides: list[tuple[int, int, int]]
-
-    @property
-    def axis(self) -> int:
-        """The tiles' axis of the columns: the last where those of the first tensor lie next to each other."""
-        outer, inner, column = self.strides[0]
-        return 0 if column != 1 and 1 in (outer, inner) else 1
-
-
-def view_of(dim: int, with_columns: list[Tensor], without: list[Tensor] = ()) -> View:
-    """``with_columns`` have the columns along ``dim``, ``without`` have no such dimension. Where their rows do not
-    merge into two dimensions all are made contiguous, and then they do."""
-    axis = dim % with_columns[0].dim()
-    sizes = list(with_columns[0].shape)
-    columns = sizes.pop(axis)
-    tensors = [*with_columns, *without]
-    strides = [list(tensor.stride()) for tensor in tensors]
-    column_strides = [stride.pop(axis) for stride in strides[: len(with_columns)]] + [0] * len(without)
-    kept, steps = merged(sizes, *strides)
-    if len(kept) > 2:
-        whole = [tensor.contiguous() for tensor in tensors]
-        return view_of(dim, whole[: len(with_columns)], whole[len(with_columns) :])
-    outer, inner = (*kept, 1, 1)[:2]
-    rows_strides = [(*step, 0, 0)[:2] for step in steps]
-    places = [(*step, column) for step, column in zip(rows_strides, column_strides)]
-    return View(outer * inner, inner, columns, tensors, places)
 
 
 # Classes of shapes by the columns up to which a tile holds whole rows.

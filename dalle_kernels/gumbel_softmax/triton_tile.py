@@ -8,15 +8,19 @@ Running numbers, such as a maximum, are kept for each pair and merged over the g
 waits for another in a loop. A number of a row has size 1 in place of the groups.
 
 Maxima pass over NaN, sums do not: NaN, +inf and nothing but -inf each make the sum of a row NaN or 0, so that
-everything divided by it is NaN, as it should be. Exponentials are of 2, with the factor log2(e) / tau in ``scale``; they
-are taken relative to the rounded product of maximum and scale, an error that numerator and sum share.
+everything divided by it is NaN, as it should be. Exponentials are of 2, with the factor log2(e) / tau in ``scale``;
+they are taken relative to the rounded product of maximum and scale, an error that numerator and sum share.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from dalle_kernels._strides import merged
 from dalle_kernels.triton_philox import LN_2, LOG2_E, complement_uniform, log2_of_exponential, philox_words
 
 NO_COLUMN = tl.constexpr(2**31 - 1)
@@ -32,7 +36,7 @@ def along(COUNT: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def row_numbers(first, rows, ROWS: tl.constexpr, AXIS: tl.constexpr):
-    """The tile's rows (int64), and again with the last row in place of those beyond it, which may be read."""
+    """The tile's rows, and again with the last row in place of those beyond it, which may be read."""
     row = first + along(ROWS, 1 - AXIS)
     return row, tl.minimum(row, rows - 1)
 
@@ -41,7 +45,14 @@ def row_numbers(first, rows, ROWS: tl.constexpr, AXIS: tl.constexpr):
 def places(row, inner, strides):
     """Where rows begin, in elements: strides are those of row // inner, of row % inner and of the columns."""
     outer = row // inner
-    return outer * strides[0] + (row - outer * inner) * strides[1]
+    return outer.to(tl.int64) * strides[0] + (row - outer * inner).to(tl.int64) * strides[1]
+
+
+@triton.jit
+def start(seed, offset, tau, rows, ROWS: tl.constexpr, AXIS: tl.constexpr):
+    """Seed and scale, the program's rows, those of them that may be read, and their global numbers."""
+    row, read = row_numbers(tl.program_id(0) * ROWS, rows, ROWS, AXIS)
+    return tl.load(seed), tl.div_rn(LOG2_E, tl.load(tau)), row, read, tl.load(offset) + row
 
 
 @triton.jit
@@ -131,9 +142,15 @@ def sum_of(tile):
 
 
 @triton.jit
+def filled(like, value):
+    """``value`` in float32, in the shape of ``like``."""
+    return tl.zeros_like(like).to(tl.float32) + value
+
+
+@triton.jit
 def pairs_of(row, GROUPS: tl.constexpr, AXIS: tl.constexpr, value):
     """``value`` for each pair, in float32."""
-    return tl.zeros_like(row + along(GROUPS, AXIS)).to(tl.float32) + value
+    return filled(row + along(GROUPS, AXIS), value)
 
 
 @triton.jit
@@ -201,3 +218,49 @@ def divergence(total, moment, columns):
     """The KL to the uniform prior in nats; of total / columns, since that is near 1 where the KL is near 0."""
     kl = (tl.div_rn(moment, total) - tl.log2(tl.div_rn(total, columns.to(tl.float32)))) * LN_2
     return tl.where(kl < 0, 0.0, kl)
+
+
+@triton.jit
+def add_posterior_gradient(gradient, x, largest, total, moment, grad_kl):
+    """The KL's gradient, grad_kl·q·(ln q - sum q ln q), is added."""
+    q = exponentials(x, largest, LOG2_E) * of_each(tl.div_rn(grad_kl, total) * LN_2)
+    return gradient + q * (log_ratios(x, largest) - of_each(tl.div_rn(moment, total)))
+
+
+@dataclass(frozen=True)
+class View:
+    """How the kernels see the tensors of a call: rows, in one or two dimensions, of columns.
+
+    ``strides`` has, for each tensor, those of the outer and the inner dimension of the rows and of the columns.
+    """
+
+    rows: int
+    inner: int
+    columns: int
+    tensors: list[Tensor]
+    strides: list[tuple[int, int, int]]
+
+    @property
+    def axis(self) -> int:
+        """The tiles' axis of the columns: the last where those of the first tensor lie next to each other."""
+        outer, inner, column = self.strides[0]
+        return 0 if column != 1 and 1 in (outer, inner) else 1
+
+
+def view_of(dim: int, with_columns: list[Tensor], without: list[Tensor] = ()) -> View:
+    """``with_columns`` have the columns along ``dim``, ``without`` have no such dimension. Where their rows do not
+    merge into two dimensions all are made contiguous, and then they do."""
+    axis = dim % with_columns[0].dim()
+    sizes = list(with_columns[0].shape)
+    columns = sizes.pop(axis)
+    tensors = [*with_columns, *without]
+    strides = [list(tensor.stride()) for tensor in tensors]
+    column_strides = [stride.pop(axis) for stride in strides[: len(with_columns)]] + [0] * len(without)
+    kept, steps = merged(sizes, *strides)
+    if len(kept) > 2:
+        whole = [tensor.contiguous() for tensor in tensors]
+        return view_of(dim, whole[: len(with_columns)], whole[len(with_columns) :])
+    outer, inner = (*kept, 1, 1)[:2]
+    rows_strides = [(*step, 0, 0)[:2] for step in steps]
+    places = [(*step, column) for step, column in zip(rows_strides, column_strides)]
+    return View(outer * inner, inner, columns, tensors, places)
