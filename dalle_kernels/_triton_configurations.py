@@ -62,7 +62,7 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
         DEFAULT: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 64}, num_warps=4),
     },
     ("gumbel_codebook_backward_of_logits", "16 bits"): {
-        DEFAULT: Configuration({"ROWS": 32, "GROUPS": 16, "WIDTH": 128}, num_warps=4, num_stages=2)
+        DEFAULT: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 128}, num_warps=4, num_stages=2)
     },
     ("gumbel_codebook_backward_of_logits", "float32"): {
         DEFAULT: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 64}, num_warps=4)
@@ -73,6 +73,10 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("gumbel_codebook_backward_of_codebook", "float32"): {
         DEFAULT: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 64}, num_warps=4)
     },
+    # logit_laplace
+    ("logit_laplace_loss", "reduced"): {DEFAULT: Configuration({"BLOCK": 1024}, num_warps=4)},
+    ("logit_laplace_loss", "each"): {DEFAULT: Configuration({"BLOCK": 1024}, num_warps=4)},
+    ("logit_laplace_loss_backward", "each"): {DEFAULT: Configuration({"BLOCK": 1024}, num_warps=4)},
     # float16
     ("encode", "dense"): {DEFAULT: Configuration({"BLOCK": 2048}, num_warps=4)},
     ("encode", "strided"): {DEFAULT: Configuration({"BLOCK": 1024}, num_warps=4)},

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dalle_kernels import _native
+from dalle_kernels import _native, _triton
 from dalle_kernels._dispatch import Op
 from dalle_kernels.logit_laplace import reference
 
 REDUCTIONS = ("none", "mean", "sum")
 _BLOCK = 2048  # LOGIT_LAPLACE_BLOCK in csrc/logit_laplace/logit_laplace.h
 _MAX_DIMS = 8  # Strided::MAX_DIMS in csrc/common/strided.h
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INPUTS = "Tensor x, Tensor mu, Tensor log_b, str reduction"
 
 
@@ -77,14 +78,26 @@ def _native_unsupported(*arguments) -> str | None:
     return None
 
 
+def _unsupported_by_triton(*arguments) -> str | None:
+    for tensor in arguments[:-1]:
+        if tensor.dtype not in _TRITON_DTYPES:
+            return f"the Triton kernel takes float32, float16 and bfloat16, got {tensor.dtype}"
+    return None
+
+
 logit_laplace_loss_op = Op(f"logit_laplace_loss({_INPUTS}) -> Tensor", _fake)
 logit_laplace_loss_backward_op = Op(
     f"logit_laplace_loss_backward(Tensor grad_loss, {_INPUTS}) -> (Tensor, Tensor)", _fake_backward
 )
 _native_limits = {"unavailable": _native.unavailable_but_on_cpu, "unsupported": _native_unsupported}
+_triton_limits = {"unavailable": _triton.unavailable, "unsupported": _unsupported_by_triton}
 logit_laplace_loss_op.provide("native", _native_loss, **_native_limits)
+logit_laplace_loss_op.provide("triton", _triton.launcher("logit_laplace", "logit_laplace_loss"), **_triton_limits)
 logit_laplace_loss_op.provide("reference", reference.logit_laplace_loss)
 logit_laplace_loss_backward_op.provide("native", _native_backward, **_native_limits)
+logit_laplace_loss_backward_op.provide(
+    "triton", _triton.launcher("logit_laplace", "logit_laplace_loss_backward"), **_triton_limits
+)
 logit_laplace_loss_backward_op.provide("reference", reference.logit_laplace_loss_backward)
 
 
