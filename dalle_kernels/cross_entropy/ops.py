@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dalle_kernels import _native
+from dalle_kernels import _native, _triton
 from dalle_kernels._dispatch import Op, _dispatcher_is_needed
 from dalle_kernels.cross_entropy import native, reference
 
 REDUCTIONS = ("none", "mean", "sum")
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64)  # the last one of targets
 _INPUTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
 
 
@@ -48,6 +49,15 @@ linear_cross_entropy_scaled_gradient_op = Op(
     "linear_cross_entropy_scaled_gradient(Tensor gradient, Tensor factor) -> Tensor",
     lambda gradient, factor: gradient.new_empty(gradient.shape),
 )
+
+
+def _unsupported_by_triton(*arguments) -> str | None:
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.dtype not in _TRITON_DTYPES:
+            return f"the Triton kernels take float32, float16 and bfloat16, got {argument.dtype}"
+    return None
+
+
 for _op in (
     linear_cross_entropy_op,
     linear_cross_entropy_backward_op,
@@ -56,6 +66,12 @@ for _op in (
 ):
     _op.provide(
         "native", getattr(native, _op.name), unavailable=_native.unavailable_but_on_cpu, unsupported=native.unsupported
+    )
+    _op.provide(
+        "triton",
+        _triton.launcher("cross_entropy", _op.name),
+        unavailable=_triton.unavailable,
+        unsupported=_unsupported_by_triton,
     )
     _op.provide("reference", getattr(reference, _op.name))
 

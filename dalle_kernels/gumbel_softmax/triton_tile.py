@@ -8,8 +8,7 @@ Running numbers, such as a maximum, are kept for each pair and merged over the g
 waits for another in a loop. A number of a row has size 1 in place of the groups.
 
 Maxima pass over NaN, sums do not: NaN, +inf and nothing but -inf each make the sum of a row NaN or 0, so that
-everything divided by it is NaN, as it should be. Exponentials are of 2, with the factor log2(e) / tau in ``scale``;
-they are taken relative to the rounded product of maximum and scale, an error that numerator and sum share.
+everything divided by it is NaN, as it should be. Exponentials are of 2, with the factor log2(e) / tau in ``scale``.
 """
 
 from __future__ import annotations
@@ -154,20 +153,20 @@ def pairs_of(row, GROUPS: tl.constexpr, AXIS: tl.constexpr, value):
 
 
 @triton.jit
-def shift_of(largest, scale):
+def _reference(largest):
     """What is subtracted before exponentials are taken: 0 while there is nothing but -inf."""
-    return tl.where(largest == NONE, 0.0, largest * scale)
+    return tl.where(largest == NONE, 0.0, largest)
 
 
 @triton.jit
 def carry(before, after, scale):
     """By what sums relative to a former maximum shrink."""
-    return tl.where(before == NONE, 0.0, tl.exp2(shift_of(before, scale) - shift_of(after, scale)))
+    return tl.where(before == NONE, 0.0, tl.exp2((before - _reference(after)) * scale))
 
 
 @triton.jit
 def exponentials(values, largest, scale):
-    return tl.exp2(values * scale - of_each(shift_of(largest, scale)))
+    return tl.exp2((values - of_each(_reference(largest))) * scale)
 
 
 @triton.jit
@@ -190,7 +189,7 @@ def merged_choice(chosen, largest, of_row, AXIS: tl.constexpr):
 @triton.jit
 def log_ratios(logits, largest):
     """log2 of the posterior but for a constant of the row; bounded below where it is 0, so that 0·log 0 is 0."""
-    return tl.maximum(logits * LOG2_E - of_each(shift_of(largest, LOG2_E)), -1000.0)
+    return tl.maximum((logits - of_each(_reference(largest))) * LOG2_E, -1000.0)
 
 
 @triton.jit
@@ -198,7 +197,7 @@ def add_to_posterior(logits, largest, total, moment):
     """The running maximum, sum of exponentials and sum of exponentials times their logarithms, with a tile more."""
     after = tl.maximum(largest, largest_of(logits))
     e = exponentials(logits, after, LOG2_E)
-    step = shift_of(largest, LOG2_E) - shift_of(after, LOG2_E)
+    step = (_reference(largest) - _reference(after)) * LOG2_E
     shrink = carry(largest, after, LOG2_E)
     moment = shrink * (moment + total * step) + sum_of(e * log_ratios(logits, after))
     return after, shrink * total + sum_of(e), moment
@@ -207,7 +206,7 @@ def add_to_posterior(logits, largest, total, moment):
 @triton.jit
 def merged_posterior(largest, total, moment, AXIS: tl.constexpr):
     of_row = tl.max(largest, AXIS, keep_dims=True)
-    step = shift_of(largest, LOG2_E) - shift_of(of_row, LOG2_E)
+    step = (_reference(largest) - _reference(of_row)) * LOG2_E
     shrink = carry(largest, of_row, LOG2_E)
     moment = tl.sum(shrink * (moment + total * step), AXIS, keep_dims=True)
     return of_row, tl.sum(shrink * total, AXIS, keep_dims=True), moment

@@ -1,0 +1,170 @@
+"""Linear cross-entropy between torch's products by Triton's kernels: on a GPU, else by the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_cross_entropy import IGNORE, _inputs, _plain, _run
+
+import dalle_kernels
+from dalle_kernels._triton_configurations import Configuration, use_configuration
+from dalle_kernels.cross_entropy import linear_cross_entropy, ops
+from dalle_kernels.testing import assert_accurate, poisoned_allocations, strided_views
+
+NAMES = ("loss", "gradient of hidden", "gradient of weight", "gradient of bias")
+
+
+@pytest.fixture
+def small_chunks(triton_device, monkeypatch):
+    """Several chunks of rows, panels of classes and blocks of logits already in small problems."""
+    pytest.importorskip("triton")
+    from dalle_kernels.cross_entropy import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "_WORKSPACE", 9000)
+    small = Configuration({"BLOCK": 64}, num_warps=1)
+    with (
+        use_configuration("cross_entropy_losses", "any", small),
+        use_configuration("cross_entropy_gradients", "any", small),
+    ):
+        yield triton_device
+
+
+def _on(device, inputs, dtype=None):
+    return [tensor.to(device, dtype if tensor.is_floating_point() else None) for tensor in inputs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_loss_and_gradients_meet_the_error_rule(reduction, dtype, small_chunks):
+    for sizes in ((20, 97, 17), (3, 257, 5), (3, 1, 2)):
+        draws = []
+        for seed in range(3):
+            inputs = _on(small_chunks, [tensor.to(dtype) for tensor in _inputs(*sizes, seed)[:3]])
+            inputs = [tensor.double() for tensor in inputs] + [_inputs(*sizes, seed)[3].to(small_chunks)]
+            with poisoned_allocations():
+                actual = _run(linear_cross_entropy, inputs, dtype, reduction)
+            assert [result.dtype for result in actual] == [torch.float32, dtype, dtype, dtype]
+            draws.append((actual, *(_run(_plain, inputs, kind, reduction) for kind in (dtype, torch.float64))))
+        for index, name in enumerate(NAMES):
+            assert_accurate(*([results[index] for results in column] for column in zip(*draws)), f"{name} of {sizes}")
+
+
+@pytest.mark.parametrize("kinds", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")])
+def test_mixed_dtypes_are_multiplied_in_float32(kinds, small_chunks):
+    hidden, weight, bias, target = _on(small_chunks, _inputs(20, 45, 8, seed=18, dtype=torch.float32))
+    hidden, weight = (tensor.to(getattr(torch, kind)) for tensor, kind in zip((hidden, weight), kinds))
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    wide = [tensor.detach().float().requires_grad_() for tensor in leaves]
+    loss, expected = linear_cross_entropy(*leaves[:2], target, bias), _plain(*wide[:2], target, wide[2])
+    torch.testing.assert_close(loss, expected)
+    for got, leaf, wanted in zip(torch.autograd.grad(loss, leaves), leaves, torch.autograd.grad(expected, wide)):
+        assert got.dtype == leaf.dtype
+        torch.testing.assert_close(got, wanted.to(leaf.dtype))
+
+
+def test_a_loss_scale_saves_small_float16_gradients(small_chunks):
+    hidden, weight, _, target = _on(small_chunks, _inputs(24, 33, 9, seed=12, dtype=torch.float16))
+    hidden = (hidden * 1e-3).requires_grad_()
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, target) / 2**20
+    (grad,) = torch.autograd.grad(loss * 2.0**20, weight)
+    exact = weight.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(_plain(hidden.detach().double(), exact, target), exact)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-2, atol=1e-7)
+
+
+def test_layout_changes_no_more_than_rounding(triton_device):
+    hidden, weight, bias, target = _on(triton_device, _inputs(13, 11, 7, seed=14, dtype=torch.float32))
+    expected = _run(linear_cross_entropy, (hidden, weight, bias, target), torch.float32, "mean")
+    for views in zip(*map(strided_views, (hidden, weight, bias, target)), strict=False):
+        leaves = [view.requires_grad_() for _, view in views[:3]]
+        loss = linear_cross_entropy(*leaves[:2], views[3][1], leaves[2])
+        grads = torch.autograd.grad(loss, leaves, torch.full((), 0.3, device=triton_device))
+        torch.testing.assert_close([loss, *grads], expected, msg=views[3][0])
+
+
+def test_ignored_and_bad_rows(triton_device):
+    """An ignored row counts for nothing; NaN spoils its own row, and so does a target that is no class."""
+    hidden, weight, bias, target = _on(triton_device, _inputs(6, 5, 4, seed=15, dtype=torch.float32))
+    target = torch.tensor([0, IGNORE, 1, 5, 4, -1], device=triton_device)
+    hidden[1], hidden[2, 0] = float("inf"), float("nan")
+    hidden.requires_grad_()
+    rows = linear_cross_entropy(hidden, weight, target, bias, IGNORE, "none")
+    assert rows.isnan().tolist() == [False, False, True, True, False, True] and rows[1] == 0
+    (grad,) = torch.autograd.grad(rows.sum(), hidden)
+    assert grad.isnan().any(1).tolist() == [False, False, True, True, False, True] and not grad[1].any()
+    assert linear_cross_entropy(hidden, weight, target, bias).isnan()
+
+
+def test_nobody_counts(triton_device):
+    hidden, weight, bias, _ = _on(triton_device, _inputs(6, 5, 4, seed=15, dtype=torch.float32))
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    for reduction, loss in (("sum", 0.0), ("mean", float("nan"))):
+        target = torch.full((6,), 3, device=triton_device)
+        result = linear_cross_entropy(*leaves[:2], target, leaves[2], 3, reduction)
+        torch.testing.assert_close(result.cpu(), torch.tensor(loss), equal_nan=True)
+        assert all(not grad.any() for grad in torch.autograd.grad(result, leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(0, 5, 3), (6, 5, 0)])
+def test_no_rows_and_no_columns(sizes, dtype, triton_device):
+    inputs = _on(triton_device, _inputs(*sizes, seed=30, dtype=dtype))
+    for reduction in ops.REDUCTIONS:
+        results = _run(linear_cross_entropy, inputs, dtype, reduction)
+        for result, expected in zip(results, _run(_plain, inputs, torch.float32, reduction)):
+            wanted = expected.nan_to_num(0.0) if expected.dim() else expected  # torch's gradient of no mean is NaN
+            torch.testing.assert_close(result, wanted.to(result.dtype), equal_nan=True)
+
+
+def test_extreme_logits(small_chunks):
+    """Logits that overflow an exponential, classes at -inf, a row of nothing else."""
+    bias = torch.tensor([1e4, -1e4, 0.0, -float("inf"), 3e4], device=small_chunks)
+    hidden, weight = torch.zeros(5, 2, device=small_chunks), torch.zeros(5, 2, device=small_chunks)
+    target = torch.arange(5, device=small_chunks)
+    rows = linear_cross_entropy(hidden, weight, target, bias, IGNORE, "none")
+    torch.testing.assert_close(rows, F.cross_entropy(bias.expand(5, 5), target, reduction="none"))
+    nothing = torch.full((5,), -float("inf"), device=small_chunks)
+    assert linear_cross_entropy(hidden, weight, target, nothing, IGNORE, "none").isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_input_same_bits_and_no_work_for_what_is_frozen(dtype, small_chunks):
+    hidden, weight, bias, target = _on(small_chunks, _inputs(20, 33, 17, seed=19, dtype=dtype))
+    call = (hidden, weight, target, bias, IGNORE, "mean")
+    _, *whole = ops.linear_cross_entropy_with_gradient_op(*call, [True] * 3)
+    for index in range(3):
+        mask = [position == index for position in range(3)]
+        _, *grads = ops.linear_cross_entropy_with_gradient_op(*call, mask)
+        assert torch.equal(grads[index], whole[index])
+        assert [grad.numel() > 0 for grad in grads] == mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scaled_gradients_are_rounded_once(dtype, triton_device):
+    gradient = torch.randn(37, 61, device=triton_device).to(dtype)
+    factor = torch.tensor(0.3, device=triton_device)
+    with poisoned_allocations():
+        result = ops.linear_cross_entropy_scaled_gradient_op(gradient, factor)
+    assert torch.equal(result, (gradient.float() * factor).to(dtype))
+
+
+def test_what_the_kernels_do_not_serve_goes_to_the_reference():
+    with dalle_kernels.use("triton"):
+        found = dalle_kernels.explain("linear_cross_entropy", *_inputs(4, 3, 2, seed=1)[:2], None, None, IGNORE)
+    assert found.runs is None and "float64" in dict(found.rejected)["triton"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU's allocator tells its highest memory")
+def test_workspace_at_the_largest_unembedding(triton_device):
+    hidden = torch.randn(2048, 3968, device=triton_device, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(16384, 3968, device=triton_device, dtype=torch.bfloat16).requires_grad_()
+    target = torch.randint(0, 16384, (2048,), device=triton_device)
+    linear_cross_entropy(hidden, weight, target).backward()  # the library takes its own workspace once
+    hidden.grad = weight.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(hidden, weight, target).backward()
+    results = hidden.numel() * 2 + weight.numel() * 2
+    assert torch.cuda.max_memory_allocated() - before - results <= 60e6
