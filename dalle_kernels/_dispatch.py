@@ -73,6 +73,7 @@ class Op:
     def __init__(self, schema: str, fake: Callable):
         self.name = schema.partition("(")[0]
         self.providers: list[Provider] = []
+        self._candidates: dict[str, list[Provider]] = {}
         self._function: type[torch.autograd.Function] | None = None
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
@@ -87,12 +88,13 @@ class Op:
         # Asked first and by this name, so that a compiler that follows these lines goes no further.
         if torch.compiler.is_compiling():
             return self.overload(*args)
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args[self._tensors])):
+        tensors = args[self._tensors]
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
             # torch would take the tangents of an operator for zero.
             raise RuntimeError(f"{self.name} has no forward-mode derivative: use reverse mode or plain PyTorch")
-        if _dispatcher_is_needed(args[self._tensors]):
+        if _dispatcher_is_needed(tensors):
             return self.overload(*args)
-        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args[self._tensors]):
+        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*tensors):
             return self._run(*args)
         # Without a gradient of its own the op is torch's to warn of.
         return self._function.apply(*args) if self._function else self.overload(*args)
@@ -109,6 +111,7 @@ class Op:
         if name not in PROVIDERS:
             raise ValueError(f"expected a provider among {', '.join(PROVIDERS)}, got {name!r}")
         self.providers.append(Provider(name, run, cache(unavailable), unsupported))
+        self._candidates.clear()
 
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
         """Give the op its gradient, as ``torch.library.register_autograd`` does; it is differentiable once.
@@ -142,23 +145,32 @@ class Op:
     def choose(self, device_type: str, args: tuple) -> Provider:
         """The provider that serves ``args``: the forced one, or the first that can."""
         forced = forced_provider()
+        if forced is not None:
+            return self._choose_forced(forced, device_type, args)
+        candidates = self._candidates.get(device_type)
+        if candidates is None:
+            candidates = [provider for provider in self.providers if provider.rejected(device_type, None) is None]
+            self._candidates[device_type] = candidates
+        for provider in candidates:
+            if provider.unsupported(*args) is None:
+                return provider
+        raise ProviderError(f"{self.name}: no provider can serve this call; see dalle_kernels.explain({self.name!r})")
+
+    def _choose_forced(self, forced: str, device_type: str, args: tuple) -> Provider:
         for provider in self.providers:
-            if forced is not None and provider.name != forced:
+            if provider.name != forced:
                 continue
             reason = provider.rejected(device_type, forced) or provider.unsupported(*args)
             if reason is None:
                 return provider
-            if forced is not None:
-                raise ProviderError(f"{self.name}: provider {forced!r} was forced but {reason}")
-        if forced is not None:
-            names = ", ".join(provider.name for provider in self.providers)
-            raise ProviderError(f"{self.name}: provider {forced!r} was forced but the op only has: {names}")
-        raise ProviderError(f"{self.name}: no provider can serve this call; see dalle_kernels.explain({self.name!r})")
+            raise ProviderError(f"{self.name}: provider {forced!r} was forced but {reason}")
+        names = ", ".join(provider.name for provider in self.providers)
+        raise ProviderError(f"{self.name}: provider {forced!r} was forced but the op only has: {names}")
 
     def _run(self, *args):
         device_type = _device_type(args)
         provider = self.choose(device_type, args)
-        if not torch.is_autocast_enabled(device_type):
+        if not _autocast() or not torch.is_autocast_enabled(device_type):
             return provider.run(*args)
         # An op's dtypes are its own contract: autocast must not reach the matrix products inside a provider.
         torch.set_autocast_enabled(device_type, False)
@@ -167,6 +179,8 @@ class Op:
         finally:
             torch.set_autocast_enabled(device_type, True)
 
+
+_autocast = torch._C._is_any_autocast_enabled  # for some device type, which is quicker to ask
 
 # Of the thread: modes, transforms, a tracer or a profiler, which must see the operators that are called.
 _dispatch_modes = torch._C._len_torch_dispatch_stack

@@ -110,25 +110,22 @@ def instruction_sets() -> tuple[list[str], list[str], str]:
 
 
 @cache
-def _kernel(device: torch.device, name: str) -> Callable[..., None]:
+def _kernel(device: torch.device, name: str) -> Callable:
     return getattr(library(device.type), name)
 
 
 _CPU = torch.device("cpu")
 
 
-def call(kernel: str, device: torch.device, *arguments, **named) -> None:
-    """Run a compiled kernel, with torch's number of threads on CPU and on torch's current stream on CUDA.
+def call(kernel: str, device: torch.device, *arguments, **named):
+    """What a compiled kernel returns, run with torch's number of threads on CPU and on torch's stream on CUDA.
 
     The arguments are those of the kernel's binding, by their names there or, which saves 2 µs a call, in their order.
     """
     run = _kernel(device, kernel)
     if device == _CPU:
-        threads = torch.get_num_threads()
         if not named:
-            run(*arguments, threads)
-        else:
-            run(*arguments, **named, executor=threads)
-    else:
-        with torch.cuda.device(device):
-            run(*arguments, **named, executor=torch.cuda.current_stream(device).cuda_stream)
+            return run(*arguments, torch.get_num_threads())
+        return run(*arguments, **named, executor=torch.get_num_threads())
+    with torch.cuda.device(device):
+        return run(*arguments, **named, executor=torch.cuda.current_stream(device).cuda_stream)

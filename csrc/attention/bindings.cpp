@@ -33,6 +33,13 @@ TokenHeads token_of(const TokenTuple& t) {
   return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
 }
 
+// Work of fewer products than this is done before another thread has woken up.
+constexpr int64_t PRODUCTS_OF_A_TEAM = 1 << 16;
+
+int team_of(uintptr_t executor, int64_t batch, int64_t heads, int64_t seq, int64_t head_dim) {
+  return batch * heads * seq * seq * head_dim < PRODUCTS_OF_A_TEAM ? 1 : threads_of(executor);
+}
+
 }  // namespace
 
 DALLE_BINDINGS(m) {
@@ -43,7 +50,7 @@ DALLE_BINDINGS(m) {
          uintptr_t executor) {
         const SparseAttention params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale, heads_of(q),
                                      heads_of(k), heads_of(v), heads_of(out), pointer<float>(lse),
-                                     threads_of(executor), nullptr};
+                                     team_of(executor, batch, heads, std::get<1>(pattern), head_dim), nullptr};
         DALLE_RUN(sparse_attention, params, executor);
       },
       "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
@@ -55,8 +62,8 @@ DALLE_BINDINGS(m) {
          const HeadsTuple& dq, const HeadsTuple& dk, const HeadsTuple& dv, uintptr_t executor) {
         const SparseAttentionBackward params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale,
                                              heads_of(grad_out), heads_of(q), heads_of(k), heads_of(v),
-                                             heads_of(dq), heads_of(dk), heads_of(dv), threads_of(executor),
-                                             nullptr};
+                                             heads_of(dq), heads_of(dk), heads_of(dv),
+                                             team_of(executor, batch, heads, std::get<1>(pattern), head_dim), nullptr};
         DALLE_RUN(sparse_attention_backward, params, executor);
       },
       "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "grad_out"_a, "q"_a, "k"_a, "v"_a, "dq"_a,

@@ -18,6 +18,23 @@
 
 namespace dalle {
 
+// How many rows count, and the first of them whose target is no class, or -1.
+struct CrossEntropyTargets {
+  int64_t counted, outside;
+};
+
+inline CrossEntropyTargets cross_entropy_targets(const int64_t* target, int64_t stride, int64_t rows, int64_t classes,
+                                                 int64_t ignore_index) {
+  CrossEntropyTargets found{0, -1};
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t c = target[r * stride];
+    if (c == ignore_index) continue;
+    ++found.counted;
+    if ((c < 0 || c >= classes) && found.outside < 0) found.outside = r;
+  }
+  return found;
+}
+
 // Class c of row r has logit x = logits[c * rows + r] + bias[c], its row the maximum m and the sum s of exp(x - m).
 // Writes loss[r] = log s + m - x of the target, and adds the losses to *total in the order of the rows. With
 // `row_scale`, the gradient that reaches each loss, it also overwrites the logits by exp(x - m), less s at the target,
@@ -32,7 +49,7 @@ struct CrossEntropyChunk {
   int64_t ignore_index;
   const float* row_scale;  // nullptr: no gradient is wanted and the logits are only read
   int64_t row_scale_stride;
-  float* loss;
+  float* loss;  // nullptr: only their sum is wanted
   double* total;
   float* row_factor;
   double* bias_sums;  // [classes]: the gradients of the chunk's logits are added; nullptr: none are

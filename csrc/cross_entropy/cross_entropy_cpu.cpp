@@ -130,8 +130,9 @@ class Chunk {
       const bool kept = kept_[r] != 0;
       double sum = 0;
       for (int64_t segment = 0; segment < segments_; ++segment) sum += segment_values(segment)[r];
-      p_.loss[r] = kept ? static_cast<float>(__builtin_log(sum) - chosen_[r]) : 0.0f;
-      total += p_.loss[r];
+      const float loss = kept ? static_cast<float>(__builtin_log(sum) - chosen_[r]) : 0.0f;
+      if (p_.loss != nullptr) p_.loss[r] = loss;
+      total += loss;
       if (p_.row_scale == nullptr) continue;
       const int64_t target = p_.target[r * p_.target_stride];
       const bool is_class = 0 <= target && target < p_.classes;

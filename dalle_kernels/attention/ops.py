@@ -49,9 +49,8 @@ def _forward_native(q, k, v, *pattern):
 
 def _backward_native(grad_out, q, k, v, out, lse, *pattern):
     dq, dk, dv = _backward_fake(grad_out, q, k, v, out, lse, *pattern)
-    tensors = {"grad_out": grad_out, "q": q, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}
-    addresses = {name: _heads(tensor) for name, tensor in tensors.items()}
-    _native.call("sparse_attention_backward", q.device, *_shape_arguments(q, *pattern), **addresses)
+    tensors = map(_heads, (grad_out, q, k, v, dq, dk, dv))
+    _native.call("sparse_attention_backward", q.device, *_shape_arguments(q, *pattern), *tensors)
     return dq, dk, dv
 
 

@@ -9,6 +9,7 @@ Results are the same for any number of threads as far as ``torch.mm`` gives the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +26,8 @@ _ROW_COPIES = 3  # transposed for the logits, the sums of their gradient, times 
 
 def _balanced(count: int, most: int, multiple: int) -> list[slice]:
     """Slices of at most ``most`` (at least ``multiple``) that are alike but for the last; a multiple long."""
+    if 0 < count <= max(most, multiple):
+        return [slice(0, count)]
     parts = max(1, -(-count // max(most, multiple)))
     step = max(multiple, -(-count // (parts * multiple)) * multiple)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
@@ -48,107 +51,159 @@ class _GradientOfWeight:
             _native.call(
                 "gradient_sum",
                 term.device,
-                term=term.data_ptr(),
-                gradient=part.data_ptr(),
-                low=self.low[panel].data_ptr(),
-                count=part.numel(),
-                first=first,
-                last=last,
-                dtype=_native.DTYPES[part.dtype],
+                term.data_ptr(),
+                part.data_ptr(),
+                self.low[panel].data_ptr(),
+                part.numel(),
+                first,
+                last,
+                _native.DTYPES[part.dtype],
             )
+
+
+def _counted_rows(target: Tensor, classes: int, ignore_index: int) -> int:
+    """How many rows count; raises where one of them has a target that is no class."""
+    address, stride = target.data_ptr(), target.stride(0)
+    find = _native.library("cpu").cross_entropy_targets
+    counted, outside = find(address, stride, len(target), classes, ignore_index)
+    if outside >= 0 and not reference.must_not_wait(target):
+        reference.refuse_target(int(target[outside]), classes, ignore_index)
+    return counted
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32)
+
+
+def _scratch(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
 
 
 class _Chunks:
     """One pass over the rows: losses and, where ``row_scale`` says what reaches each of them, gradients."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int):
-        self.kept, _ = reference.checked_targets(target, len(weight), ignore_index)
+        rows, (classes, width) = hidden.shape[0], weight.shape
+        self.counted = _counted_rows(target, classes, ignore_index)
         self.hidden, self.weight, self.target, self.ignore_index = hidden, weight, target, ignore_index
-        self.bias = None if bias is None else bias.to(torch.float32).contiguous()
-        classes, width = weight.shape
-        self.chunks = _balanced(len(hidden), _CHUNK_FLOATS // (classes + _ROW_COPIES * width), 16)
-        self.loss = hidden.new_empty(len(hidden), dtype=torch.float32)
-        self.total = hidden.new_zeros((), dtype=torch.float64)
+        self.bias = None if bias is None else _wide(bias).contiguous()
+        self.total = 0.0  # of the losses
+        self.chunks = _balanced(rows, _CHUNK_FLOATS // (classes + _ROW_COPIES * width), 16)
         step = self.chunks[0].stop if self.chunks else 0
-        self.logits = self._scratch(classes, step)
-        self.transposed = self._scratch(width, step)
-        self.row_factor = self._scratch(step)
-        self.workspace = self._scratch(_native.library("cpu").cross_entropy_workspace(classes, step))
-        narrow = weight.dtype != torch.float32
-        self.panels = _balanced(classes, _PANEL_FLOATS // max(width, 1) if narrow else classes, 16)
-        self.panel = self._scratch(self.panels[0].stop, width) if narrow else None
-
-    def _scratch(self, *shape: int) -> Tensor:
-        return self.hidden.new_empty(shape, dtype=torch.float32)
+        self.workspace = _scratch(_native.library("cpu").cross_entropy_workspace(classes, step))
+        self.narrow = weight.dtype != torch.float32
+        self.panels = _balanced(classes, _PANEL_FLOATS // max(width, 1) if self.narrow else classes, 16)
+        self.panel = _scratch(self.panels[0].stop, width) if len(self.panels) > 1 else None
+        # A single product makes its own memory.
+        self.at_once = len(self.chunks) == len(self.panels) == 1
+        if not self.at_once:
+            self.logits, self.transposed = _scratch(classes, step), _scratch(width, step)
 
     def _wide_weight(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in float32, a panel of classes at a time; the next one overwrites it."""
         for panel in self.panels:
-            part = self.weight[panel]
-            yield panel, part if self.panel is None else self.panel[: len(part)].copy_(part)
+            if self.panel is None:
+                yield panel, _wide(self.weight)
+            else:
+                part = self.weight[panel]
+                yield panel, self.panel[: len(part)].copy_(part)
 
-    def _logits(self, chunk: slice, row_scale: Tensor | None = None, bias_sums: Tensor | None = None) -> Tensor:
-        """The losses of a chunk, and its logits ``[classes, rows]`` or, with ``row_scale``, their gradient."""
-        rows, target = self.hidden[chunk], self.target[chunk]
+    def _products(self, chunk: slice) -> Tensor:
+        """The logits ``[classes, rows]`` of a chunk, without their bias."""
+        if self.at_once:
+            return torch.nn.functional.linear(_wide(self.weight), _wide(self.hidden))
+        rows = self.hidden[chunk]
         classes, width = self.weight.shape
         transposed = self.transposed.view(-1)[: width * len(rows)].view(width, len(rows)).copy_(rows.t())
         logits = self.logits.view(-1)[: classes * len(rows)].view(classes, -1)
         for panel, weight in self._wide_weight():
             torch.mm(weight, transposed, out=logits[panel])
-        _native.call(
+        return logits
+
+    def _logits(
+        self,
+        chunk: slice,
+        loss: Tensor | None,
+        row_scale: Tensor | None = None,
+        row_factor: Tensor | None = None,
+        bias_sums: Tensor | None = None,
+    ) -> Tensor:
+        """The losses of a chunk, and its logits ``[classes, rows]`` or, with ``row_scale``, their gradient."""
+        logits = self._products(chunk)
+        classes, rows = logits.shape
+        self.total += _native.call(
             "cross_entropy_chunk",
-            rows.device,
-            logits=logits.data_ptr(),
-            classes=classes,
-            rows=len(rows),
-            bias=0 if self.bias is None else self.bias.data_ptr(),
-            target=target.data_ptr(),
-            target_stride=target.stride(0),
-            ignore_index=self.ignore_index,
-            row_scale=0 if row_scale is None else row_scale[chunk].data_ptr(),
-            row_scale_stride=0 if row_scale is None else row_scale.stride(0),
-            loss=self.loss[chunk].data_ptr(),
-            total=self.total.data_ptr(),
-            row_factor=self.row_factor.data_ptr(),
-            bias_sums=0 if bias_sums is None else bias_sums.data_ptr(),
-            workspace=self.workspace.data_ptr(),
+            logits.device,
+            logits.data_ptr(),
+            classes,
+            rows,
+            0 if self.bias is None else self.bias.data_ptr(),
+            *_from(self.target, chunk),
+            self.ignore_index,
+            *_from(row_scale, chunk),
+            _from(loss, chunk)[0],
+            0 if row_factor is None else row_factor.data_ptr(),
+            0 if bias_sums is None else bias_sums.data_ptr(),
+            self.workspace.data_ptr(),
         )
         return logits
 
     def losses(self) -> Tensor:
+        loss = torch.empty(len(self.hidden), dtype=torch.float32)
         for chunk in self.chunks:
-            self._logits(chunk)
-        return self.loss
+            self._logits(chunk, loss)
+        return loss
+
+    def add_losses(self) -> None:
+        for chunk in self.chunks:
+            self._logits(chunk, None)
 
     def gradients(self, row_scale: Tensor, bias: Tensor | None, output_mask: list[bool]) -> tuple[Tensor, ...]:
         """Gradients of hidden, weight and bias; empty where ``output_mask`` wants none."""
-        grad_hidden = self.hidden.new_empty(self.hidden.shape if output_mask[0] else 0)
-        grad_weight = _GradientOfWeight(self.weight, self.panels, self.panel) if output_mask[1] else None
-        if grad_weight is not None and not self.chunks:
-            grad_weight.gradient.zero_()
+        grad_hidden = self.hidden.new_empty(self.hidden.shape) if output_mask[0] else _nothing(self.hidden)
         bias_sums = self.weight.new_zeros(len(self.weight), dtype=torch.float64) if output_mask[2] else None
-        sums = self._scratch(self.transposed.shape[1], self.transposed.shape[0])
+        grad_weight = None
+        if output_mask[1]:
+            kept = self.target != self.ignore_index
+            product = _scratch(self.panels[0].stop, self.weight.shape[1]) if self.narrow else None
+            grad_weight = _GradientOfWeight(self.weight, self.panels, product if self.panel is None else self.panel)
+            if not self.chunks:
+                grad_weight.gradient.zero_()
+        step = self.chunks[0].stop if self.chunks else 0
+        row_factor, sums = _scratch(step), _scratch(step, self.weight.shape[1])
         for chunk in self.chunks:
-            logits = self._logits(chunk, row_scale, bias_sums)
+            logits = self._logits(chunk, None, row_scale, row_factor, bias_sums)
             rows = self.hidden[chunk]
-            factor = self.row_factor[: len(rows), None]
+            factor = row_factor[: len(rows), None]
             if output_mask[0]:
                 products = self._times_weight(logits, sums[: len(rows)])
                 torch.mul(products, factor, out=grad_hidden[chunk])
-            if output_mask[1]:
+            if grad_weight is not None:
                 # A NaN in an ignored row stays out of the sums.
-                scaled = torch.mul(rows, factor, out=sums[: len(rows)]).masked_fill_(~self.kept[chunk, None], 0.0)
+                scaled = torch.mul(rows, factor, out=sums[: len(rows)]).masked_fill_(~kept[chunk, None], 0.0)
                 grad_weight.add(logits, scaled, first=chunk is self.chunks[0], last=chunk is self.chunks[-1])
         return (
             grad_hidden,
-            self.weight.new_empty(0) if grad_weight is None else grad_weight.gradient,
-            (self.weight if bias is None else bias).new_empty(0) if bias_sums is None else bias_sums.to(bias.dtype),
+            _nothing(self.weight) if grad_weight is None else grad_weight.gradient,
+            _nothing(self.weight if bias is None else bias) if bias_sums is None else bias_sums.to(bias.dtype),
         )
 
     def _times_weight(self, logits: Tensor, out: Tensor) -> Tensor:
         for panel, weight in self._wide_weight():
             out.addmm_(logits[panel].t(), weight, beta=0 if panel.start == 0 else 1)
         return out
+
+
+def _from(rows: Tensor | None, chunk: slice) -> tuple[int, int]:
+    """The address of a chunk's first number and the stride between two; zeros for None."""
+    if rows is None:
+        return 0, 0
+    stride = rows.stride(0)
+    return rows.data_ptr() + chunk.start * stride * rows.element_size(), stride
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return torch.empty_strided((0,), (1,), dtype=like.dtype)
 
 
 def linear_cross_entropy(
@@ -179,10 +234,15 @@ def linear_cross_entropy_with_gradient(
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     chunks = _Chunks(hidden, weight, target, bias, ignore_index)
-    count = chunks.kept.sum() if reduction == "mean" else hidden.new_ones(())
-    share = count.to(torch.float32).reciprocal()  # in the dtype that the kernel reads, whatever torch's default is
-    gradients = chunks.gradients(share.expand(len(hidden)), bias, output_mask)
-    return (chunks.total * share).to(torch.float32), *gradients
+    count = chunks.counted if reduction == "mean" else 1
+    if any(output_mask):
+        share = torch.full((), 1 / count if count else math.inf, dtype=torch.float32)
+        gradients = chunks.gradients(share.expand(len(hidden)), bias, output_mask)
+    else:
+        chunks.add_losses()
+        gradients = map(_nothing, (hidden, weight, weight if bias is None else bias))
+    loss = torch.scalar_tensor(chunks.total / count if count else math.nan, dtype=torch.float32)
+    return loss, *gradients
 
 
 def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -191,11 +251,11 @@ def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Te
     _native.call(
         "gradient_scale",
         gradient.device,
-        input=gradient.data_ptr(),
-        output=output.data_ptr(),
-        count=gradient.numel(),
-        dtype=_native.DTYPES[gradient.dtype],
-        factor=factor.data_ptr(),
+        gradient.data_ptr(),
+        output.data_ptr(),
+        gradient.numel(),
+        _native.DTYPES[gradient.dtype],
+        factor.data_ptr(),
     )
     return output
 

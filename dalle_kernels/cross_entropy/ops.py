@@ -3,7 +3,8 @@
 Two operators serve one public function. ``linear_cross_entropy`` gives a loss per row; its backward computes the logits
 again. ``linear_cross_entropy_with_gradient`` gives a mean or a sum and computes the gradients in the same pass, which
 saves one of four matrix products; its backward only scales them. It is taken when a gradient is wanted of a reduced
-loss, except in float16: there a loss scale must multiply the gradients before they are rounded, not after.
+loss, except in float16: there a loss scale must multiply the gradients before they are rounded, not after. An eager
+call that wants no gradient takes it too, and asks it for none: it reduces without another operator.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
-from dalle_kernels._dispatch import Op, _dispatcher_is_needed
+from dalle_kernels._dispatch import Op, _dispatcher_is_needed, has_transform
 from dalle_kernels.cross_entropy import native, reference
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -129,8 +130,8 @@ linear_cross_entropy_with_gradient_op.register_autograd(_scaled_gradients, _save
 
 
 def _check(hidden, weight, target, bias, reduction: str) -> None:
-    tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, tensor in tensors.items():
+    tensors = (("hidden", hidden), ("weight", weight), ("bias", bias))[: 2 if bias is None else 3]
+    for name, tensor in tensors:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"expected {name} as a floating-point tensor, got {got}; convert it with {name}.float()")
@@ -154,13 +155,25 @@ def _check(hidden, weight, target, bias, reduction: str) -> None:
             f"expected a bias of shape ({weight.shape[0]},), one per class, got {tuple(bias.shape)}; "
             "it is that of torch.nn.Linear"
         )
-    for name, tensor in (tensors | {"target": target}).items():
-        if tensor.device != hidden.device:
-            raise ValueError(
-                f"expected {name} on hidden's device {hidden.device}, got {tensor.device}; move it with .to()"
-            )
+    device = hidden.device
+    for name, tensor in (*tensors, ("target", target)):
+        if tensor.device != device:
+            raise ValueError(f"expected {name} on hidden's device {device}, got {tensor.device}; move it with .to()")
     if reduction not in REDUCTIONS:
         raise ValueError(f"expected a reduction among {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def _wanted_gradients(*tensors: Tensor | None) -> list[bool]:
+    if not torch.is_grad_enabled():
+        return [False, False, False]
+    return [tensor is not None and tensor.requires_grad for tensor in tensors]
+
+
+def _reduces_at_once(output_mask: list[bool], *tensors: Tensor | None) -> bool:
+    if True in output_mask:
+        return all(tensor is None or tensor.dtype != torch.float16 for tensor in tensors)
+    # A transform may want a gradient that the inputs do not tell of.
+    return not torch.compiler.is_compiling() and not has_transform()
 
 
 def linear_cross_entropy(
@@ -191,12 +204,10 @@ def linear_cross_entropy(
             ``ignore_index`` raises on the CPU; on a GPU, where looking at it would mean waiting, the loss is NaN.
     """
     _check(hidden, weight, target, bias, reduction)
-    classes = target.reshape(-1)
-    rows = hidden.reshape(len(classes), hidden.shape[-1]) if hidden.dim() != 2 else hidden
-    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
-    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    if wants_gradient and reduction != "none" and all(tensor.dtype != torch.float16 for tensor in inputs):
-        output_mask = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    classes = target if target.dim() == 1 else target.reshape(-1)
+    rows = hidden if hidden.dim() == 2 else hidden.reshape(classes.shape[0], hidden.shape[-1])
+    output_mask = _wanted_gradients(hidden, weight, bias)
+    if reduction != "none" and _reduces_at_once(output_mask, hidden, weight, bias):
         return linear_cross_entropy_with_gradient_op(rows, weight, classes, bias, ignore_index, reduction, output_mask)[
             0
         ]

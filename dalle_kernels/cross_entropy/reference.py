@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _must_not_wait(target: Tensor) -> bool:
+def must_not_wait(target: Tensor) -> bool:
     """A GPU's target cannot be looked at without waiting for it: there a bad one makes its row NaN, not an error."""
     return target.device.type != "cpu"
 
@@ -30,12 +31,16 @@ def checked_targets(target: Tensor, classes: int, ignore_index: int) -> tuple[Te
     """Which rows count, and which of them have a target that is no class; on the CPU such a target raises."""
     kept = target != ignore_index
     outside = kept & ((target < 0) | (target >= classes))
-    if not _must_not_wait(target) and outside.any():
-        raise ValueError(
-            f"expected targets from 0 to {classes - 1} or ignore_index {ignore_index}, got {int(target[outside][0])}; "
-            f"the weight has one row per class"
-        )
+    if not must_not_wait(target) and outside.any():
+        refuse_target(int(target[outside][0]), classes, ignore_index)
     return kept, outside
+
+
+def refuse_target(target: int, classes: int, ignore_index: int) -> NoReturn:
+    raise ValueError(
+        f"expected targets from 0 to {classes - 1} or ignore_index {ignore_index}, got {target}; "
+        f"the weight has one row per class"
+    )
 
 
 class _Problem:
@@ -145,7 +150,8 @@ def linear_cross_entropy_with_gradient(
     for chunk in problem.chunks():
         rows, log_p = problem.log_softmax(chunk)
         loss += problem.loss(chunk, log_p).sum(dtype=torch.float64)
-        gradients.add(chunk, rows, log_p, row_scale[chunk])
+        if any(output_mask):
+            gradients.add(chunk, rows, log_p, row_scale[chunk])
     return (loss * share).to(problem.dtype), *gradients.cast(weight, bias)
 
 

@@ -14,12 +14,13 @@ through their address and the host need not wait for the device.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
-from dalle_kernels._dispatch import Op
+from dalle_kernels._dispatch import Op, _dispatcher_is_needed
 from dalle_kernels.gumbel_softmax import reference
 from dalle_kernels.philox import new_seed
 
@@ -63,52 +64,35 @@ gumbel_codebook_backward_op = Op(
 )
 
 
-# ---- The compiled kernels. They see a tensor as rows of columns: its address, its strides without dim, that of dim.
+# ---- The compiled kernels. They get a tensor as its address and strides; their bindings tell rows from columns.
 
 _MAX_ROW_DIMS = 8  # Strided::MAX_DIMS in csrc/common/strided.h
 _MAX_COLUMNS = 1 << 24  # column numbers are compared as float32
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # the last one of seed and offset
 
 
-def _rows(tensor: Tensor, dim: int) -> tuple[int, list[int], int]:
-    strides = list(tensor.stride())
-    column_stride = strides.pop(dim)
-    return tensor.data_ptr(), strides, column_stride
-
-
-def _row_numbers(tensor: Tensor) -> tuple[int, tuple[int, ...], int]:
-    """A tensor with one number per row."""
-    return tensor.data_ptr(), tensor.stride(), 1
+def _described(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.stride()
 
 
 def _codebook(tensor: Tensor) -> tuple[int, int, int, int, int]:
     return tensor.data_ptr(), _native.DTYPES[tensor.dtype], tensor.shape[1], *tensor.stride()
 
 
-def _call(kernel: str, logits: Tensor, seed: Tensor, offset: Tensor, tau: Tensor, dim: int, **arguments) -> None:
-    sizes = list(logits.shape)
-    columns = sizes.pop(dim)
-    _native.call(
-        kernel,
-        logits.device,
-        dtype=_native.DTYPES[logits.dtype],
-        rows=sizes,
-        columns=columns,
-        noise=(seed.data_ptr(), offset.data_ptr(), tau.data_ptr()),
-        logits=_rows(logits, dim),
-        **arguments,
-    )
+def _call(kernel: str, logits: Tensor, seed: Tensor, offset: Tensor, tau: Tensor, dim: int, *arguments) -> None:
+    noise = seed.data_ptr(), offset.data_ptr(), tau.data_ptr()
+    _native.call(kernel, logits.device, _native.DTYPES[logits.dtype], logits.shape, dim, noise, *arguments)
 
 
 def _sample_native(logits, seed, offset, tau, hard, dim) -> Tensor:
     y = _fake_logits(logits)
-    _call("gumbel_softmax", logits, seed, offset, tau, dim, hard=hard, y=_rows(y, dim), kl=0)
+    _call("gumbel_softmax", logits, seed, offset, tau, dim, hard, _described(logits), _described(y), 0)
     return y
 
 
 def _sample_kl_native(logits, seed, offset, tau, hard, dim) -> tuple[Tensor, Tensor]:
     y, kl = _fake_logits(logits), _fake_kl(logits, dim)
-    _call("gumbel_softmax", logits, seed, offset, tau, dim, hard=hard, y=_rows(y, dim), kl=kl.data_ptr())
+    _call("gumbel_softmax", logits, seed, offset, tau, dim, hard, _described(logits), _described(y), kl.data_ptr())
     return y, kl
 
 
@@ -118,25 +102,24 @@ def _sample_backward_native(grad_y, logits, y, seed, offset, tau, hard, dim) -> 
 
 def _sample_kl_backward_native(grad_y, grad_kl, logits, y, seed, offset, tau, hard, dim) -> Tensor:
     grad_logits = _fake_logits(logits)
-    tensors = {"grad_y": grad_y, "y": y, "grad_logits": grad_logits}
-    views = {name: _rows(tensor, dim) for name, tensor in tensors.items()}
-    views["grad_kl"] = (0, views["y"][1], 0) if grad_kl is None else _row_numbers(grad_kl)
-    _call("gumbel_softmax_backward", logits, seed, offset, tau, dim, hard=hard, **views)
+    tensors = _described(grad_y), _described(logits), _described(y)
+    grad_rows = None if grad_kl is None else _described(grad_kl)
+    _call("gumbel_softmax_backward", logits, seed, offset, tau, dim, hard, *tensors, grad_rows, _described(grad_logits))
     return grad_logits
 
 
 def _codebook_native(logits, codebook, seed, offset, tau, dim) -> tuple[Tensor, Tensor]:
     embedding, kl = _fake_codebook(logits, codebook, seed, offset, tau, dim)
-    views = {"codebook": _codebook(codebook), "embedding": _rows(embedding, dim), "kl": kl.data_ptr()}
-    _call("gumbel_codebook", logits, seed, offset, tau, dim, **views)
+    tensors = _described(logits), _codebook(codebook), _described(embedding), kl.data_ptr()
+    _call("gumbel_codebook", logits, seed, offset, tau, dim, *tensors)
     return embedding, kl
 
 
 def _codebook_backward_native(grad_embedding, grad_kl, logits, codebook, seed, offset, tau, dim):
     grad_logits, grad_codebook = _fake_logits(logits), torch.empty_like(codebook)
-    views = {"grad_embedding": _rows(grad_embedding, dim), "grad_kl": _row_numbers(grad_kl)}
-    views |= {"codebook": _codebook(codebook), "grad_codebook": _codebook(grad_codebook)}
-    _call("gumbel_codebook_backward", logits, seed, offset, tau, dim, grad_logits=_rows(grad_logits, dim), **views)
+    inputs = _described(grad_embedding), _described(grad_kl), _described(logits), _codebook(codebook)
+    outputs = _described(grad_logits), _codebook(grad_codebook)
+    _call("gumbel_codebook_backward", logits, seed, offset, tau, dim, *inputs, *outputs)
     return grad_logits, grad_codebook
 
 
@@ -280,10 +263,26 @@ def _check(logits: Tensor, tau: float, dim: int) -> None:
 
 def _scalars(logits: Tensor, tau: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
     """The operators' seed, offset and temperature, scalar tensors on the logits' device."""
-    offset = torch.zeros((), dtype=torch.int64, device=logits.device)
-    # A product, since torch.compile makes tau a constant of the graph where it meets torch.full or torch.tensor.
-    one = torch.ones((), dtype=reference.compute_dtype(logits.dtype), device=logits.device)
-    return new_seed(logits.device, generator), offset, one * float(tau)
+    device, dtype = logits.device, reference.compute_dtype(logits.dtype)
+    seed = new_seed(device, generator)
+    if torch.compiler.is_compiling():
+        # A product, since torch.compile makes tau a constant of the graph where it meets torch.full or torch.tensor.
+        one = torch.ones((), dtype=dtype, device=device)
+        return seed, torch.zeros((), dtype=torch.int64, device=device), one * float(tau)
+    if device == _CPU and not _dispatcher_is_needed((logits,)):
+        return seed, _kept_scalar(0, torch.int64), _kept_scalar(float(tau), dtype)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    return seed, zero, torch.full((), float(tau), dtype=dtype, device=device)
+
+
+_CPU = torch.device("cpu")
+
+
+@lru_cache(maxsize=16)
+def _kept_scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """A CPU scalar that is made once, for nobody writes to it; to make it anew takes 2 µs a call."""
+    with torch.inference_mode(False):  # a backward may save it
+        return torch.full((), value, dtype=dtype, device="cpu")
 
 
 def gumbel_softmax(

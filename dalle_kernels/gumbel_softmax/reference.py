@@ -25,12 +25,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def kl_shape(logits: Tensor, dim: int) -> list[int]:
     """The shape of one number per row: that of ``logits`` without ``dim``."""
-    return [size for axis, size in enumerate(logits.shape) if axis != dim % logits.dim()]
+    shape = list(logits.shape)
+    del shape[dim]
+    return shape
 
 
 def embedding_shape(logits: Tensor, codebook: Tensor, dim: int) -> list[int]:
     """The shape of ``logits`` with the codebook's D in place of ``dim``."""
-    return [codebook.shape[1] if axis == dim % logits.dim() else size for axis, size in enumerate(logits.shape)]
+    shape = list(logits.shape)
+    shape[dim] = codebook.shape[1]
+    return shape
 
 
 def _as_rows(tensor: Tensor, dim: int) -> Tensor:
