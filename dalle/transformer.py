@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +29,7 @@ from dalle_kernels import (
     decode_layers,
     linear,
     linear_cross_entropy,
+    mlp,
     sparse_attention,
 )
 
@@ -100,7 +100,8 @@ class MLPBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, N, dim]`` to ``[B, N, dim]``."""
-        return self.projection(F.gelu(self.expansion(self.norm(x))))
+        expansion, projection = self.expansion, self.projection
+        return mlp(self.norm(x), expansion.weight, expansion.bias, projection.weight, projection.bias)
 
 
 class Layer(nn.Module):

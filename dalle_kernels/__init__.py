@@ -31,9 +31,10 @@ from dalle_kernels.grad_scale.ops import filter_cast_unscale, scale_cast_filter
 # the folder by `from dalle_kernels.gumbel_softmax.ops import ...`, which goes by sys.modules.
 from dalle_kernels.gumbel_softmax.ops import gumbel_codebook, gumbel_softmax, gumbel_softmax_kl
 
-# The function linear, like gumbel_softmax, takes the place of its folder.
+# The functions linear and mlp, like gumbel_softmax, take the places of their folders.
 from dalle_kernels.linear.ops import Linear, linear
 from dalle_kernels.logit_laplace.ops import logit_laplace_loss, map_pixels, unmap_pixels
+from dalle_kernels.mlp.ops import mlp
 from dalle_kernels.transformer.ops import decode_layers
 from dalle_kernels.transformer.reference import LayerWeights
 
@@ -65,6 +66,7 @@ __all__ = [
     "linear_cross_entropy",
     "logit_laplace_loss",
     "map_pixels",
+    "mlp",
     "ops",
     "philox",
     "scale_cast_filter",

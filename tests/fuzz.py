@@ -149,6 +149,19 @@ def linear_call(op: str, draw: random.Random) -> Call:
     return Call((*tensors, draw.choice((dtype, torch.float32))), (*doubled(tensors), torch.float64))
 
 
+def mlp_call(op: str, draw: random.Random) -> Call:
+    dim, width, outputs = (draw.choice((*ODD_SIZES, 300)) for _ in range(3))
+    shape, dtype = (*shape_of(draw, 0, 2, 300), dim), draw.choice(FLOATS)
+    x = laid_out(draw, torch.randn(shape).to(dtype))
+    expansion, contraction = (torch.randn(n, m) * m**-0.5 for n, m in ((width, dim), (outputs, width)))
+    weights = [tensor.to(dtype) for tensor in (expansion, torch.randn(width), contraction, torch.randn(outputs))]
+    if op == "mlp":
+        return Call((x, *weights), products=True)
+    grad_out = laid_out(draw, torch.randn(*shape[:-1], outputs).to(dtype))
+    _, hidden = reference("mlp", x, *weights)
+    return Call((grad_out, x, hidden, *weights[:3]), products=True)
+
+
 def decode_layers_call(op: str, draw: random.Random) -> Call:
     dim, heads, head_dim, hidden = (draw.choice((1, 8, 13, 33, 64)) for _ in range(4))
     heads = min(heads, 8)
@@ -275,6 +288,7 @@ SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
     "decode_attention": decode_call,
     "decode_layers": decode_layers_call,
     "linear": linear_call,
+    **dict.fromkeys(["mlp", "mlp_backward"], mlp_call),
     **dict.fromkeys(
         [f"gumbel_{name}{way}" for name in ("softmax", "softmax_kl", "codebook") for way in ("", "_backward")],
         gumbel_softmax_call,

@@ -4,8 +4,8 @@
 
 #include <cstdlib>
 
+#include "common/gelu.h"
 #include "common/parallel.h"
-#include "common/vector_math.h"
 #include "linear/linear.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
@@ -13,26 +13,6 @@ namespace {
 
 constexpr int64_t WIDTH = Vector::width;
 constexpr int64_t GRAIN = 4096;  // elements that are worth a thread
-
-// x times the normal distribution's probability below it. That is erfcx(|x| / sqrt 2) / 2 * e^(-x^2 / 2) beyond |x|;
-// the first factor is a polynomial in 2 / (1 + 0.3 |x|) - 1, a fit of relative error 3e-8.
-DALLE_INLINE Vector gelu(Vector x) {
-  const Vector one = broadcast(1.0f), zero = broadcast(0.0f), distance = maximum(x, zero - x);
-  const Vector s = broadcast(2.0f) / multiply_add(broadcast(0.3f), distance, one) - one;
-  Vector beyond = broadcast(-1.92827819e-5f);
-  beyond = multiply_add(beyond, s, broadcast(1.66695845e-5f));
-  beyond = multiply_add(beyond, s, broadcast(1.78505958e-4f));
-  beyond = multiply_add(beyond, s, broadcast(-1.4320045e-4f));
-  beyond = multiply_add(beyond, s, broadcast(-1.49684062e-3f));
-  beyond = multiply_add(beyond, s, broadcast(-3.04139394e-4f));
-  beyond = multiply_add(beyond, s, broadcast(1.47882681e-2f));
-  beyond = multiply_add(beyond, s, broadcast(5.71550727e-2f));
-  beyond = multiply_add(beyond, s, broadcast(0.12556459f));
-  beyond = multiply_add(beyond, s, broadcast(0.193275049f));
-  beyond = multiply_add(beyond, s, broadcast(0.110985309f));
-  beyond = beyond * exponential(x * x * broadcast(-0.5f));
-  return x * select_less(x, zero, beyond, one - beyond);
-}
 
 template <class T>
 void layer_norm(const T* x, const AffineWeights& p, int64_t rows, int64_t dim, float epsilon, int threads, T* out) {

@@ -93,18 +93,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
     """
     if dtype is None and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    for tensor in tensors[1:]:
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            _refuse(x, weight, bias)
-    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
-        _refuse(x, weight, bias)
+    tensors = check_linear(x, weight, bias)
     if (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) or has_transform():
         if dtype is None:
             return F.linear(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return reference.linear(x, weight, bias, dtype)
     return linear_op(x, weight, bias, dtype or x.dtype)
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors among them; raises as :func:`linear` does."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    for tensor in tensors:
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            _refuse(x, weight, bias)
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        _refuse(x, weight, bias)
+    return tensors
 
 
 def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> NoReturn:
