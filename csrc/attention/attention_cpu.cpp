@@ -42,7 +42,8 @@ class Pieces {
 
 class BorrowedPlan {
  public:
-  BorrowedPlan(const Pattern& pattern, int key_step) : plan_(borrow_plan(pattern, {PANEL, TILE_PANELS, key_step})) {}
+  BorrowedPlan(const Pattern& pattern, int key_step)
+      : plan_(borrow_plan(pattern, {PANEL, MOST_ROWS, TILE_PANELS, key_step})) {}
   ~BorrowedPlan() { return_plan(plan_); }
   BorrowedPlan(const BorrowedPlan&) = delete;
   BorrowedPlan& operator=(const BorrowedPlan&) = delete;
@@ -93,7 +94,7 @@ struct Context {
   int64_t panel_floats() const { return PANEL * columns.width; }
   int64_t tile_floats() const { return TILE_PANELS * panel_floats(); }
   int64_t score_floats() const { return static_cast<int64_t>(TILE_PANELS) * plan.most_keys * PANEL; }
-  int64_t chunk_floats() const { return TILE_PANELS * (plan.most_runs + 1) * sizeof(Chunk) / sizeof(float); }
+  int64_t chunk_floats() const { return TILE_GROUPS * (plan.most_spans + 1) * sizeof(Chunk) / sizeof(float); }
 };
 
 template <class T>

@@ -15,6 +15,8 @@ struct OwnedPlan : Plan {
   std::vector<int32_t> key_tokens, query_tokens;
   std::vector<Panel> all_panels;
   std::vector<Run> all_runs;
+  std::vector<Group> all_groups;
+  std::vector<Span> all_spans;
   std::vector<uint32_t> key_masks;
   std::vector<Tile> all_tiles;
 };
@@ -78,9 +80,10 @@ class Planner {
     end_tile();
   }
 
+  // Down its columns, so that groups are rectangles as well, or nearly.
   void add_block(int64_t row, int64_t column) {
-    for (int64_t r = row; r < std::min(row + block_.height, pattern_.height); ++r) {
-      for (int64_t c = column; c < std::min(column + block_.width, pattern_.width); ++c) {
+    for (int64_t c = column; c < std::min(column + block_.width, pattern_.width); ++c) {
+      for (int64_t r = row; r < std::min(row + block_.height, pattern_.height); ++r) {
         if (r * pattern_.width + c < image_) add_query(text_ + r * pattern_.width + c);
       }
     }
@@ -123,32 +126,67 @@ class Planner {
     common_ = tile.common_keys;
     first_ = plan_->keys, end_ = common_;
     for (int32_t j = 0; j < queries; ++j) see_keys(1u << j, tokens[j]);
-    Panel panel{queries, static_cast<int32_t>(plan_->all_runs.size()), 0, 0};
-    const uint32_t full = ~0u >> (32 - queries);
-    for (int64_t key = first_; key < end_;) {
-      if (mask_[key] == 0) {
-        ++key;
-        continue;
-      }
-      const int64_t start = key / shape_.key_step * shape_.key_step;
-      while (key < end_ && mask_[key] != 0) ++key;
-      key = padded(key);
-      const auto from = mask_.begin() + start, to = mask_.begin() + key;
+    Panel panel{queries, static_cast<int32_t>(plan_->all_runs.size()), 0, 0,
+                static_cast<int32_t>(plan_->all_groups.size()), 0};
+    const uint32_t full = queries_of(0, queries);
+    each_seen(full, first_, end_, [&](int64_t start, int64_t end) {
+      const auto from = mask_.begin() + start, to = mask_.begin() + end;
       const bool dense = std::all_of(from, to, [full](uint32_t mask) { return mask == full; });
-      Run run{static_cast<int32_t>(start), static_cast<int32_t>(key - start), -1};
+      Run run{static_cast<int32_t>(start), static_cast<int32_t>(end - start), -1};
       if (!dense) {
         run.mask = static_cast<int32_t>(plan_->key_masks.size());
         plan_->key_masks.insert(plan_->key_masks.end(), from, to);
       }
       add_run(run, panel, tile);
-    }
-    if (first_ < end_) std::fill(mask_.begin() + first_, mask_.begin() + end_, 0);
+    });
     plan_->most_keys = std::max(plan_->most_keys, tile.common_keys + panel.keys);
-    plan_->most_runs = std::max(plan_->most_runs, panel.runs);
-    plan_->all_panels.push_back(panel);
     // Half a panel of lanes or less costs half.
     const int64_t lanes = shape_.panel_queries / (2 * queries <= shape_.panel_queries ? 2 : 1);
     cost_ += lanes * (tile.common_keys + panel.keys);
+    for (int32_t first = 0; first < queries;) first += add_group(first, panel, tile);
+    if (first_ < end_) std::fill(mask_.begin() + first_, mask_.begin() + end_, 0);
+    plan_->all_panels.push_back(panel);
+  }
+
+  static uint32_t queries_of(int32_t first, int32_t count) { return ~0u >> (32 - count) << first; }
+
+  // Calls body(start, end) for the keys from `first` to `end` that some of the queries see, in whole key steps.
+  template <class Body>
+  void each_seen(uint32_t queries, int64_t first, int64_t end, const Body& body) const {
+    for (int64_t key = first; key < end;) {
+      if ((mask_[key] & queries) == 0) {
+        ++key;
+        continue;
+      }
+      const int64_t start = key / shape_.key_step * shape_.key_step;
+      while (key < end && (mask_[key] & queries) != 0) ++key;
+      key = padded(key);
+      body(start, key);
+    }
+  }
+
+  // The group of a panel's queries from `first` on; returns how many they are.
+  int32_t add_group(int32_t first, Panel& panel, const Tile& tile) {
+    const int32_t left = panel.queries - first, groups = (left + shape_.group_queries - 1) / shape_.group_queries;
+    Group group{first, (left + groups - 1) / groups, static_cast<int32_t>(plan_->all_spans.size()), 0};
+    int32_t position = tile.common_keys;
+    int64_t keys = tile.common_keys;
+    for (int32_t i = panel.first_run; i < panel.first_run + panel.runs; ++i) {
+      const Run& run = plan_->all_runs[i];
+      const int64_t end = run.first_key + run.keys;
+      each_seen(queries_of(first, group.queries), run.first_key, end, [&](int64_t from, int64_t to) {
+        const int32_t start = static_cast<int32_t>(from), count = static_cast<int32_t>(to - from);
+        plan_->all_spans.push_back({position + start - run.first_key, start, count});
+        ++group.spans;
+        keys += count;
+      });
+      position += run.keys;
+    }
+    cost_ += group.queries * keys;
+    plan_->most_spans = std::max(plan_->most_spans, group.spans);
+    plan_->all_groups.push_back(group);
+    ++panel.groups;
+    return group.queries;
   }
 
   void add_run(const Run& run, Panel& panel, Tile& tile) {
@@ -213,6 +251,8 @@ class Planner {
     plan_->query_token = plan_->query_tokens.data();
     plan_->panel = plan_->all_panels.data();
     plan_->run = plan_->all_runs.data();
+    plan_->group = plan_->all_groups.data();
+    plan_->span = plan_->all_spans.data();
     plan_->key_mask = plan_->key_masks.data();
     plan_->tile = plan_->all_tiles.data();
     plan_->tiles = static_cast<int32_t>(plan_->all_tiles.size());
@@ -249,11 +289,11 @@ std::shared_ptr<const OwnedPlan> best_plan(const Pattern& pattern, const PlanSha
   return best;
 }
 
-using Key = std::array<int64_t, 9>;
+using Key = std::array<int64_t, 10>;
 
 Key key_of(const Pattern& p, const PlanShape& s) {
   return {static_cast<int64_t>(p.kind), p.seq,           p.text_len,    p.height,  p.width, p.kernel_size,
-          s.panel_queries,              s.tile_panels,   s.key_step};
+          s.panel_queries,              s.group_queries, s.tile_panels, s.key_step};
 }
 
 // Most recently used first. A model has a few patterns, a server a few prefixes of each.

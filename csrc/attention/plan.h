@@ -21,9 +21,22 @@ struct Run {
 };
 
 struct Panel {
-  int32_t queries;           // real ones; the rest of its place in query_token is -1
-  int32_t first_run, runs;   // keys beyond the tile's common ones
-  int32_t keys;              // in these runs
+  int32_t queries;              // real ones; the rest of its place in query_token is -1
+  int32_t first_run, runs;      // keys beyond the tile's common ones
+  int32_t keys;                 // in these runs
+  int32_t first_group, groups;  // its queries, shared out evenly
+};
+
+// Neighbours among a panel's queries, which take the sum over keys together, and in `spans` the keys that any of them
+// sees beyond the tile's common ones: fewer than the panel's.
+struct Group {
+  int32_t first_query, queries;
+  int32_t first_span, spans;
+};
+
+struct Span {
+  int32_t position;  // of the first key in the panel's list
+  int32_t first_key, keys;
 };
 
 // Panels that share the keys [0, common_keys), seen by all of their queries.
@@ -33,9 +46,10 @@ struct Tile {
   int32_t first_image_key, end_image_key;  // all image keys that the tile sees lie between
 };
 
-// How the plan is cut: queries in a panel (at most 32), panels in a tile, and what runs are a multiple of (1 or 2).
+// How the plan is cut: queries in a panel (at most 32) and at most in a group, panels in a tile, and what runs and spans
+// are a multiple of (1 or 2).
 struct PlanShape {
-  int panel_queries, tile_panels, key_step;
+  int panel_queries, group_queries, tile_panels, key_step;
 };
 
 struct Plan {
@@ -45,10 +59,12 @@ struct Plan {
   const int32_t* query_token;  // [panels * panel_queries]: which token a query is, -1 for padding
   const Panel* panel;
   const Run* run;              // ascending within a panel
+  const Group* group;
+  const Span* span;            // ascending within a group
   const uint32_t* key_mask;    // bit j: the panel's query j sees the key
   const Tile* tile;
   int32_t tiles;
-  int32_t most_keys, most_runs;  // of any panel
+  int32_t most_keys, most_spans;  // of any panel, of any group
 
   // Cuts the tiles into `segments` runs of about equal work; run s is [cut(s), cut(s + 1)).
   int32_t cut(int32_t segment, int32_t segments) const;

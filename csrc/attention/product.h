@@ -12,6 +12,8 @@ namespace dalle::DALLE_ISA_NAMESPACE {
 constexpr int PANEL = 2 * Vector::width;
 // Rows of a register block: with two registers of columns, as many accumulators as leave room for the operands.
 constexpr int MOST_ROWS = Vector::width == 16 ? 12 : 6;
+// Steps of a sum between two tests of its end: the chains of scores are short.
+constexpr int64_t STEPS_AT_ONCE = 4;
 // How many numbers an element holds.
 template <class Element>
 constexpr int64_t NUMBERS_IN = 1;
@@ -46,14 +48,20 @@ DALLE_NOINLINE void multiply_block(const Product<Element>& p, int64_t first_row,
       }
       const int64_t steps = left < p.partial ? left : p.partial;
       left -= steps;
-      for (int64_t t = 0; t < steps; ++t, a += STEP, b += PANEL) {
+      const auto step = [&](int64_t t) {
         decltype(load(b)) columns[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) columns[v] = load(b + v * Vector::width);
+        for (int v = 0; v < VECTORS; ++v) columns[v] = load(b + t * PANEL + v * Vector::width);
         for (int r = 0; r < ROWS; ++r) {
-          const auto value = broadcast(a[r * ROW]);
+          const auto value = broadcast(a[r * ROW + t * STEP]);
           for (int v = 0; v < VECTORS; ++v) sum[r][v] = multiply_add(value, columns[v], sum[r][v]);
         }
+      };
+      int64_t t = 0;
+      for (; t + STEPS_AT_ONCE <= steps; t += STEPS_AT_ONCE) {
+        for (int64_t i = 0; i < STEPS_AT_ONCE; ++i) step(i);
+        a += STEPS_AT_ONCE * STEP, b += STEPS_AT_ONCE * PANEL;
       }
+      for (; t < steps; ++t, a += STEP, b += PANEL) step(0);
       for (int r = 0; r < ROWS; ++r) {
         for (int v = 0; v < VECTORS; ++v) {
           float* to = c + r * PANEL + v * Vector::width;

@@ -14,6 +14,7 @@
 namespace dalle::DALLE_ISA_NAMESPACE {
 
 constexpr int TILE_PANELS = 2;
+constexpr int TILE_GROUPS = TILE_PANELS * ((PANEL + MOST_ROWS - 1) / MOST_ROWS);  // at most
 // Terms that one accumulator takes before it is added to the rest: one long chain of additions in float32 would be less
 // accurate than the matrix products of a good library. Errors of a score count most, for they are exponentiated.
 constexpr int64_t PARTIAL_SCORE = 16, PARTIAL_SUM = 64;
@@ -37,6 +38,14 @@ struct View {
       const Run& run = plan.run[panel(g).first_run + i];
       body(run, position);
       position += run.keys;
+    }
+  }
+
+  // Calls body(panel, group) for the groups of each panel.
+  template <class Body>
+  void each_group(const Body& body) const {
+    for (int64_t g = 0; g < tile.panels; ++g) {
+      for (int32_t i = 0; i < panel(g).groups; ++i) body(g, plan.group[panel(g).first_group + i]);
     }
   }
 };
@@ -143,28 +152,31 @@ DALLE_INLINE void softmax(const View& view, int64_t g, float exponent, float* sc
   softmax_lanes<1>(exponent, end, scores, maxima, sums);
 }
 
-// c [panel][block][query][PANEL] = scores times the blocked rows (of keys or values) that each panel sees. `chunks` is
-// scratch for (most_runs + 1) of each panel.
+// c [panel][block][query][PANEL] = scores times the blocked rows (of keys or values) that each group of queries sees.
+// `chunks` is scratch for (most_spans + 1) of each group.
 template <class Element>
 DALLE_NOINLINE void weighted_sum(const View& view, const Columns& columns, const Element* scores, const Element* rows,
                                  Chunk* chunks, float* c) {
   constexpr int64_t PER = NUMBERS_IN<Element>;
-  const int64_t most_chunks = view.plan.most_runs + 1;
-  for (int64_t g = 0; g < view.tile.panels; ++g) {
-    Chunk* chunk = chunks + g * most_chunks;
-    *chunk++ = {0, 0, view.tile.common_keys / PER};
-    view.each_run(g, [&](const Run& run, int64_t position) {
-      *chunk++ = {position / PER * PANEL, run.first_key / PER * PANEL, run.keys / PER};
-    });
-  }
+  const int64_t most_chunks = view.plan.most_spans + 1;
+  Chunk* chunk = chunks;
+  view.each_group([&](int64_t, const Group& group) {
+    chunk[0] = {0, 0, view.tile.common_keys / PER};
+    for (int32_t i = 0; i < group.spans; ++i) {
+      const Span& span = view.plan.span[group.first_span + i];
+      chunk[1 + i] = {span.position / PER * PANEL, span.first_key / PER * PANEL, span.keys / PER};
+    }
+    chunk += most_chunks;
+  });
   for (int64_t block = 0; block < columns.blocks; ++block) {
     const Element* b = rows + block * (view.plan.keys / PER) * PANEL;
-    for (int64_t g = 0; g < view.tile.panels; ++g) {
-      const int64_t count = view.panel(g).runs + 1;
-      const Product<Element> p{scores + g * view.stride(), b, chunks + g * most_chunks, count, PARTIAL_SUM};
-      float* to = c + (g * columns.blocks + block) * PANEL * PANEL;
-      multiply<Order::by_step>(p, view.panel(g).queries, columns.vectors(block), false, to);
-    }
+    chunk = chunks;
+    view.each_group([&](int64_t g, const Group& group) {
+      const Product<Element> p{scores + g * view.stride(), b, chunk, group.spans + 1, PARTIAL_SUM};
+      float* to = c + ((g * columns.blocks + block) * PANEL + group.first_query) * PANEL;
+      multiply_rows<Order::by_step, MOST_ROWS>(group.queries, columns.vectors(block), p, group.first_query, false, to);
+      chunk += most_chunks;
+    });
   }
 }
 
