@@ -33,7 +33,7 @@ struct AdamW16Tensor {
 //   v = min(beta2 * v + (1 - beta2) * g^2, max_variance)
 //   parameter = (1 - lr * weight_decay) * parameter - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 // in float, rounded as dalle_kernels/adamw/reference.py does: every build gives its bits. The parameter's update takes
-// m and v before they are rounded to their codes. Where *found_nonfinite, nothing changes.
+// m and v before they are rounded to their codes. Any positive scale serves. Where *found_nonfinite, nothing changes.
 struct AdamW16Step {
   const AdamW16Tensor* tensors;
   int64_t tensor_count;

@@ -15,13 +15,25 @@ constexpr int64_t AHEAD = 512;
 
 // What the update of one tensor multiplies with; the same for every element.
 struct Coefficients {
-  float beta1, mean_rate, beta2, variance_rate, max_variance, inverse_root_correction, eps, decay, minus_step_size;
+  float gradient_factor, beta1, mean_rate, beta2, variance_rate, max_variance, inverse_root_correction, eps, decay,
+      minus_step_size;
 };
+
+// The power of two next to |x| that is above it, as far as float holds it and its inverse.
+double power_of_two(double x) {
+  int exponent;
+  const double power = x / __builtin_frexp(x, &exponent);
+  return power < 0x1p-126 ? 0x1p-126 : power > 0x1p126 ? 0x1p126 : power;
+}
 
 Coefficients coefficients(const AdamW16Step& p, float step) {
   const double correction1 = 1.0 - __builtin_pow(p.beta1, step), correction2 = 1.0 - __builtin_pow(p.beta2, step);
-  const double scale = p.grad_scale == nullptr ? 1.0 : *p.grad_scale;
-  return {static_cast<float>(p.beta1),
+  const double whole_scale = p.grad_scale == nullptr ? 1.0 : *p.grad_scale;
+  // Gradients are divided by the power of two first, which rounds nothing: the square of the whole scale may be far
+  // out of float's range, and so may that of a gradient as it comes.
+  const double power = power_of_two(whole_scale), scale = whole_scale / power;
+  return {static_cast<float>(1.0 / power),
+          static_cast<float>(p.beta1),
           static_cast<float>((1.0 - p.beta1) / scale),
           static_cast<float>(p.beta2),
           static_cast<float>((1.0 - p.beta2) / (scale * scale)),
@@ -44,10 +56,12 @@ DALLE_INLINE Vector fused(Vector a, Vector b, Vector c) {
 
 // The same in registers, which a compiler cannot see to by itself: stores might change the floats.
 struct Update {
-  Vector beta1, mean_rate, beta2, variance_rate, max_variance, inverse_root_correction, eps, decay, minus_step_size;
+  Vector gradient_factor, beta1, mean_rate, beta2, variance_rate, max_variance, inverse_root_correction, eps, decay,
+      minus_step_size;
 
   explicit Update(const Coefficients& c)
-      : beta1(broadcast(c.beta1)),
+      : gradient_factor(broadcast(c.gradient_factor)),
+        beta1(broadcast(c.beta1)),
         mean_rate(broadcast(c.mean_rate)),
         beta2(broadcast(c.beta2)),
         variance_rate(broadcast(c.variance_rate)),
@@ -57,6 +71,7 @@ struct Update {
         decay(broadcast(c.decay)),
         minus_step_size(broadcast(c.minus_step_size)) {}
 
+  Vector gradient(Vector scaled) const { return scaled * gradient_factor; }
   Vector mean(Vector old, Vector gradient) const { return fused(gradient, mean_rate, old * beta1); }
   Vector variance(Vector old, Vector gradient) const {
     return minimum(fused(gradient * variance_rate, gradient, old * beta2), max_variance);  // NaN: the largest
@@ -75,8 +90,9 @@ struct Arrays {
 
   // Moves the moments of Pair::width elements from the i-th on; gives the new mean and what it is to be divided by.
   void move_moments(const Update& update, int64_t i, Pair& mean, Pair& root) const {
-    const Pair gradient = load_pair(gradients + i), old_mean = load_pair(means + i);
+    const Pair scaled = load_pair(gradients + i), old_mean = load_pair(means + i);
     const Pair old_variance = load_pair(variances + i);
+    const Pair gradient{update.gradient(scaled.a), update.gradient(scaled.b)};
     mean = {update.mean(old_mean.a, gradient.a), update.mean(old_mean.b, gradient.b)};
     const Pair variance{update.variance(old_variance.a, gradient.a), update.variance(old_variance.b, gradient.b)};
     root = {update.root(variance.a), update.root(variance.b)};

@@ -13,6 +13,7 @@ from dalle_kernels.float16 import reference as float16
 from dalle_kernels.float16.reference import FP0610, FP169, Format
 
 LARGEST_VARIANCE = torch.finfo(torch.float32).max
+SMALLEST_POWER = torch.finfo(torch.float32).smallest_normal
 
 
 def adamw16_step(
@@ -38,6 +39,11 @@ def adamw16_step(
         # What all elements are multiplied with is worked out in float64, on the device, and rounded once.
         count = step.double().reshape(()) + 1
         scale = torch.ones_like(count) if grad_scale is None else grad_scale.double()
+        # Gradients are divided by the scale's power of two first, which rounds nothing: the square of the whole scale
+        # may be far out of float32's range, and so may that of a gradient as it comes.
+        power = (scale / scale.frexp().mantissa).clamp(SMALLEST_POWER, 1 / SMALLEST_POWER)
+        gradient = grad.to(dtype) * (1 / power).to(dtype)
+        scale = scale / power
         mean_rate = ((1 - beta1) / scale).to(dtype)
         variance_rate = ((1 - beta2) / (scale * scale)).to(dtype)
         root_correction = (1 / (1 - beta2**count).sqrt()).to(dtype)
@@ -45,7 +51,6 @@ def adamw16_step(
         smallest_root = torch.full_like(step_size, eps)
         limit = torch.full_like(step_size, min(max_variance, LARGEST_VARIANCE))
 
-        gradient = grad.to(dtype)
         mean = _multiply_add(gradient, mean_rate, _read(first_moment, dtype, FP169) * beta1)
         variance = _read(second_moment, dtype, FP0610) * beta2
         variance = torch.fmin(_multiply_add(gradient * variance_rate, gradient, variance), limit)
