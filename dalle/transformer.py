@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from dalle.config import DALLEConfig
@@ -26,6 +27,7 @@ from dalle_kernels import (
     KVCache,
     LayerWeights,
     Linear,
+    decode_attention,
     decode_layers,
     linear,
     linear_cross_entropy,
@@ -36,6 +38,7 @@ from dalle_kernels import (
 TEXT_WEIGHT = 1 / 8
 IMAGE_WEIGHT = 7 / 8
 INIT_STD = 0.02
+NORM_EPSILON = 1e-5
 
 
 class DALLELoss(NamedTuple):
@@ -62,21 +65,26 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.pattern = pattern
         self.heads, self.head_dim = config.heads, config.head_dim
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = nn.LayerNorm(config.dim, NORM_EPSILON)
         self.query_key_value = Linear(config.dim, 3 * config.heads * config.head_dim)
         self.projection = Linear(config.heads * config.head_dim, config.dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, N, dim]`` to ``[B, N, dim]``; N may be any prefix of the pattern's stream."""
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """``[B, N, dim]`` to ``[B, N, dim]``; N may be any prefix of the pattern's stream.
+
+        With a cache: an empty one keeps the keys and values of x, the first tokens of the stream; after that x is one
+        more token of each row, ``[B * samples_per_prompt, 1, dim]``.
+        """
         q, k, v = self._query_key_value(x)
+        if cache is not None and cache.length:
+            return self._project(decode_attention(*(tensor.to(cache.dtype) for tensor in (q, k, v)), cache))
+        if cache is not None:
+            cache.prefill(k.to(cache.dtype), v.to(cache.dtype))
         return self._project(sparse_attention(q, k, v, self.pattern))
 
-    def prefill(self, x: torch.Tensor, samples_per_prompt: int) -> tuple[torch.Tensor, KVCache]:
-        """As :meth:`forward` on the first tokens of the stream; their keys and values are returned in a cache."""
-        q, k, v = self._query_key_value(x)
-        cache = KVCache(self.pattern, len(x), self.heads, self.head_dim, x.dtype, x.device, samples_per_prompt)
-        cache.prefill(k.to(x.dtype), v.to(x.dtype))
-        return self._project(sparse_attention(q, k, v, self.pattern)), cache
+    def new_cache(self, x: torch.Tensor, samples_per_prompt: int) -> KVCache:
+        """An empty cache for prompts ``[B, N, dim]``, of their dtype and device."""
+        return KVCache(self.pattern, len(x), self.heads, self.head_dim, x.dtype, x.device, samples_per_prompt)
 
     def _query_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, length, _ = x.shape
@@ -94,7 +102,7 @@ class MLPBlock(nn.Module):
 
     def __init__(self, config: DALLEConfig):
         super().__init__()
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = nn.LayerNorm(config.dim, NORM_EPSILON)
         self.expansion = Linear(config.dim, 4 * config.dim)
         self.projection = Linear(4 * config.dim, config.dim)
 
@@ -113,22 +121,30 @@ class Layer(nn.Module):
         self.mlp = MLPBlock(config)
         self.checkpoint_activations = config.checkpoint_activations
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self._branch(self.attention, x)
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """As :class:`AttentionBlock`, ``[B, N, dim]`` to ``[B, N, dim]``."""
+        # By its name, so that hooks see x as the only argument, as they do where there is no cache.
+        x = x + (self._branch(self.attention, x) if cache is None else self.attention(x, cache=cache))
         return x + self._branch(self.mlp, x)
 
-    def weights(self) -> LayerWeights:
-        """For ``decode_layers``, which does what :meth:`forward` does to one more token, from a cache."""
+    def weights(self) -> LayerWeights | None:
+        """For ``decode_layers``, which does what :meth:`forward` does to one more token, from a cache.
+
+        None where that is not so: where a module of the layer has been replaced, or has hooks, a forward of its own, no
+        bias or another epsilon.
+        """
         attention, mlp = self.attention, self.mlp
-        branches = (
-            attention.norm,
-            attention.query_key_value,
-            attention.projection,
-            mlp.norm,
-            mlp.expansion,
-            mlp.projection,
-        )
-        return LayerWeights(*(tensor for module in branches for tensor in (module.weight, module.bias)))
+        if not (_is_plain(self, Layer) and _is_plain(attention, AttentionBlock) and _is_plain(mlp, MLPBlock)):
+            return None
+        norms = (attention.norm, mlp.norm)
+        if not all(_is_plain(norm, nn.LayerNorm) and norm.eps == NORM_EPSILON for norm in norms):
+            return None
+        linears = (attention.query_key_value, attention.projection, mlp.expansion, mlp.projection)
+        if not all(_is_plain(module, Linear) for module in linears):
+            return None
+        branches = (norms[0], *linears[:2], norms[1], *linears[2:])
+        tensors = [tensor for module in branches for tensor in (module.weight, module.bias)]
+        return None if any(tensor is None for tensor in tensors) else LayerWeights(*tensors)
 
     def _branch(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():
@@ -136,14 +152,23 @@ class Layer(nn.Module):
         return block(x)
 
 
+def _is_plain(module: nn.Module, expected: type[nn.Module]) -> bool:
+    """Whether calling the module does what its class says and nothing else."""
+    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is expected and not changed and not _has_any_global_hook()
+
+
 @dataclass
 class Decoding:
-    """What :meth:`DALLE.prefill` starts and :meth:`DALLE.decode_step` goes on with: each layer's weights and its cache.
+    """What :meth:`DALLE.prefill` starts and :meth:`DALLE.decode_step` goes on with.
 
-    ``position`` counts the image tokens that the caches hold.
+    ``layers`` holds the weights of each layer, all of which one call then serves; or it is None, where some layer is
+    not what :class:`Layer` makes it, hooks included: then every step calls the layers' modules. ``caches`` are the
+    layers', ``position`` counts the image tokens that they hold. Weights, modules and hooks are looked up once, by
+    ``prefill``.
     """
 
-    layers: list[LayerWeights]
+    layers: list[LayerWeights] | None
     caches: list[KVCache]
     image_positions: torch.Tensor
     position: int = 0
@@ -175,7 +200,7 @@ class DALLE(nn.Module):
             Layer(config, AttentionPattern(kind, config.text_len + 1, config.grid, config.kernel_size))
             for kind in mask_schedule(config.layers)
         )
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = nn.LayerNorm(config.dim, NORM_EPSILON)
         self.text_unembedding = Linear(config.dim, config.text_vocab_size + config.text_len, bias=False)
         self.image_unembedding = Linear(config.dim, config.image_vocab_size, bias=False)
         self._initialize()
@@ -266,15 +291,13 @@ class DALLE(nn.Module):
                 )
             _check_tokens("prime", prime, config.image_vocab_size, self.start.device)
             x = torch.cat((x, self.image_embedding(prime) + image_positions[:length]), dim=1)
-        caches = []
-        for layer in self.layers:
-            out, cache = layer.attention.prefill(x, samples_per_prompt)
-            caches.append(cache)
-            x = x + out
-            x = x + layer.mlp(x)
+        caches = [layer.attention.new_cache(x, samples_per_prompt) for layer in self.layers]
+        for layer, cache in zip(self.layers, caches):
+            x = layer(x, cache=cache)
         logits = self._unembed(self.norm(x[:, -1]), self.image_unembedding)
         weights = [layer.weights() for layer in self.layers]
-        return logits.repeat_interleave(samples_per_prompt, dim=0), Decoding(weights, caches, image_positions, length)
+        decoding = Decoding(None if None in weights else weights, caches, image_positions, length)
+        return logits.repeat_interleave(samples_per_prompt, dim=0), decoding
 
     @torch.no_grad()
     def decode_step(self, tokens: torch.Tensor, decoding: Decoding) -> torch.Tensor:
@@ -286,9 +309,20 @@ class DALLE(nn.Module):
         if decoding.position >= self.config.image_len - 1:
             raise UserError(f"expected at most {self.config.image_len - 1} decode steps: the image is complete")
         x = self.image_embedding(tokens) + decoding.image_positions[decoding.position]
-        x = decode_layers(x, decoding.layers, decoding.caches)
+        if decoding.layers is not None:
+            x = decode_layers(x, decoding.layers, decoding.caches, epsilon=NORM_EPSILON)
+        else:
+            x = self._decode_by_modules(x, decoding.caches)
         decoding.position += 1
         return self._unembed(self.norm(x), self.image_unembedding)
+
+    def _decode_by_modules(self, x: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+        """As ``decode_layers``, by the layers' own modules."""
+        x = x[:, None]
+        with torch.autocast(x.device.type, enabled=False):
+            for layer, cache in zip(self.layers, caches):
+                x = layer(x, cache=cache)
+        return x[:, 0]
 
 
 def _check_tokens(name: str, tokens: torch.Tensor, vocab_size: int, device: torch.device) -> None:

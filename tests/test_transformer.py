@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 
 from dalle.config import DALLEConfig
 from dalle.errors import UserError
@@ -251,6 +252,97 @@ def test_decoding_under_autocast_reads_the_prompt_in_half_precision_and_stays_cl
     assert logits.dtype == after.dtype == torch.float32
     torch.testing.assert_close(logits, expected[:, 0], rtol=0.05, atol=0.5)
     torch.testing.assert_close(after, expected[:, 1], rtol=0.05, atol=0.5)
+
+
+def decoded(model: DALLE, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The logits of every image token, one step each, and whether one call served all layers of a step."""
+    with torch.inference_mode():
+        logits, decoding = model.prefill(text)
+        steps = [logits, *(model.decode_step(tokens, decoding) for tokens in image[:, :-1].unbind(1))]
+    return torch.stack(steps, dim=1), decoding.layers is not None
+
+
+class TwiceLinear(torch.nn.Module):
+    """Another class in a linear layer's place, as an adapter or a quantized layer is."""
+
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def double_output(module, args, output):
+    return 2 * output
+
+
+def double_input(module, args):
+    (x,) = args
+    return (2 * x,)
+
+
+def replace_linear(layer):
+    layer.mlp.projection = TwiceLinear(layer.mlp.projection)
+
+
+def replace_forward(layer):
+    forward = layer.mlp.forward
+    layer.mlp.forward = lambda x: 2 * forward(x)
+
+
+def without_bias(layer):
+    layer.attention.query_key_value.bias = None
+
+
+CHANGES = {
+    "hook of a layer": lambda layer: layer.register_forward_hook(double_output),
+    "hook of its attention": lambda layer: layer.attention.register_forward_pre_hook(double_input),
+    "hook of its normalization": lambda layer: layer.mlp.norm.register_forward_hook(double_output),
+    "hook of a matrix": lambda layer: layer.attention.projection.register_forward_pre_hook(double_input),
+    "hook of every module": lambda layer: torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: None),
+    "parametrization": lambda layer: parametrize.register_parametrization(layer.mlp.expansion, "weight", Twice()),
+    "another class": replace_linear,
+    "a forward of its own": replace_forward,
+    "another epsilon": lambda layer: setattr(layer.attention.norm, "eps", 1.0),
+    "no bias": without_bias,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_user_changes_in_a_layer_holds_while_decoding(change):
+    model, (text, image) = build(), draw()
+    before, at_once = decoded(model, text, image)
+    assert at_once
+    handle = CHANGES[change](model.layers[2])
+    try:
+        found, at_once = decoded(model, text, image)
+        with torch.inference_mode():
+            expected = model.logits(text, image)[1]
+    finally:
+        if change == "hook of every module":
+            handle.remove()
+    assert not at_once
+    torch.testing.assert_close(found, expected)
+    assert change == "hook of every module" or not torch.allclose(found, before)
+
+
+def test_decoding_by_modules_is_the_call_through_all_layers_also_under_autocast_and_in_half_precision():
+    for dtype, autocast in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+        model, (text, image) = build(dtype=dtype), draw()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            expected, _ = decoded(model, text, image)
+            calls = []
+            model.layers[-1].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            found, at_once = decoded(model, text, image)
+        assert not at_once and len(calls) == CONFIG.image_len  # the prompt and every step
+        tolerance = 0.3 if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 TEXT, IMAGE = draw()
