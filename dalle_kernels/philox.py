@@ -80,4 +80,4 @@ def new_seed(device: torch.device, generator: torch.Generator | None = None) -> 
             f"expected a generator on the logits' device {device}, got one on {generator.device}; "
             f"make it with torch.Generator({device.type!r})"
         )
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
