@@ -72,61 +72,95 @@ const char* forward(const GumbelSoftmax& p) {
 
 // ---- Backward: y (grad_y - sum grad_y y) / tau, and for the KL grad_kl q (ln q - sum q ln q)
 
+// A block's part in the sweeps of its band.
 template <bool HARD>
-void backward_block(const GumbelSoftmaxBackward& p, const Call& call, int64_t block, float* scratch) {
-  const int64_t first = call.blocks.first(block), rows = call.blocks.rows_of(block), pitch = call.blocks.pitch;
-  const bool with_kl = p.grad_kl.data != nullptr;
-  const RowBlock logits(p.logits, first, rows), y(p.y, first, rows), grad_y(p.grad_y, first, rows);
-  const RowBlock grad_logits(p.grad_logits, first, rows);
-  float *given = scratch, *values = given + TILE_FLOATS, *grad = values + TILE_FLOATS, *turned = grad + TILE_FLOATS;
-  const BlockNoise noise = call.noise(block);
-  SoftSample soft(noise, call.factor, p.columns, pitch, turned + TILE_FLOATS);
-  Posterior posterior(pitch);
-  double dot[MOST_ROWS] = {};
-  const auto load_logits = [&](const Tile& tile) {
-    load_tile(p.dtype, logits, tile, -INFINITY_FLOAT, turned, given);
-  };
-  const auto load_sample_and_gradient = [&](const Tile& tile) {
-    load_tile(p.dtype, grad_y, tile, 0.0f, turned, grad);
-    if constexpr (HARD) {
-      if (!SoftSample::keeps(p.columns)) load_logits(tile);
-      soft.sample(tile, given, values);
-      for (int64_t i = tile.columns * pitch; i < tile.padded() * pitch; ++i) values[i] = 0.0f;
-    } else {
-      load_tile(p.dtype, y, tile, 0.0f, turned, values);
-    }
-  };
-  for (int64_t t = 0; HARD && t < tiles_of(p.columns); ++t) {
-    const Tile tile(t, p.columns, pitch);
+class BackwardBlock {
+ public:
+  BackwardBlock(const GumbelSoftmaxBackward& p, float* scratch, const Call& call, const BlockRows& at)
+      : p_(p),
+        call_(call),
+        at_(at),
+        given_(scratch),
+        values_(given_ + TILE_FLOATS),
+        grad_(values_ + TILE_FLOATS),
+        turned_(grad_ + TILE_FLOATS),
+        logits_(p.logits, at),
+        y_(p.y, at),
+        grad_y_(p.grad_y, at),
+        grad_logits_(p.grad_logits, at),
+        noise_(call.noise_from(at.first)),
+        soft_(noise_, call.factor, p.columns, call.blocks.pitch, turned_ + TILE_FLOATS),
+        posterior_(call.blocks.pitch) {}
+
+  // Only where the sample is hard.
+  void draw(const Tile& tile) {
     load_logits(tile);
-    soft.draw(tile, given, values);
+    soft_.draw(tile, given_, values_);
   }
-  for (int64_t t = 0; t < tiles_of(p.columns); ++t) {
-    const Tile tile(t, p.columns, pitch);
+
+  void add(const Tile& tile) {
     load_sample_and_gradient(tile);
-    dot_tile(tile, values, grad, dot);
-    if (with_kl) load_logits(tile), posterior.add(tile, given);
+    dot_tile(tile, values_, grad_, dot_);
+    if (p_.grad_kl.data != nullptr) load_logits(tile), posterior_.add(tile, given_);
   }
-  const PosteriorGradient posterior_gradient(posterior, p.grad_kl, first, rows, pitch);
-  const SampleGradient sample_gradient(dot, call.tau, pitch);
-  for (int64_t t = 0; t < tiles_of(p.columns); ++t) {
-    const Tile tile(t, p.columns, pitch);
+
+  // All tiles are added.
+  void finish() {
+    sample_gradient_.emplace(dot_, call_.tau, call_.blocks.pitch);
+    posterior_gradient_.emplace(posterior_, p_.grad_kl, at_.first, at_.count, call_.blocks.pitch);
+  }
+
+  void write_gradient(const Tile& tile) {
     load_sample_and_gradient(tile);
-    sample_gradient.set(tile, values, grad);
-    if (with_kl) load_logits(tile), posterior_gradient.add(tile, given, grad);
-    store_tile(p.dtype, grad_logits, tile, call.stream, grad, turned);
+    sample_gradient_->set(tile, values_, grad_);
+    if (p_.grad_kl.data != nullptr) load_logits(tile), posterior_gradient_->add(tile, given_, grad_);
+    store_tile(p_.dtype, grad_logits_, tile, call_.stream, grad_, turned_);
   }
-}
+
+ private:
+  void load_logits(const Tile& tile) { load_tile(p_.dtype, logits_, tile, -INFINITY_FLOAT, turned_, given_); }
+
+  void load_sample_and_gradient(const Tile& tile) {
+    load_tile(p_.dtype, grad_y_, tile, 0.0f, turned_, grad_);
+    if constexpr (HARD) {
+      if (!SoftSample::keeps(p_.columns)) load_logits(tile);
+      soft_.sample(tile, given_, values_);
+      for (int64_t i = tile.columns * tile.pitch; i < tile.padded() * tile.pitch; ++i) values_[i] = 0.0f;
+    } else {
+      load_tile(p_.dtype, y_, tile, 0.0f, turned_, values_);
+    }
+  }
+
+  const GumbelSoftmaxBackward& p_;
+  const Call& call_;
+  BlockRows at_;
+  float *given_, *values_, *grad_, *turned_;
+  RowBlock logits_, y_, grad_y_, grad_logits_;
+  BlockNoise noise_;
+  SoftSample soft_;
+  Posterior posterior_;
+  double dot_[MOST_ROWS] = {};
+  std::optional<SampleGradient> sample_gradient_;
+  std::optional<PosteriorGradient> posterior_gradient_;
+};
 
 template <bool HARD>
 const char* backward(const GumbelSoftmaxBackward& p) {
-  const Call call(p.noise, blocks_of(p.grad_logits, p.columns, p.columns * 12, 8 << 20, p.threads));
+  Blocks blocks = blocks_of(p.grad_logits, p.columns, p.columns * 12, 8 << 20, p.threads);
+  if (!HARD && p.grad_logits.column_stride != 1) blocks.form_bands(p.threads);
+  const Call call(p.noise, blocks);
   const Scratch scratch(p.threads,
                         4 * TILE_FLOATS + (HARD ? SoftSample::kept_floats(p.columns, call.blocks.pitch) : 0));
   if (scratch.failed()) return OUT_OF_MEMORY;
   expect_writes(call, p.dtype, p.grad_logits);
-  parallel_items(call.blocks.count, p.threads,
-                 [&](int64_t block, int thread) { backward_block<HARD>(p, call, block, scratch.of(thread)); });
+  parallel_items(call.blocks.bands(), p.threads, [&](int64_t index, int thread) {
+    using Block = BackwardBlock<HARD>;
+    Band<Block> band(call, index, p, scratch.of(thread));
+    if (HARD) band.sweep([](Block& block, const Tile& tile) { block.draw(tile); });
+    band.sweep([](Block& block, const Tile& tile) { block.add(tile); });
+    band.each([](Block& block) { block.finish(); });
+    band.sweep([](Block& block, const Tile& tile) { block.write_gradient(tile); });
+  });
   return nullptr;
 }
 

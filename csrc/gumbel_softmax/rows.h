@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <optional>
 
 #include "common/vector.h"
 #include "gumbel_softmax/gumbel_softmax.h"
@@ -15,6 +16,7 @@ namespace dalle::DALLE_ISA_NAMESPACE {
 
 constexpr int64_t TILE_COLUMNS = 32;  // 128 bytes of float32: whole cache lines where columns are contiguous
 constexpr int64_t MOST_ROWS = 64;     // of a block
+constexpr int64_t MOST_BLOCKS = 8;    // of a band
 constexpr int64_t LEAST_ROWS = Vector::width > 8 ? Vector::width : 8;
 constexpr int64_t TILE_FLOATS = TILE_COLUMNS * MOST_ROWS;
 constexpr int64_t CACHE_LINE = 64;
@@ -22,21 +24,23 @@ constexpr int64_t CACHE_LINE = 64;
 // A tile's place in its block. Its columns are `pitch` floats apart: the block's rows rounded up to whole vectors. What
 // lies in the lanes beyond the block's rows has no meaning.
 struct Tile {
-  int64_t first, columns, ahead;  // ahead: the columns of the next tile
-  int64_t pitch;
+  int64_t first, columns, pitch;
 
   Tile(int64_t index, int64_t total, int64_t pitch_) : first(index * TILE_COLUMNS), pitch(pitch_) {
     columns = total - first < TILE_COLUMNS ? total - first : TILE_COLUMNS;
-    const int64_t left = total - first - columns;
-    ahead = left < TILE_COLUMNS ? left : TILE_COLUMNS;
   }
   // The columns rounded up to what one Philox counter gives.
   int64_t padded() const { return (columns + 3) / 4 * 4; }
 };
 
-// How a call is cut into blocks of rows. No result depends on it.
+// A block's rows, and the first row of the block whose tile is read next: its own where that is its next tile.
+struct BlockRows {
+  int64_t first, count, next;
+};
+
+// How a call is cut into blocks of rows, and these into bands of `band` blocks. No result depends on it.
 struct Blocks {
-  int64_t rows, columns, pitch, count;
+  int64_t rows, columns, pitch, count, band = 1;
 
   // As many rows as leave what a block's sweeps share, `row_bytes` a row, in the cache given; fewer, where there would
   // be too few blocks for the threads. `least` is a multiple of LEAST_ROWS.
@@ -45,6 +49,11 @@ struct Blocks {
     while (pitch > least && (row_bytes * pitch > cache || rows < 2 * pitch * threads)) pitch /= 2;
     count = (rows + pitch - 1) / pitch;
   }
+  // As many blocks to a band as leave enough bands for the threads.
+  void form_bands(int threads) {
+    while (band < MOST_BLOCKS && count >= 4 * band * threads) band *= 2;
+  }
+  int64_t bands() const { return (count + band - 1) / band; }
   int64_t first(int64_t block) const { return block * pitch; }
   int64_t rows_of(int64_t block) const { return rows - first(block) < pitch ? rows - first(block) : pitch; }
 };
@@ -73,7 +82,7 @@ constexpr const char* OUT_OF_MEMORY = "not enough memory for the scratch space o
 // Outputs from here on leave the caches before anybody reads them.
 constexpr int64_t STREAMED_BYTES = int64_t{16} << 20;
 
-// The rows first_row .. first_row + count of a tensor, as runs that are contiguous in memory.
+// The rows of a block of a tensor, as runs that are contiguous in memory.
 class RowBlock {
  public:
   struct Run {
@@ -83,16 +92,22 @@ class RowBlock {
 
   // `tensor.rows` must be merged.
   RowBlock(const RowTensor& tensor, int64_t first_row, int64_t rows_)
-      : data(tensor.data), column_stride(tensor.column_stride), rows(rows_), runs(0) {
+      : RowBlock(tensor, BlockRows{first_row, rows_, first_row}) {}
+  RowBlock(const RowTensor& tensor, const BlockRows& at)
+      : data(tensor.data), column_stride(tensor.column_stride), rows(at.count), runs(0) {
     const Strided& shape = tensor.rows;
     const int last = shape.dims - 1;
+    const int64_t inner = shape.sizes[last];
+    const auto offset_of = [&](int64_t row) {
+      return row_offset(shape, row / inner) + row % inner * shape.strides[last];
+    };
     for (int64_t lane = 0; lane < rows; ++runs) {
-      const int64_t row = first_row + lane, inner = shape.sizes[last], position = row % inner;
-      const int64_t offset = row_offset(shape, row / inner) + position * shape.strides[last];
+      const int64_t row = at.first + lane, position = row % inner;
       const int64_t left = rows - lane < inner - position ? rows - lane : inner - position;
-      run[runs] = {offset, lane, shape.strides[last] == 1 ? left : 1};
+      run[runs] = {offset_of(row), lane, shape.strides[last] == 1 ? left : 1};
       lane += run[runs].count;
     }
+    ahead = offset_of(at.next) - run[0].offset + (at.next > at.first ? 0 : TILE_COLUMNS * column_stride);
   }
 
   // A column is in short pieces and a row is in one.
@@ -100,6 +115,7 @@ class RowBlock {
 
   void* data;
   int64_t column_stride, rows;
+  int64_t ahead;  // from a tile's elements to those of the tile that is read next, if its runs are alike
   int64_t runs;
   Run run[MOST_ROWS];
 };
@@ -159,10 +175,9 @@ DALLE_NOINLINE void load_tile(const RowBlock& block, const Tile& tile, float fil
       const T* column = data + c * block.column_stride;
       for (int64_t i = 0; i < block.runs; ++i) {
         const RowBlock::Run& run = block.run[i];
-        if (c < tile.ahead) {
-          const T* next = column + TILE_COLUMNS * block.column_stride + run.offset;
-          for (int64_t r = 0; r < run.count; r += CACHE_LINE / sizeof(T)) __builtin_prefetch(next + r);
-        }
+        // Beyond the tensor's end it does nothing.
+        const T* next = column + run.offset + block.ahead;
+        for (int64_t r = 0; r < run.count; r += CACHE_LINE / sizeof(T)) __builtin_prefetch(next + r);
         read_run(column + run.offset, run.count, to + c * pitch + run.lane);
       }
     }

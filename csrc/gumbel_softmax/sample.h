@@ -43,9 +43,10 @@ struct Call {
         blocks(blocks_),
         stream(blocks.rows * blocks.columns * 4 >= STREAMED_BYTES) {}
 
-  BlockNoise noise(int64_t block) const {
-    return BlockNoise(key, offset + static_cast<uint64_t>(blocks.first(block)), blocks.pitch);
+  BlockNoise noise_from(int64_t row) const {
+    return BlockNoise(key, offset + static_cast<uint64_t>(row), blocks.pitch);
   }
+  BlockNoise noise(int64_t block) const { return noise_from(blocks.first(block)); }
 };
 
 // complement_uniform of the tile. Apart from what is done with it, since each of the two loops by itself keeps the
@@ -176,6 +177,42 @@ class RunningSoftmax {
 };
 
 constexpr int64_t tiles_of(int64_t columns) { return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS; }
+
+// Blocks that are swept together, each tile of all of them before the next tile. A column of many rows is then read in
+// one go where rows follow each other in memory, a page of it at a time.
+template <class Block>
+class Band {
+ public:
+  // Each Block is made of `given`, the call and its rows.
+  template <class... Given>
+  Band(const Call& call, int64_t index, const Given&... given) : call_(call) {
+    const Blocks& all = call.blocks;
+    const int64_t begin = index * all.band, end = begin + all.band < all.count ? begin + all.band : all.count;
+    count_ = end - begin;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t next = block + 1 < end ? block + 1 : begin;
+      blocks_[block - begin].emplace(given..., call, BlockRows{all.first(block), all.rows_of(block), all.first(next)});
+    }
+  }
+
+  template <class Visit>
+  void sweep(const Visit& visit) {
+    for (int64_t t = 0; t < tiles_of(call_.blocks.columns); ++t) {
+      const Tile tile(t, call_.blocks.columns, call_.blocks.pitch);
+      for (int64_t i = 0; i < count_; ++i) visit(*blocks_[i], tile);
+    }
+  }
+
+  template <class Visit>
+  void each(const Visit& visit) {
+    for (int64_t i = 0; i < count_; ++i) visit(*blocks_[i]);
+  }
+
+ private:
+  const Call& call_;
+  int64_t count_;
+  std::optional<Block> blocks_[MOST_BLOCKS];
+};
 
 // The soft sample of a block: `draw` every tile in order, and then take any tile of it by `sample`. What `draw`
 // computed is kept if the rows are not too long, else computed again by `sample`.
