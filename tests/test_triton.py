@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 import triton_cases
@@ -131,3 +132,9 @@ class TestInterpreter:
         # Halfway between two numbers but for a sum of far less: double rounding would go to the even one.
         numbers = [torch.tensor([value]) for value in (1 + 2.0**-12, 1 + 2.0**-12, 2.0**-90)]
         assert self.builder().create_fma(*map(self.handle, numbers)).data.item() == 1 + 2.0**-11 + 2.0**-23
+
+
+@pytest.mark.parametrize("op", fuzz.ops_of("triton", "cpu"))
+def test_fuzzed_calls_agree_with_the_reference(op, triton_device):
+    found = fuzz.fuzz(op, 8, seed=0, provider="triton", device=triton_device)
+    assert found.passed, str(found)
