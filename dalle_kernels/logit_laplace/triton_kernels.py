@@ -17,18 +17,9 @@ from torch import Tensor
 
 from dalle_kernels._strides import merged
 from dalle_kernels._triton_configurations import configuration
+from dalle_kernels.triton_math import exponential, natural_log
 
 _LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _exponential(x):
-    """e^x; the product with log2(e), whose rounding would be multiplied by x, is kept in two parts."""
-    high = x * 1.4426950216293335
-    low = tl.fma(x, 1.4426950216293335, -high) + x * 1.92596303e-8
-    power = tl.exp2(high)
-    # Where e^x is 0 or infinite it is exact, and ``low`` may be NaN.
-    return tl.where((power > 0) & (power < float("inf")), tl.fma(power, low * _LN_2, power), power)
 
 
 @triton.jit
@@ -56,9 +47,9 @@ def _forward(x, mu, log_b, output, count, sizes, x_strides, mu_strides, log_b_st
     index = _elements(BLOCK, WIDE)
     x_value = _load(x, index, count, sizes, x_strides)
     spread = _load(log_b, index, count, sizes, log_b_strides)
-    log_x, log_complement = tl.log(x_value), tl.log(1.0 - x_value)
+    log_x, log_complement = natural_log(x_value), natural_log(1.0 - x_value)
     deviation = tl.abs(log_x - log_complement - _load(mu, index, count, sizes, mu_strides))
-    loss = deviation * _exponential(-spread) + spread + log_x + log_complement + _LN_2
+    loss = deviation * exponential(-spread) + spread + log_x + log_complement + _LN_2
     if REDUCED:
         loss = tl.where(index < count, loss.to(tl.float64), 0.0)
         tl.store(output + tl.program_id(0), tl.sum(loss, 0))
@@ -86,12 +77,12 @@ def _backward(grad, x, mu, log_b, grad_mu, grad_log_b, count, sizes, grad_stride
     if MEAN:
         upstream *= (1.0 / (tl.zeros([], tl.float64) + count)).to(tl.float32)
     x_value = _load(x, index, count, sizes, x_strides)
-    inverse_b = _exponential(-_load(log_b, index, count, sizes, log_b_strides))
-    deviation = tl.log(tl.div_rn(x_value, 1.0 - x_value)) - _load(mu, index, count, sizes, mu_strides)
+    inverse_b = exponential(-_load(log_b, index, count, sizes, log_b_strides))
+    deviation = natural_log(tl.div_rn(x_value, 1.0 - x_value)) - _load(mu, index, count, sizes, mu_strides)
     sign = tl.where(deviation > 0, 1.0, 0.0) - tl.where(deviation < 0, 1.0, 0.0)
     kept = index < count
     tl.store(grad_mu + index, (-upstream * sign * inverse_b).to(grad_mu.dtype.element_ty), kept)
-    value = upstream * (1.0 - tl.abs(deviation) * inverse_b)
+    value = upstream * tl.fma(-tl.abs(deviation), inverse_b, 1.0)
     tl.store(grad_log_b + index, value.to(grad_log_b.dtype.element_ty), kept)
 
 
