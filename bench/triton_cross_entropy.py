@@ -1,0 +1,52 @@
+"""Calls of Triton's kernels of family cross_entropy, 8192 rows of 3968 against 16384 classes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from triton_cases import Case
+
+from dalle_kernels._triton_configurations import Configuration
+from dalle_kernels.cross_entropy import triton_kernels
+
+ROWS, WIDTH, CLASSES = 8192, 3968, 16384
+CANDIDATES = [Configuration({"BLOCK": block}, num_warps=warps) for block in (2048, 4096, 8192) for warps in (4, 8, 16)]
+
+
+def _tensors(dtype, with_bias, device):
+    hidden, weight = (torch.randn(size, WIDTH, device=device).to(dtype) for size in (ROWS, CLASSES))
+    target = torch.empty(ROWS, dtype=torch.int64, device=device).random_(0, CLASSES)
+    return hidden, weight / WIDTH**0.5, target, weight[:, 0].clone() if with_bias else None
+
+
+def losses(dtype, with_bias, device):
+    return partial(triton_kernels.linear_cross_entropy, *_tensors(dtype, with_bias, device), -100)
+
+
+def with_gradient(dtype, with_bias, device):
+    mask = [True, True, with_bias]
+    call = triton_kernels.linear_cross_entropy_with_gradient
+    return partial(call, *_tensors(dtype, with_bias, device), -100, "mean", mask)
+
+
+def scaled_gradient(dtype, _, device):
+    gradient = torch.randn(CLASSES, WIDTH, device=device).to(dtype)
+    return partial(triton_kernels.linear_cross_entropy_scaled_gradient, gradient, torch.ones((), device=device))
+
+
+CASES = [
+    Case(
+        f"{job.__name__} {str(dtype).removeprefix('torch.')}{' bias' if with_bias else ''}",
+        partial(job, dtype, with_bias),
+        row if dtype == torch.bfloat16 and not with_bias else None,
+        CANDIDATES,
+        operations=products * 2 * ROWS * WIDTH * CLASSES,
+    )
+    for job, products, row in (
+        (losses, 1, ("cross_entropy_losses", "any")),
+        (with_gradient, 3, ("cross_entropy_gradients", "any")),
+        (scaled_gradient, 0, ("cross_entropy_scaled_gradient", "any")),
+    )
+    for dtype, with_bias in ((torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True))
+]
