@@ -52,7 +52,6 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("gumbel_softmax", "columns apart"): {DEFAULT: Configuration({"ROWS": 32, "GROUPS": 16}, num_warps=8)},
     ("gumbel_softmax_backward", "short rows"): {DEFAULT: Configuration({"ELEMENTS": 4096}, num_warps=4)},
     ("gumbel_softmax_backward", "rows"): {DEFAULT: Configuration({"ELEMENTS": 8192}, num_warps=8)},
-    ("gumbel_softmax_backward", "long rows"): {DEFAULT: Configuration({"ELEMENTS": 16384}, num_warps=16)},
     ("gumbel_softmax_backward", "blocks of rows"): {DEFAULT: Configuration({"ROWS": 1, "GROUPS": 1024}, num_warps=8)},
     ("gumbel_softmax_backward", "columns apart"): {DEFAULT: Configuration({"ROWS": 32, "GROUPS": 16}, num_warps=8)},
     ("gumbel_codebook", "16 bits"): {

@@ -1,7 +1,7 @@
 """Triton kernels of Gumbel-softmax and its KL; those of the product with the codebook are in ``triton_codebook``.
 
-One pass where a row fits a program's registers, up to 16,384 columns that lie next to each other: every input is read
-once and the output written once. Longer rows, and rows whose columns lie apart (the codes along dim 1 of NCHW), are
+One pass where a row fits a program's registers, up to 16,384 columns that lie next to each other (8,192 backward):
+every input is read once and the output written once. Longer rows, and rows whose columns lie apart (the codes along dim 1 of NCHW), are
 taken in blocks of columns twice: first their maxima and sums, then the output, with the noise drawn again.
 
 Floor of the forward with KL, [8192, 8192] on an H200: 537 MB in float32 and 268 MB in 16 bits, 125 and 62 us at
@@ -207,15 +207,19 @@ def _backward_by_blocks(grad_y, grad_kl, logits, y, grad_logits, seed, offset, t
         store_tile(grad_logits, out_place, row < rows, first, columns, grad_logits_strides[2], gradient, GROUPS, AXIS)
 
 
-# Classes of shapes by the columns up to which a tile holds whole rows.
-_CLASSES = {"short rows": 1024, "rows": 8192, "long rows": 16384}
+# Classes of shapes by the columns up to which a tile holds whole rows; the backward's has three tensors of them, and
+# would spill registers beyond 8192.
+_CLASSES = {
+    "gumbel_softmax": {"short rows": 1024, "rows": 8192, "long rows": 16384},
+    "gumbel_softmax_backward": {"short rows": 1024, "rows": 8192},
+}
 
 
 def cut(op: str, view: View) -> tuple[bool, int, int, int]:
     """Whether a tile holds whole rows, how many, of how many groups, and the warps that work on it."""
     device, columns = view.tensors[0].device, view.columns
     if view.axis == 1:
-        for shape_class, most in _CLASSES.items():
+        for shape_class, most in _CLASSES[op].items():
             if columns <= most:
                 chosen = configuration(op, shape_class, device)
                 groups = triton.next_power_of_2(triton.cdiv(columns, 4))
