@@ -192,7 +192,7 @@ double block_sum(const float* x, const float* mu, const float* log_b, int64_t co
 }
 
 template <bool INSIDE>
-void block_gradients(const float* grad, float factor, const float* x, const float* mu, const float* log_b,
+void block_gradients(const float* grad, float divisor, const float* x, const float* mu, const float* log_b,
                      int64_t count, float* grad_mu, float* grad_log_b) {
   const Vector zero = broadcast(0.0f), one = broadcast(1.0f);
   for (int64_t i = 0; i < count; i += Vector::width) {
@@ -200,7 +200,8 @@ void block_gradients(const float* grad, float factor, const float* x, const floa
     const Vector pixel = load_first(x + i, left);
     const Vector inverse_b = exponential(zero - load_first(log_b + i, left));
     const Vector d = log_of<INSIDE>(pixel / (one - pixel)) - load_first(mu + i, left);
-    const Vector g = load_first(grad + i, left) * broadcast(factor);
+    // Not times an inverse, which would have been rounded before: the same error in every gradient.
+    const Vector g = load_first(grad + i, left) / broadcast(divisor);
     const Vector sign = select_less(zero, d, one, select_less(d, zero, zero - one, zero));
     store_first(grad_mu + i, left, zero - g * sign * inverse_b);
     store_first(grad_log_b + i, left, g * (one - absolute(d) * inverse_b));
@@ -242,7 +243,7 @@ const char* logit_laplace_loss_backward(const LogitLaplaceLossBackward& p) {
     float* to_log_b = grad_log_b.place(begin, buffers[5].values);
     const float* pixels = x.read(begin, count, buffers[1].values);
     const auto gradients = all_inside(pixels, count) ? block_gradients<true> : block_gradients<false>;
-    gradients(grad.read(begin, count, buffers[0].values), static_cast<float>(1 / p.divisor), pixels,
+    gradients(grad.read(begin, count, buffers[0].values), static_cast<float>(p.divisor), pixels,
               mu.read(begin, count, buffers[2].values), log_b.read(begin, count, buffers[3].values), count, to_mu,
               to_log_b);
     grad_mu.write(begin, count, to_mu);
