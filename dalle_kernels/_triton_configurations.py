@@ -43,6 +43,26 @@ class Configuration:
         return self.blocks[block]
 
 
+def _queries(queries: int, text: int, keys: int, warps: int, stages: int) -> Configuration:
+    """Attention's kernels that own queries."""
+    return Configuration({"BLOCK_QUERIES": queries, "BLOCK_TEXT": text, "BLOCK_KEYS": keys}, warps, stages)
+
+
+def _keys(keys: int, queries: int, warps: int, stages: int) -> Configuration:
+    """Attention's kernel that owns keys."""
+    return Configuration({"BLOCK_KEYS": keys, "BLOCK_QUERIES": queries}, warps, stages)
+
+
+def _rows(keys: int, warps: int, stages: int) -> Configuration:
+    """Decoding of one sample."""
+    return Configuration({"BLOCK_KEYS": keys}, warps, stages)
+
+
+def _samples(samples: int, keys: int, warps: int, stages: int) -> Configuration:
+    """Decoding of samples that share text."""
+    return Configuration({"BLOCK_SAMPLES": samples, "BLOCK_KEYS": keys}, warps, stages)
+
+
 TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     # gumbel_softmax
     ("gumbel_softmax", "short rows"): {DEFAULT: Configuration({"ELEMENTS": 4096}, num_warps=4)},
@@ -89,6 +109,55 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("adamw16_step", "any"): {DEFAULT: Configuration({"BLOCK": 2048}, num_warps=8)},
     # grad_scale
     ("grad_scale", "any"): {DEFAULT: Configuration({"BLOCK": 4096}, num_warps=8)},
+    # attention
+    ("sparse_attention", "16-bit 64"): {DEFAULT: _queries(64, 64, 32, warps=4, stages=3)},
+    ("sparse_attention", "16-bit 128"): {
+        DEFAULT: _queries(64, 64, 32, warps=8, stages=2),
+        90: _queries(64, 64, 32, warps=4, stages=2),
+    },
+    ("sparse_attention", "16-bit 256"): {
+        DEFAULT: _queries(64, 32, 32, warps=8, stages=1),
+        90: _queries(64, 32, 32, warps=8, stages=2),
+    },
+    ("sparse_attention", "float32 64"): {DEFAULT: _queries(64, 32, 32, warps=8, stages=1)},
+    ("sparse_attention", "float32 128"): {DEFAULT: _queries(32, 32, 32, warps=8, stages=1)},
+    ("sparse_attention", "float32 256"): {DEFAULT: _queries(32, 16, 16, warps=8, stages=1)},
+    ("sparse_attention_backward", "dq 16-bit 64"): {
+        DEFAULT: _queries(64, 32, 32, warps=4, stages=2),
+        90: _queries(64, 64, 32, warps=4, stages=2),
+    },
+    ("sparse_attention_backward", "dq 16-bit 128"): {
+        DEFAULT: _queries(64, 32, 32, warps=8, stages=2),
+        90: _queries(64, 32, 32, warps=4, stages=2),
+    },
+    ("sparse_attention_backward", "dq 16-bit 256"): {
+        DEFAULT: _queries(32, 32, 32, warps=8, stages=1),
+        90: _queries(64, 32, 32, warps=8, stages=2),
+    },
+    ("sparse_attention_backward", "dq float32 64"): {DEFAULT: _queries(32, 32, 32, warps=8, stages=1)},
+    ("sparse_attention_backward", "dq float32 128"): {DEFAULT: _queries(16, 16, 16, warps=8, stages=1)},
+    ("sparse_attention_backward", "dq float32 256"): {DEFAULT: _queries(16, 16, 16, warps=8, stages=1)},
+    ("sparse_attention_backward", "dk 16-bit 64"): {DEFAULT: _keys(64, 32, warps=4, stages=2)},
+    ("sparse_attention_backward", "dk 16-bit 128"): {DEFAULT: _keys(64, 32, warps=8, stages=2)},
+    ("sparse_attention_backward", "dk 16-bit 256"): {
+        DEFAULT: _keys(32, 32, warps=8, stages=1),
+        90: _keys(32, 32, warps=8, stages=2),
+    },
+    ("sparse_attention_backward", "dk float32 64"): {DEFAULT: _keys(32, 32, warps=8, stages=1)},
+    ("sparse_attention_backward", "dk float32 128"): {DEFAULT: _keys(32, 16, warps=8, stages=1)},
+    ("sparse_attention_backward", "dk float32 256"): {DEFAULT: _keys(16, 16, warps=8, stages=1)},
+    ("decode_attention", "rows 16-bit 64"): {DEFAULT: _rows(32, warps=4, stages=1)},
+    ("decode_attention", "rows 16-bit 128"): {DEFAULT: _rows(32, warps=4, stages=1)},
+    ("decode_attention", "rows 16-bit 256"): {DEFAULT: _rows(16, warps=4, stages=1)},
+    ("decode_attention", "rows float32 64"): {DEFAULT: _rows(32, warps=4, stages=1)},
+    ("decode_attention", "rows float32 128"): {DEFAULT: _rows(16, warps=4, stages=1)},
+    ("decode_attention", "rows float32 256"): {DEFAULT: _rows(16, warps=4, stages=1)},
+    ("decode_attention", "text 16-bit 64"): {DEFAULT: _samples(16, 64, warps=4, stages=2)},
+    ("decode_attention", "text 16-bit 128"): {DEFAULT: _samples(16, 64, warps=4, stages=2)},
+    ("decode_attention", "text 16-bit 256"): {DEFAULT: _samples(16, 32, warps=4, stages=2)},
+    ("decode_attention", "text float32 64"): {DEFAULT: _samples(16, 32, warps=4, stages=1)},
+    ("decode_attention", "text float32 128"): {DEFAULT: _samples(16, 16, warps=4, stages=1)},
+    ("decode_attention", "text float32 256"): {DEFAULT: _samples(16, 16, warps=8, stages=1)},
 }
 
 _forced: dict[tuple[str, str], Configuration] = {}

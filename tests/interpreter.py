@@ -1,8 +1,9 @@
 """Triton's interpreter, made to compute what a GPU does where it does not, and without needless work.
 
 As it comes (Triton 3.6) it truncates float32 to bfloat16 instead of rounding to nearest even, multiplies bfloat16
-matrices as the integers that hold their bits, rounds a fused multiply-add twice, lets NaN through a minimum or maximum
-of numbers, and takes no loop bound from a scalar under NumPy 2.4.
+matrices as the integers that hold their bits, sums float32 products in whatever order a BLAS likes, rounds a fused
+multiply-add twice, lets NaN through a minimum or maximum of numbers, and takes no loop bound from a scalar under NumPy
+2.4.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def mend() -> None:
             return cast(self, source, dtype)
 
     def create_dot(self, a, b, c, *options):
+        if a.dtype.scalar == tl.float32:
+            return TensorHandle(_chained(a.data, b.data, c.data), c.dtype.scalar)
         if a.dtype.scalar == tl.bfloat16:
             a, b = (TensorHandle(widened(operand), tl.float32) for operand in (a, b))
         return dot(self, a, b, c, *options)
@@ -87,6 +90,17 @@ def mend() -> None:
 
     interpreter.GridExecutor.__call__ = launch_afresh
     InterpretedFunction.__call__ = call_prepared
+
+
+def _chained(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a @ b + c of float32 matrices as a GPU without tf32 sums it: one chain of fused multiply-adds an element.
+
+    So an element does not depend on the shape and layout of its matrix, as it does in a BLAS.
+    """
+    with np.errstate(all="ignore"):
+        for column, row in zip(a.T.astype(np.float64), b.astype(np.float64)):
+            c = (np.multiply.outer(column, row) + c).astype(np.float32)
+    return c
 
 
 def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import Op
 from . import reference
 from .cache import KVCache
@@ -51,12 +51,24 @@ def _native_unsupported(q, k_new, v_new, text, image, *_arguments) -> str | None
     return None
 
 
+def _triton_unsupported(q, k_new, v_new, text, image, position, *pattern) -> str | None:
+    if position < text.shape[3] and image.shape[3] > 1:
+        return "the Triton kernel takes text tokens of one sample a prompt"
+    return _native_unsupported(q, k_new, v_new, text, image)
+
+
 _decode = Op(
     "decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) text, Tensor(b!) image, SymInt position, "
     f"{PATTERN_SCHEMA}) -> Tensor",
     _fake,
 )
 _decode.provide("native", _decode_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported)
+_decode.provide(
+    "triton",
+    _triton.launcher("attention", "decode_attention"),
+    unavailable=_triton.unavailable,
+    unsupported=_triton_unsupported,
+)
 _decode.provide("reference", reference.decode_attention)
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import Op
 from . import reference
 from .pattern import KINDS, AttentionPattern
@@ -75,9 +75,12 @@ _backward = Op(
     _backward_fake,
 )
 _native_limits = {"unavailable": _native.unavailable_but_on_cpu, "unsupported": _native_unsupported}
+_triton_limits = {"unavailable": _triton.unavailable, "unsupported": _native_unsupported}
 _forward.provide("native", _forward_native, **_native_limits)
+_forward.provide("triton", _triton.launcher("attention", "sparse_attention"), **_triton_limits)
 _forward.provide("reference", reference.sparse_attention)
 _backward.provide("native", _backward_native, **_native_limits)
+_backward.provide("triton", _triton.launcher("attention", "sparse_attention_backward"), **_triton_limits)
 _backward.provide("reference", reference.sparse_attention_backward)
 
 

@@ -1,0 +1,93 @@
+"""Calls of Triton's kernels of family attention: batch 8, text 256 and a 32 x 32 image, unless they say otherwise."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from triton_cases import Case
+
+from dalle_kernels import AttentionPattern, KVCache
+from dalle_kernels.attention import triton_kernels
+
+BATCH, TEXT, GRID = 8, 256, (32, 32)
+
+
+def pattern_of(kind: str) -> AttentionPattern:
+    return AttentionPattern(kind, TEXT, GRID)
+
+
+def arguments(pattern, head_dim):
+    return (pattern.kind, pattern.text_len, *pattern.grid, pattern.kernel_size, head_dim**-0.5)
+
+
+def heads_of(count, kind, heads, head_dim, dtype, device):
+    """Tensors as a joint projection makes them."""
+    seq = pattern_of(kind).seq_len
+    joint = torch.randn(BATCH, seq, count, heads, head_dim, device=device, dtype=dtype)
+    return joint.permute(2, 0, 3, 1, 4).unbind()
+
+
+def forward(kind, heads, head_dim, dtype, device):
+    q, k, v = heads_of(3, kind, heads, head_dim, dtype, device)
+    return partial(triton_kernels.sparse_attention, q, k, v, *arguments(pattern_of(kind), head_dim))
+
+
+def backward(kind, heads, head_dim, dtype, device):
+    q, k, v, grad_out = heads_of(4, kind, heads, head_dim, dtype, device)
+    options = arguments(pattern_of(kind), head_dim)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=device)
+    if device != "meta":
+        out, lse = triton_kernels.sparse_attention(q, k, v, *options)
+    return partial(triton_kernels.sparse_attention_backward, grad_out, q, k, v, out, lse, *options)
+
+
+def decode(kind, prompts, samples, heads, head_dim, dtype, device):
+    """The last token; slots that the cache never took hold whatever they held."""
+    pattern = pattern_of(kind)
+    cache = KVCache(pattern, prompts, heads, head_dim, dtype, device, samples)
+    token = torch.randn(3, *cache.step_shape, device=device, dtype=dtype).unbind()
+    options = *cache.pattern_arguments, head_dim**-0.5
+    return partial(triton_kernels.decode_attention, *token, cache.text, cache.image, pattern.seq_len - 1, *options)
+
+
+SHAPES = [
+    ("row", 62, 64, torch.bfloat16),
+    ("column", 62, 64, torch.bfloat16),
+    ("conv", 62, 64, torch.bfloat16),
+    ("causal", 62, 64, torch.bfloat16),
+    ("row", 62, 64, torch.float16),
+    ("row", 62, 16, torch.bfloat16),
+    ("row", 62, 32, torch.bfloat16),
+    ("row", 32, 128, torch.bfloat16),
+    ("row", 16, 256, torch.bfloat16),
+    ("row", 62, 64, torch.float32),
+    ("row", 32, 128, torch.float32),
+    ("row", 16, 256, torch.float32),
+]
+STEPS = [
+    ("row", 8, 1, 62, 64, torch.bfloat16),
+    ("column", 8, 1, 62, 64, torch.bfloat16),
+    ("conv", 8, 1, 62, 64, torch.bfloat16),
+    ("row", 1, 1, 16, 64, torch.bfloat16),
+    ("row", 1, 32, 62, 64, torch.bfloat16),
+    ("row", 1, 32, 16, 128, torch.bfloat16),
+    ("row", 1, 32, 16, 64, torch.float32),
+]
+CASES = [
+    Case(
+        f"{job.__name__} {kind} {head_dim} {str(dtype).removeprefix('torch.')}",
+        partial(job, kind, heads, head_dim, dtype),
+        operations=(4 if job is forward else 10) * head_dim * pattern_of(kind).pairs() * BATCH * heads,
+    )
+    for kind, heads, head_dim, dtype in SHAPES
+    for job in (forward, backward)
+    # Gradients of float32 heads as wide as 256 spill registers.
+    if (job, head_dim, dtype) != (backward, 256, torch.float32)
+] + [
+    Case(
+        f"decode {kind} {prompts}x{samples} samples, {heads} heads of {head_dim} {str(dtype).removeprefix('torch.')}",
+        partial(decode, kind, prompts, samples, heads, head_dim, dtype),
+    )
+    for kind, prompts, samples, heads, head_dim, dtype in STEPS
+]

@@ -1,0 +1,111 @@
+"""What the Triton kernels of this family share: where tokens lie, who sees whom, and rows of a head."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .. import _triton
+from . import tiles
+
+# The interpreter wants a jitted function's module to know triton.language; it calls plain functions just as well.
+_compiled = (lambda function: function) if _triton.interprets() else triton.jit
+
+query_tile = _compiled(tiles.query_tile)
+key_tile = _compiled(tiles.key_tile)
+
+# Where a running maximum starts: finite, so that a row that has met no visible key needs no care.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def tokens_of(place, image, text_len, rows, width, KIND: tl.constexpr):
+    """The tokens at ``place`` of the image, or of the text where ``image`` is false."""
+    if KIND == "column":
+        return tl.where(image, text_len + place % rows * width + place // rows, place)
+    return place + tl.where(image, text_len, 0)
+
+
+@triton.jit
+def sees(query, key, image, rows, width, kernel_size, KIND: tl.constexpr):
+    """Whether the queries see the keys, both places of one part of the stream, in shapes that broadcast.
+
+    Everything but the comparisons is computed before broadcasting, a row or a column at a time.
+    """
+    visible = key <= query
+    if KIND == "row":
+        visible &= key >= query - tl.where(image, width, query)
+    elif KIND == "column":
+        visible &= key >= tl.where(image, query // rows * rows, 0)
+    elif KIND == "axial_row":
+        visible &= key >= tl.where(image, query // width * width, 0)
+    elif KIND == "conv":
+        # The distance is within `reach` of a multiple of the width if the columns are, around the edge.
+        reach = kernel_size // 2
+        visible &= key >= query - tl.where(image, reach * (width + 1), query)
+        apart = tl.abs(tl.where(image, query % width, 0) - tl.where(image, key % width, 0))
+        visible &= (apart <= reach) | (apart >= width - reach)
+    elif KIND == "conv_corner":
+        query_column, key_column = tl.where(image, query % width, 0), tl.where(image, key % width, 0)
+        visible &= tl.where(image, query // width, 0) - tl.where(image, key // width, 0) < kernel_size
+        visible &= (query_column >= key_column) & (query_column - key_column < kernel_size)
+    return visible
+
+
+@triton.jit
+def head_of(tensor, number, heads, strides):
+    """Where head ``number`` of all samples' heads begins, in a tensor with these strides of samples, heads, tokens."""
+    sample, head = number // heads, number % heads
+    return tensor + sample.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def row_pointers(start, token, token_stride, BLOCK_D: tl.constexpr):
+    return start + token.to(tl.int64)[:, None] * token_stride + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_rows(start, token, token_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows that all exist; columns beyond the head's are zero."""
+    pointers = row_pointers(start, token, token_stride, BLOCK_D)
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM, other=0.0)
+
+
+@triton.jit
+def load_real_rows(start, token, real, token_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of which only the ``real`` ones exist; the others are zero."""
+    mask = real[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    return tl.load(row_pointers(start, token, token_stride, BLOCK_D), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(start, token, real, token_stride, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    mask = real[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    tl.store(row_pointers(start, token, token_stride, BLOCK_D), rows.to(start.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(a, b):
+    """``a @ b`` in float32 sums: of float32 operands without the rounding to tf32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def signed(rows, SIGN: tl.constexpr):
+    """Rows times the sign of the scale, whose magnitude enters with the scores."""
+    if SIGN == 1:
+        return rows
+    return (rows.to(tl.float32) * SIGN).to(rows.dtype)
+
+
+@triton.jit
+def meet(scores, values, maximum, total, weighted, exponent):
+    """Take one tile of keys into the running softmax; statistics are of powers of 2."""
+    largest = tl.maximum(maximum, tl.max(scores, axis=1) * exponent)
+    shrink = tl.exp2(maximum - largest)
+    weights = tl.exp2(tl.fma(scores, exponent, -largest[:, None]))
+    total = total * shrink + tl.sum(weights, axis=1)
+    weighted = weighted * shrink[:, None] + product(weights.to(values.dtype), values)
+    return largest, total, weighted
