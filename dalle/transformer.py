@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
@@ -108,8 +109,13 @@ class MLPBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, N, dim]`` to ``[B, N, dim]``."""
-        expansion, projection = self.expansion, self.projection
-        return mlp(self.norm(x), expansion.weight, expansion.bias, projection.weight, projection.bias)
+        x, expansion, projection = self.norm(x), self.expansion, self.projection
+        # By their weights where nobody is to see the two layers called; a compiler fuses the modules by itself.
+        if not torch.compiler.is_compiling() and all(
+            _is_plain(linear, Linear) and linear.bias is not None for linear in (expansion, projection)
+        ):
+            return mlp(x, expansion.weight, expansion.bias, projection.weight, projection.bias)
+        return projection(F.gelu(expansion(x)))
 
 
 class Layer(nn.Module):
@@ -154,7 +160,8 @@ class Layer(nn.Module):
 
 def _is_plain(module: nn.Module, expected: type[nn.Module]) -> bool:
     """Whether calling the module does what its class says and nothing else."""
-    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    changed = any(hooks) or "forward" in vars(module)
     return type(module) is expected and not changed and not _has_any_global_hook()
 
 

@@ -332,6 +332,18 @@ def test_what_a_user_changes_in_a_layer_holds_while_decoding(change):
     assert change == "hook of every module" or not torch.allclose(found, before)
 
 
+@pytest.mark.parametrize("register", ("register_forward_hook", "register_full_backward_hook"))
+def test_hooks_of_the_mlps_matrices_run_in_training(register):
+    model, (text, image) = build(), draw()
+    expected = model(text, image).loss
+    calls = []
+    getattr(model.layers[2].mlp.expansion, register)(lambda *_: calls.append(1))
+    loss = model(text, image).loss
+    loss.backward()
+    assert calls == [1]
+    torch.testing.assert_close(loss, expected)
+
+
 def test_decoding_by_modules_is_the_call_through_all_layers_also_under_autocast_and_in_half_precision():
     for dtype, autocast in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
         model, (text, image) = build(dtype=dtype), draw()
