@@ -25,7 +25,7 @@ from dalle_kernels._triton_tables import DTYPES, address, located, table
 from dalle_kernels.adamw.reference import LARGEST_VARIANCE
 from dalle_kernels.float16.triton_kernels import decoded, encoded
 
-_FACTORS = tl.constexpr(4)
+_FACTORS = tl.constexpr(5)
 
 
 @triton.jit
@@ -34,16 +34,30 @@ def _double(bits):
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
+@triton.jit
+def _power_of_two(scale):
+    """The power of two next to a float64 that is above it, from 2^-126 to 2^126, by its exponent bits."""
+    exponent = ((scale.to(tl.int64, bitcast=True) >> 52) & 0x7FF) + 1
+    return (tl.minimum(tl.maximum(exponent, 1023 - 126), 1023 + 126) << 52).to(tl.float64, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["tensors", "rate1", "rate2", "log2_beta1", "log2_beta2", "lr"])
 def _factors(numbers, tensors, factors, grad_scale, found_nonfinite, rate1, rate2, log2_beta1, log2_beta2, lr):
-    """One program a parameter: its factors, mean_rate, variance_rate, root_correction, step_size; its step counted."""
+    """One program a parameter: its step counted, and its factors.
+
+    These are mean_rate, variance_rate, root_correction, step_size, gradient_factor.
+    """
     tensor = tl.program_id(0)
     step = address(numbers, tensors, tensor, 4, tl.float32, False)
     count = tl.load(step).to(tl.float64) + 1
     mean_rate = _double(rate1)
     variance_rate = _double(rate2)
+    gradient_factor = 1.0
     if grad_scale is not None:
         scale = tl.load(grad_scale).to(tl.float64)
+        power = _power_of_two(scale)
+        gradient_factor = (1 / power).to(tl.float32)
+        scale = scale / power
         mean_rate = mean_rate / scale
         variance_rate = variance_rate / (scale * scale)
     root_correction = 1 / tl.sqrt(1 - tl.exp2(count * _double(log2_beta2)))
@@ -52,6 +66,7 @@ def _factors(numbers, tensors, factors, grad_scale, found_nonfinite, rate1, rate
     tl.store(factors + tensor * _FACTORS + 1, variance_rate.to(tl.float32))
     tl.store(factors + tensor * _FACTORS + 2, root_correction.to(tl.float32))
     tl.store(factors + tensor * _FACTORS + 3, step_size.to(tl.float32))
+    tl.store(factors + tensor * _FACTORS + 4, gradient_factor)
     taken = True if found_nonfinite is None else tl.load(found_nonfinite) == 0
     tl.store(step, tl.load(step) + 1, taken)
 
@@ -59,7 +74,7 @@ def _factors(numbers, tensors, factors, grad_scale, found_nonfinite, rate1, rate
 @triton.jit
 def _step_block(param, grad, first, second, index, mask, factors, beta1, beta2, eps, decay, limit,
                 FIRST_CODED: tl.constexpr, SECOND_CODED: tl.constexpr):  # fmt: skip
-    gradient = tl.load(grad + index, mask).to(tl.float32)
+    gradient = tl.load(grad + index, mask).to(tl.float32) * tl.load(factors + 4)
     mean = tl.load(first + index, mask)
     mean = decoded(mean, 9) if FIRST_CODED else mean
     variance = tl.load(second + index, mask)
