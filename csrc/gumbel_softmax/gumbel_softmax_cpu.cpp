@@ -48,7 +48,7 @@ void forward_block(const GumbelSoftmax& p, const Call& call, int64_t block, floa
     if constexpr (HARD) {
       hard.sample(tile, values);
     } else {
-      if (!SoftSample::keeps(p.columns)) load_tile(p.dtype, logits, tile, -INFINITY_FLOAT, turned, given);
+      if (!soft.keeps(tile)) load_tile(p.dtype, logits, tile, -INFINITY_FLOAT, turned, given);
       soft.sample(tile, given, values);
     }
     store_tile(p.dtype, y, tile, call.stream, values, turned);
@@ -62,7 +62,7 @@ const char* forward(const GumbelSoftmax& p) {
   const int64_t row_bytes = HARD ? 0 : p.columns * 4;
   const Call call(p.noise, blocks_of(p.y, p.columns, row_bytes, 1 << 20, p.threads));
   const Scratch scratch(p.threads,
-                        3 * TILE_FLOATS + (HARD ? 0 : SoftSample::kept_floats(p.columns, call.blocks.pitch)));
+                        3 * TILE_FLOATS + (HARD ? 0 : SoftSample::scratch_floats(p.columns, call.blocks.pitch)));
   if (scratch.failed()) return OUT_OF_MEMORY;
   expect_writes(call, p.dtype, p.y);
   parallel_items(call.blocks.count, p.threads,
@@ -123,7 +123,7 @@ class BackwardBlock {
   void load_sample_and_gradient(const Tile& tile) {
     load_tile(p_.dtype, grad_y_, tile, 0.0f, turned_, grad_);
     if constexpr (HARD) {
-      if (!SoftSample::keeps(p_.columns)) load_logits(tile);
+      if (!soft_.keeps(tile)) load_logits(tile);
       soft_.sample(tile, given_, values_);
       for (int64_t i = tile.columns * tile.pitch; i < tile.padded() * tile.pitch; ++i) values_[i] = 0.0f;
     } else {
@@ -146,11 +146,13 @@ class BackwardBlock {
 
 template <bool HARD>
 const char* backward(const GumbelSoftmaxBackward& p) {
-  Blocks blocks = blocks_of(p.grad_logits, p.columns, p.columns * 12, 8 << 20, p.threads);
-  if (!HARD && p.grad_logits.column_stride != 1) blocks.form_bands(p.threads);
+  // Bands are too long for any cache; what a hard sample keeps is a third of what its sweeps share.
+  const bool bands = !HARD && p.grad_logits.column_stride != 1;
+  Blocks blocks = blocks_of(p.grad_logits, p.columns, bands ? 0 : p.columns * 12, 3 << 20, p.threads);
+  if (bands) blocks.form_bands(p.threads);
   const Call call(p.noise, blocks);
   const Scratch scratch(p.threads,
-                        4 * TILE_FLOATS + (HARD ? SoftSample::kept_floats(p.columns, call.blocks.pitch) : 0));
+                        4 * TILE_FLOATS + (HARD ? SoftSample::scratch_floats(p.columns, call.blocks.pitch) : 0));
   if (scratch.failed()) return OUT_OF_MEMORY;
   expect_writes(call, p.dtype, p.grad_logits);
   parallel_items(call.blocks.bands(), p.threads, [&](int64_t index, int thread) {

@@ -214,56 +214,54 @@ class Band {
   std::optional<Block> blocks_[MOST_BLOCKS];
 };
 
-// The soft sample of a block: `draw` every tile in order, and then take any tile of it by `sample`. What `draw`
-// computed is kept if the rows are not too long, else computed again by `sample`.
+// The soft sample of a block: `draw` every tile in order, and then take any tile of it by `sample`. The first tiles'
+// exponentials are kept, as many as fit, and the others' computed again, to the same bits, from the maximum they had.
 class SoftSample {
  public:
-  static constexpr int64_t MOST_KEPT_COLUMNS = 65536;
-  static bool keeps(int64_t columns) { return columns <= MOST_KEPT_COLUMNS; }
-  static int64_t kept_floats(int64_t columns, int64_t pitch) {
-    return keeps(columns) ? tiles_of(columns) * (TILE_COLUMNS + 1) * pitch : 0;
+  static constexpr int64_t MOST_KEPT_FLOATS = (896 << 10) / 4;
+  static int64_t scratch_floats(int64_t columns, int64_t pitch) {
+    return tiles_of(columns) * pitch + kept_columns(columns, pitch) * pitch;
   }
 
-  SoftSample(const BlockNoise& noise, const Factor& factor, int64_t columns, int64_t pitch, float* kept)
+  SoftSample(const BlockNoise& noise, const Factor& factor, int64_t columns, int64_t pitch, float* scratch)
       : noise_(noise),
         factor_(factor),
         softmax_(noise, factor, pitch),
-        keeps_(keeps(columns)),
-        kept_(kept),
-        kept_largest_(kept + tiles_of(columns) * TILE_COLUMNS * pitch) {}
+        kept_columns_(kept_columns(columns, pitch)),
+        largest_(scratch),
+        kept_(scratch + tiles_of(columns) * pitch) {}
+
+  bool keeps(const Tile& tile) const { return tile.first < kept_columns_; }
 
   // `values` is scratch for a tile.
   void draw(const Tile& tile, const float* logits, float* values) {
     float shrink[MOST_ROWS];
-    if (keeps_) values = kept_ + tile.first * tile.pitch;
-    softmax_.draw(tile, logits, values, shrink);
-    if (keeps_) memcpy(largest_of(tile), softmax_.largest, tile.pitch * sizeof(float));
+    softmax_.draw(tile, logits, keeps(tile) ? kept(tile) : values, shrink);
+    memcpy(largest_of(tile), softmax_.largest, tile.pitch * sizeof(float));
   }
 
-  // Reads the logits only if it does not keep.
+  // Reads the logits only if it does not keep the tile.
   void sample(const Tile& tile, const float* logits, float* y) const {
     float factors[MOST_ROWS];
-    const float* values = y;
-    if (keeps_) {
-      values = kept_ + tile.first * tile.pitch;
-      softmax_.factors(tile, largest_of(tile), factors);
-    } else {
-      draw_tile(noise_, tile, factor_, logits, softmax_.largest, y);
-      for (int64_t r = 0; r < tile.pitch; ++r) factors[r] = 1.0f;
-    }
+    if (!keeps(tile)) draw_tile(noise_, tile, factor_, logits, largest_of(tile), y);
+    softmax_.factors(tile, largest_of(tile), factors);
     for (int64_t r = 0; r < tile.pitch; ++r) factors[r] /= static_cast<float>(softmax_.sum[r]);
-    scale_tile(tile, values, factors, y);
+    scale_tile(tile, keeps(tile) ? kept(tile) : y, factors, y);
   }
 
  private:
-  float* largest_of(const Tile& tile) const { return kept_largest_ + tile.first / TILE_COLUMNS * tile.pitch; }
+  static int64_t kept_columns(int64_t columns, int64_t pitch) {
+    const int64_t fitting = MOST_KEPT_FLOATS / (TILE_COLUMNS * pitch), all = tiles_of(columns);
+    return TILE_COLUMNS * (fitting < all ? fitting : all);
+  }
+  float* largest_of(const Tile& tile) const { return largest_ + tile.first / TILE_COLUMNS * tile.pitch; }
+  float* kept(const Tile& tile) const { return kept_ + tile.first * tile.pitch; }
 
   const BlockNoise& noise_;
   const Factor& factor_;
   RunningSoftmax softmax_;
-  bool keeps_;
-  float* kept_;
-  float* kept_largest_;
+  int64_t kept_columns_;
+  float *largest_, *kept_;
 };
 
 // A column's number as float: exact up to 2^24, beyond which calls are turned away.
