@@ -11,10 +11,10 @@
 // Reached on two cores of an EPYC (Zen 3), AVX2, other work on the machine: 106 ms into memory that was touched before,
 // 150 ms with the page faults of a fresh y; F.gumbel_softmax takes 2210 ms.
 //
-// Scratch space is per thread and bounded: four tiles of 8 KiB, and where a soft sample is drawn the exponentials of a
-// block of rows, 1 MiB up to 32768 columns and twice that up to 65536 (AVX-512: four times); longer rows are drawn
-// twice instead. The codebook's products take up to 200 floats a thread for each column of the codebook's width, and
-// their backward also keeps about 7 floats a row.
+// Scratch space is per thread: up to four tiles of 8 KiB, and where a soft sample is drawn up to 7/8 MiB of a block's
+// exponentials, the rest of which is computed again, with a maximum for each row of each tile: 32 KiB at 8192 columns
+// and 32 rows, and from there in proportion to the columns. The codebook's products take up to 200 floats a thread for
+// each column of the codebook's width, and their backward also keeps about 7 floats a row.
 #pragma once
 
 #include <cstdint>
