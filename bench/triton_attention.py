@@ -9,6 +9,7 @@ from triton_cases import Case
 
 from dalle_kernels import AttentionPattern, KVCache
 from dalle_kernels.attention import triton_kernels
+from dalle_kernels.attention.pattern import KINDS
 
 BATCH, TEXT, GRID = 8, 256, (32, 32)
 
@@ -51,6 +52,23 @@ def decode(kind, prompts, samples, heads, head_dim, dtype, device):
     return partial(triton_kernels.decode_attention, *token, cache.text, cache.image, pattern.seq_len - 1, *options)
 
 
+def odd(kind, device):
+    """What is compiled for texts that end within a tile, padded heads, a negative scale, few heads and wide grids."""
+    pattern = AttentionPattern(kind, 257, (24, 200) if kind != "column" else (200, 24))
+    q, k, v, grad_out = torch.randn(4, 1, 2, pattern.seq_len, 80, dtype=torch.bfloat16, device=device).unbind()
+    cache = KVCache(pattern, 1, 2, 80, torch.bfloat16, device)
+    position = torch.full((1,), pattern.seq_len - 1, dtype=torch.int32, device=device)
+    options = *cache.pattern_arguments, -0.1
+
+    def call():
+        out, lse = triton_kernels.sparse_attention(q, k, v, *options)
+        triton_kernels.sparse_attention_backward(grad_out, q, k, v, out, lse, *options)
+        token = (x[:, :, -1:] for x in (q, k, v))
+        triton_kernels.decode_attention(*token, cache.text, cache.image, position, *options)
+
+    return call
+
+
 SHAPES = [
     ("row", 62, 64, torch.bfloat16),
     ("column", 62, 64, torch.bfloat16),
@@ -91,3 +109,4 @@ CASES = [
     )
     for kind, prompts, samples, heads, head_dim, dtype in STEPS
 ]
+CASES += [Case(f"odd {kind}", partial(odd, kind)) for kind in KINDS]

@@ -23,27 +23,27 @@ def _visible_slots(number, token, height, width, kernel_size, slots, KIND: tl.co
     """
     row, column = token // width, token % width
     if KIND == "column":
-        return column * height + number, number < row
-    if KIND == "axial_row":
-        return number, number < column
-    if KIND == "conv":
+        slot, seen = column * height + number, number < row
+    elif KIND == "axial_row":
+        slot, seen = number, number < column
+    elif KIND == "conv":
         # Number after number along the rows of a neighbourhood that starts in mid-row, with the query; where it is as
         # wide as the grid or wider, along the raster.
         reach = kernel_size // 2
         narrow = 2 * reach + 1 <= width
         span, middle = tl.where(narrow, 2 * reach + 1, width), tl.where(narrow, reach, 0)
-        rows_back, across = (number + middle) // span, (number + middle) % span
-        distance = rows_back * width + across - middle
+        distance = (number + middle) // span * width + (number + middle) % span - middle
         last = tl.where(narrow, (reach + 1) * span - reach, reach * (width + 1) + 1)
-        seen = (number < last) & (distance <= token)
+        slot = (token - distance + slots) % slots
+        seen = (number < last) & (distance <= token) & (distance > 0)
     elif KIND == "conv_corner":
         span = tl.minimum(kernel_size, width)
         rows_back, columns_back = number // span, number % span
-        distance = rows_back * width + columns_back
-        seen = (rows_back < kernel_size) & (rows_back <= row) & (columns_back <= column)
+        slot = (token - rows_back * width - columns_back + slots) % slots
+        seen = (rows_back < kernel_size) & (rows_back <= row) & (columns_back <= column) & (number > 0)
     else:
-        return number, (number <= token) & (number < slots) & (number != token % slots)
-    return (token - distance + slots) % slots, seen & (distance > 0)
+        slot, seen = number, (number <= token) & (number < slots) & (number != token % slots)
+    return slot, seen
 
 
 @triton.jit

@@ -113,8 +113,7 @@ def sparse_attention_backward(grad_out, q, k, v, out, lse, kind, text_len, heigh
     key_gradients_kernel[(batch * heads * (segments * text_tiles + tiles - text_tiles),)](
         grad_out, _strides(grad_out), q, _strides(q), k, _strides(k), v, _strides(v), dk, _strides(dk),
         dv, _strides(dv), parts, lse, deltas, totals, batch * heads, heads, seq, *part[1:], tiles, segments, scale,
-        exponent,
-        KIND=part.kind, FULL=has_full_query_tiles(part, blocks["BLOCK_KEYS"], blocks["BLOCK_QUERIES"]),
+        exponent, KIND=part.kind, FULL=has_full_query_tiles(part, blocks["BLOCK_KEYS"], blocks["BLOCK_QUERIES"]),
         SPLIT=segments > 1, **common, **blocks.options,
     )  # fmt: skip
     if segments > 1:
