@@ -134,7 +134,13 @@ class TestInterpreter:
         assert self.builder().create_fma(*map(self.handle, numbers)).data.item() == 1 + 2.0**-11 + 2.0**-23
 
 
+# Random calls of the other ops keep the interpreter busy for minutes: their own tests choose small ones.
+CHEAP = ("encode_", "decode_fp", "scale_cast_filter", "filter_cast_unscale", "adamw16_step")
+
+
 @pytest.mark.parametrize("op", fuzz.ops_of("triton", "cpu"))
 def test_fuzzed_calls_agree_with_the_reference(op, triton_device):
+    if triton_device == "cpu" and not op.startswith(CHEAP):
+        pytest.skip("needs a GPU: by the interpreter it takes minutes")
     found = fuzz.fuzz(op, 8, seed=0, provider="triton", device=triton_device)
     assert found.passed, str(found)
