@@ -116,17 +116,18 @@ def examine(kernel) -> Code:
 
 
 def compile_case(family: str, number: int, architecture: int) -> list[tuple[str, Code]]:
-    """What each launch of the family's case compiles to, by a name for it: case, kernel, architecture."""
+    """What the launches of the family's case compile to, by a name for each: case, kernel, architecture, form."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     case = cases(family)[number]
-    found: list[tuple[str, Code]] = []
+    found: dict[str, tuple[str, object]] = {}
     run = JITFunction.run
 
     def compile_only(function, *args, grid, warmup, **options):
         kernel = run(function, *args, grid=grid, warmup=True, **options)
-        found.append((f"{case.name} | {function.__name__.strip('_')} | sm_{architecture}", examine(kernel)))
+        # A call may launch a kernel many times, for chunks say, mostly in the same compiled form.
+        found[kernel.hash] = f"{case.name} | {function.__name__.strip('_')} | sm_{architecture}", kernel
         return kernel
 
     driver.set_active(Driver(architecture))
@@ -144,17 +145,12 @@ def compile_case(family: str, number: int, architecture: int) -> list[tuple[str,
         JITFunction.run = run
     if not found:
         raise ValueError(f"{case.name}: no Triton kernel was launched")
-    # A kernel that is launched more than once in a call may be so in several forms.
-    return list(dict(found).items()) if len(dict(found)) == len(found) else number_repeated(found)
-
-
-def number_repeated(found: list[tuple[str, Code]]) -> list[tuple[str, Code]]:
     seen: dict[str, int] = {}
-    numbered = []
-    for name, code in found:
+    codes = []
+    for name, kernel in found.values():
         seen[name] = seen.get(name, 0) + 1
-        numbered.append((f"{name} | launch {seen[name]}" if seen[name] > 1 else name, code))
-    return numbered
+        codes.append((f"{name} | form {seen[name]}" if seen[name] > 1 else name, examine(kernel)))
+    return codes
 
 
 def known_codes(family: str) -> dict[str, Code]:
