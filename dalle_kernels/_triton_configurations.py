@@ -84,7 +84,8 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
         DEFAULT: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 128}, num_warps=4, num_stages=2)
     },
     ("gumbel_codebook_backward_of_logits", "float32"): {
-        DEFAULT: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 64}, num_warps=4)
+        DEFAULT: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 64}, num_warps=4),
+        80: Configuration({"ROWS": 16, "GROUPS": 8, "WIDTH": 64}, num_warps=4),
     },
     ("gumbel_codebook_backward_of_codebook", "16 bits"): {
         DEFAULT: Configuration({"ROWS": 32, "GROUPS": 16, "WIDTH": 128}, num_warps=4, num_stages=2)
