@@ -111,9 +111,12 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     # grad_scale
     ("grad_scale", "any"): {DEFAULT: Configuration({"BLOCK": 4096}, num_warps=8)},
     # attention
-    ("sparse_attention", "16-bit 64"): {DEFAULT: _queries(64, 64, 32, warps=4, stages=3)},
+    ("sparse_attention", "16-bit 64"): {
+        DEFAULT: _queries(64, 32, 32, warps=4, stages=2),
+        90: _queries(64, 64, 32, warps=4, stages=3),
+    },
     ("sparse_attention", "16-bit 128"): {
-        DEFAULT: _queries(64, 64, 32, warps=8, stages=2),
+        DEFAULT: _queries(64, 32, 32, warps=8, stages=2),
         90: _queries(64, 64, 32, warps=4, stages=2),
     },
     ("sparse_attention", "16-bit 256"): {
@@ -121,14 +124,20 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
         90: _queries(64, 32, 32, warps=8, stages=2),
     },
     ("sparse_attention", "float32 64"): {DEFAULT: _queries(64, 32, 32, warps=8, stages=1)},
-    ("sparse_attention", "float32 128"): {DEFAULT: _queries(32, 32, 32, warps=8, stages=1)},
-    ("sparse_attention", "float32 256"): {DEFAULT: _queries(32, 16, 16, warps=8, stages=1)},
+    ("sparse_attention", "float32 128"): {
+        DEFAULT: _queries(32, 16, 16, warps=8, stages=1),
+        90: _queries(32, 32, 32, warps=8, stages=1),
+    },
+    ("sparse_attention", "float32 256"): {
+        DEFAULT: _queries(16, 16, 16, warps=8, stages=1),
+        90: _queries(32, 16, 16, warps=8, stages=1),
+    },
     ("sparse_attention_backward", "dq 16-bit 64"): {
         DEFAULT: _queries(64, 32, 32, warps=4, stages=2),
         90: _queries(64, 64, 32, warps=4, stages=2),
     },
     ("sparse_attention_backward", "dq 16-bit 128"): {
-        DEFAULT: _queries(64, 32, 32, warps=8, stages=2),
+        DEFAULT: _queries(32, 32, 32, warps=8, stages=1),
         90: _queries(64, 32, 32, warps=4, stages=2),
     },
     ("sparse_attention_backward", "dq 16-bit 256"): {
@@ -153,7 +162,10 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("decode_attention", "rows float32 64"): {DEFAULT: _rows(32, warps=4, stages=1)},
     ("decode_attention", "rows float32 128"): {DEFAULT: _rows(16, warps=4, stages=1)},
     ("decode_attention", "rows float32 256"): {DEFAULT: _rows(16, warps=4, stages=1)},
-    ("decode_attention", "text 16-bit 64"): {DEFAULT: _samples(16, 64, warps=4, stages=2)},
+    ("decode_attention", "text 16-bit 64"): {
+        DEFAULT: _samples(16, 32, warps=4, stages=2),
+        90: _samples(16, 64, warps=4, stages=2),
+    },
     ("decode_attention", "text 16-bit 128"): {DEFAULT: _samples(16, 64, warps=4, stages=2)},
     ("decode_attention", "text 16-bit 256"): {DEFAULT: _samples(16, 32, warps=4, stages=2)},
     ("decode_attention", "text float32 64"): {DEFAULT: _samples(16, 32, warps=4, stages=1)},
