@@ -116,7 +116,7 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
         90: _queries(64, 64, 32, warps=4, stages=3),
     },
     ("sparse_attention", "16-bit 128"): {
-        DEFAULT: _queries(64, 32, 32, warps=8, stages=2),
+        DEFAULT: _queries(32, 32, 32, warps=4, stages=2),
         90: _queries(64, 64, 32, warps=4, stages=2),
     },
     ("sparse_attention", "16-bit 256"): {
@@ -129,7 +129,7 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
         90: _queries(32, 32, 32, warps=8, stages=1),
     },
     ("sparse_attention", "float32 256"): {
-        DEFAULT: _queries(16, 16, 16, warps=8, stages=1),
+        DEFAULT: _queries(16, 16, 16, warps=4, stages=1),
         90: _queries(32, 16, 16, warps=8, stages=1),
     },
     ("sparse_attention_backward", "dq 16-bit 64"): {
