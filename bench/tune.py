@@ -3,9 +3,9 @@
     python bench/tune.py                the rows of every family
     python bench/tune.py float16        of one
 
-Each row of ``dalle_kernels/_triton_configurations.py`` is decided by one case of ``bench/triton_<family>.py``: its
-candidates take turns, and the last lines printed are the entries to write into the table, with the figures that chose
-them. Tune what passes the tests: nothing is checked here.
+A row of ``dalle_kernels/_triton_configurations.py`` is decided by one case, if any yet, of
+``bench/triton_<family>.py``: its candidates take turns, and the last lines printed are the entries to write into the
+table, with the figures that chose them. Tune what passes the tests: nothing is checked here.
 """
 
 from __future__ import annotations

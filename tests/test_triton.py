@@ -69,7 +69,7 @@ def test_every_family_has_cases_and_gates():
         rows |= {case.row for case in cases if case.row}
         assert all(case.candidates for case in cases if case.row)
         assert (ROOT / "tests" / "gates" / f"{family}.json").exists()
-    assert rows == set(TABLE), "each row of the table is tuned by a case"
+    assert rows <= set(TABLE), "a case tunes a row that the table does not have"
 
 
 @needs_triton
