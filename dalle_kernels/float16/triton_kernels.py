@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dalle_kernels._strides import merged
 from dalle_kernels._triton_configurations import configuration
 from dalle_kernels.float16.reference import Format
 
@@ -111,27 +112,14 @@ def _decode(codes, output, count, sizes, strides, SIGNIFICAND: tl.constexpr, DEN
         _decode_block(codes, output, index, index < count, sizes, strides, SIGNIFICAND, DENSE)
 
 
-def _merged(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes and strides, innermost first, of the same elements in the same order in as few dimensions as possible."""
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
-        if size == 1:
-            continue
-        if sizes and stride == sizes[-1] * strides[-1]:
-            sizes[-1] *= size
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    return tuple(sizes), tuple(strides)
-
-
 def _launch(op: str, kernel, form: Format, tensors: tuple[Tensor, ...]) -> None:
     """Run ``kernel`` on its tensors, of which the first is read in place whatever its strides."""
     count = tensors[0].numel()
     if count == 0:
         return
-    sizes, strides = _merged(tensors[0])
+    # Innermost first, as _places takes them.
+    sizes, (strides,) = merged(tensors[0].shape, tensors[0].stride())
+    sizes, strides = tuple(reversed(sizes)), tuple(reversed(strides))
     dense = sizes == (count,) and strides == (1,)
     chosen = configuration(op, "dense" if dense else "strided", tensors[0].device)
     # A dense tensor needs no sizes, and one element has none: any will do.
