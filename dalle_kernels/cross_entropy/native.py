@@ -21,7 +21,7 @@ from dalle_kernels.cross_entropy import reference
 _CHUNK_FLOATS = 5 << 20  # of logits, and of the rows in float32; what lies between two products stays in cache
 _PANEL_FLOATS = 1 << 19  # of a 16-bit weight in float32
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64)  # the last one of targets
-_ROW_COPIES = 3  # transposed for the logits, the sums of their gradient, times a factor for the weight's gradient
+_ROW_COPIES = 3  # in float32 for the logits, the sums of their gradient, times a factor for the weight's gradient
 
 
 def _balanced(count: int, most: int, multiple: int) -> list[slice]:
@@ -99,7 +99,7 @@ class _Chunks:
         # A single product makes its own memory.
         self.at_once = len(self.chunks) == len(self.panels) == 1
         if not self.at_once:
-            self.logits, self.transposed = _scratch(classes, step), _scratch(width, step)
+            self.logits = _scratch(classes, step)
 
     def _wide_weight(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in float32, a panel of classes at a time; the next one overwrites it."""
@@ -114,12 +114,10 @@ class _Chunks:
         """The logits ``[classes, rows]`` of a chunk, without their bias."""
         if self.at_once:
             return torch.nn.functional.linear(_wide(self.weight), _wide(self.hidden))
-        rows = self.hidden[chunk]
-        classes, width = self.weight.shape
-        transposed = self.transposed.view(-1)[: width * len(rows)].view(width, len(rows)).copy_(rows.t())
-        logits = self.logits.view(-1)[: classes * len(rows)].view(classes, -1)
+        rows = _wide(self.hidden[chunk])
+        logits = self.logits.view(-1)[: len(self.weight) * len(rows)].view(len(self.weight), len(rows))
         for panel, weight in self._wide_weight():
-            torch.mm(weight, transposed, out=logits[panel])
+            torch.mm(weight, rows.t(), out=logits[panel])
         return logits
 
     def _logits(
