@@ -92,9 +92,9 @@ class Op:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
             # torch would take the tangents of an operator for zero.
             raise RuntimeError(f"{self.name} has no forward-mode derivative: use reverse mode or plain PyTorch")
-        if _dispatcher_is_needed(tensors):
+        if dispatcher_is_needed(tensors):
             return self.overload(*args)
-        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*tensors):
+        if not wants_gradient(tensors):
             return self._run(*args)
         # Without a gradient of its own the op is torch's to warn of.
         return self._function.apply(*args) if self._function else self.overload(*args)
@@ -170,7 +170,7 @@ class Op:
     def _run(self, *args):
         device_type = _device_type(args)
         provider = self.choose(device_type, args)
-        if not _autocast() or not torch.is_autocast_enabled(device_type):
+        if not any_autocast() or not torch.is_autocast_enabled(device_type):
             return provider.run(*args)
         # An op's dtypes are its own contract: autocast must not reach the matrix products inside a provider.
         torch.set_autocast_enabled(device_type, False)
@@ -180,7 +180,7 @@ class Op:
             torch.set_autocast_enabled(device_type, True)
 
 
-_autocast = torch._C._is_any_autocast_enabled  # for some device type, which is quicker to ask
+any_autocast = torch._C._is_any_autocast_enabled  # for some device type, which is quicker to ask
 
 # Of the thread: modes, transforms, a tracer or a profiler, which must see the operators that are called.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -191,13 +191,18 @@ _tracer = torch._C._get_tracing_state
 _profiler = torch.autograd._profiler_enabled
 
 
-def _dispatcher_is_needed(args: tuple) -> bool:
+def dispatcher_listens() -> bool:
+    """Whether something listens in torch's dispatcher on this thread."""
+    return bool(_dispatch_modes() or _function_modes() or _transform() or _tracer() or _profiler())
+
+
+def dispatcher_is_needed(args: tuple) -> bool:
     """Whether something listens in torch's dispatcher, or one of ``args`` is more than memory of a CPU or CUDA GPU.
 
     That are subclasses of Tensor, and tensors whose values the dispatcher makes on the way: negative views, symbolic
     zeros.
     """
-    if _dispatch_modes() or _function_modes() or _transform() or _tracer() or _profiler():
+    if dispatcher_listens():
         return True
     for arg in args:
         kind = type(arg)
@@ -205,11 +210,16 @@ def _dispatcher_is_needed(args: tuple) -> bool:
             if not (arg.is_cpu or arg.is_cuda) or arg.is_neg() or arg._is_zerotensor():
                 return True
         elif kind is list or kind is tuple:
-            if _dispatcher_is_needed(arg):
+            if dispatcher_is_needed(arg):
                 return True
         elif isinstance(arg, Tensor):
             return True
     return False
+
+
+def wants_gradient(tensors: tuple) -> bool:
+    """Whether autograd would record a call on ``tensors``, among which may be None, in eager mode."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
 def _has_tangent(arg) -> bool:

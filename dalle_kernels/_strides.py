@@ -1,4 +1,4 @@
-"""Tensors of one shape seen in as few dimensions as their strides allow, for kernels that take a fixed number."""
+"""Sizes and strides: those of contiguous tensors, and those of few dimensions for kernels that take a fixed number."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def merged(sizes: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], li
             for mine, step in zip(steps, here):
                 mine.append(step)
     return kept, steps
+
+
+def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The strides that torch gives a new contiguous tensor, empty ones included."""
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

@@ -73,11 +73,16 @@ def gumbel_noise(seed: Tensor, rows: Tensor, columns: int, dtype: torch.dtype = 
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
-def new_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Draw an int64 scalar seed on ``device`` from ``generator`` or the device's own, without waiting for it."""
+def new_seed(device: torch.device, generator: torch.Generator | None = None, out: Tensor | None = None) -> Tensor:
+    """Draw an int64 scalar seed on ``device`` from ``generator`` or the device's own, without waiting for it.
+
+    Into ``out`` where one is given; the number is the same.
+    """
     if generator is not None and generator.device.type != device.type:
         raise ValueError(
             f"expected a generator on the logits' device {device}, got one on {generator.device}; "
             f"make it with torch.Generator({device.type!r})"
         )
+    if out is not None:
+        return out.random_(2**63 - 1, generator=generator)
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)

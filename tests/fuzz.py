@@ -244,10 +244,12 @@ def cross_entropy_call(op: str, draw: random.Random) -> Call:
         reaching = largest(grad_loss[target != -100])
         terms = (reaching * largest(weight), reaching * largest(hidden), reaching)
         return Call((grad_loss, *inputs, wanted), products=True, terms=terms)
-    if op.endswith("_with_gradient"):
+    if op.endswith(("_with_gradient", "_reduced")):
         reduction, kept = draw.choice(("mean", "sum")), int((target != -100).sum())
         reaching = 1 / max(kept, 1) if reduction == "mean" else 1.0
         terms = (reaching * logits, reaching * largest(weight), reaching * largest(hidden), reaching)
+        if op.endswith("_reduced"):
+            return Call((*inputs, reduction), products=True, terms=terms[:1])
         return Call((*inputs, reduction, wanted), products=True, terms=terms)
     return Call(inputs, products=True, terms=(logits,))
 
@@ -314,7 +316,7 @@ SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
         gumbel_softmax_call,
     ),
     **dict.fromkeys(
-        [f"linear_cross_entropy{name}" for name in ("", "_backward", "_with_gradient", "_scaled_gradient")],
+        [f"linear_cross_entropy{name}" for name in ("", "_backward", "_with_gradient", "_reduced", "_scaled_gradient")],
         cross_entropy_call,
     ),
     **dict.fromkeys(["logit_laplace_loss", "logit_laplace_loss_backward"], logit_laplace_call),

@@ -82,9 +82,9 @@ def check_case(seed):
 
 
 def workspace(pattern, batch, heads, head_dim, backward, threads):
-    numbers = KINDS.index(pattern.kind), pattern.seq_len, pattern.text_len, *pattern.grid, pattern.kernel_size
-    arguments = {"batch": batch, "heads": heads, "head_dim": head_dim, "pattern": numbers, "backward": backward}
-    return _native.library("cpu").sparse_attention_workspace(dtype=0, **arguments, executor=threads)
+    numbers = KINDS.index(pattern.kind), pattern.text_len, *pattern.grid, pattern.kernel_size
+    shape = (batch, heads, pattern.seq_len, head_dim)
+    return _native.library("cpu").sparse_attention_workspace(0, shape, *numbers, backward, threads)
 
 
 @needs_native

@@ -377,6 +377,7 @@ def test_opcheck(provider):
     arguments = (torch.ones(6), hidden, weight, target, bias, IGNORE)
     for mask in (ALL, [False, True, False]):
         torch.library.opcheck(ops.linear_cross_entropy_backward_op.overload, (*arguments, mask))
+    torch.library.opcheck(ops.linear_cross_entropy_reduced_op.overload, (*arguments[1:], "mean"))
     torch.library.opcheck(ops.linear_cross_entropy_scaled_gradient_op.overload, (weight, torch.tensor(0.5)))
 
 

@@ -10,18 +10,13 @@ using namespace pybind11::literals;
 
 namespace {
 
-// A tensor [batch, heads, seq, head_dim] comes as its address and its first three strides, a pattern as its six
-// numbers.
-using HeadsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-using PatternTuple = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+// A tensor [batch, heads, seq, head_dim] comes as its address and its strides, a shape as that of q.
+using Four = std::array<int64_t, 4>;
+using HeadsTuple = std::tuple<uintptr_t, Four>;
 
 Heads heads_of(const HeadsTuple& t) {
-  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
-}
-
-Pattern pattern_of(const PatternTuple& t) {
-  const auto [kind, seq, text_len, height, width, kernel_size] = t;
-  return {PatternKind{kind}, seq, text_len, height, width, kernel_size};
+  const auto& [address, strides] = t;
+  return {pointer<void>(address), strides[0], strides[1], strides[2]};
 }
 
 // A token's tensor [rows, heads, 1, head_dim] comes as its address and its strides but the third; a cache's text or
@@ -36,7 +31,8 @@ TokenHeads token_of(const TokenTuple& t) {
 // Work of fewer products than this is done before another thread has woken up.
 constexpr int64_t PRODUCTS_OF_A_TEAM = 1 << 16;
 
-int team_of(uintptr_t executor, int64_t batch, int64_t heads, int64_t seq, int64_t head_dim) {
+int team_of(uintptr_t executor, const Four& shape) {
+  const auto [batch, heads, seq, head_dim] = shape;
   return batch * heads * seq * seq * head_dim < PRODUCTS_OF_A_TEAM ? 1 : threads_of(executor);
 }
 
@@ -45,29 +41,32 @@ int team_of(uintptr_t executor, int64_t batch, int64_t heads, int64_t seq, int64
 DALLE_BINDINGS(m) {
   m.def(
       "sparse_attention",
-      [](int dtype, int64_t batch, int64_t heads, int64_t head_dim, const PatternTuple& pattern, float scale,
-         const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, const HeadsTuple& out, uintptr_t lse,
-         uintptr_t executor) {
-        const SparseAttention params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale, heads_of(q),
-                                     heads_of(k), heads_of(v), heads_of(out), pointer<float>(lse),
-                                     team_of(executor, batch, heads, std::get<1>(pattern), head_dim), nullptr};
+      [](int dtype, const Four& shape, int kind, int64_t text_len, int64_t height, int64_t width, int64_t kernel_size,
+         float scale, const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, const HeadsTuple& out,
+         uintptr_t lse, uintptr_t executor) {
+        const auto [batch, heads, seq, head_dim] = shape;
+        const Pattern pattern{PatternKind{kind}, seq, text_len, height, width, kernel_size};
+        const SparseAttention params{Dtype{dtype}, batch, heads, head_dim, pattern, scale, heads_of(q), heads_of(k),
+                                     heads_of(v), heads_of(out), pointer<float>(lse), team_of(executor, shape),
+                                     nullptr};
         DALLE_RUN(sparse_attention, params, executor);
       },
-      "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
-      "executor"_a);
+      "dtype"_a, "shape"_a, "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a, "scale"_a, "q"_a, "k"_a,
+      "v"_a, "out"_a, "lse"_a, "executor"_a);
   m.def(
       "sparse_attention_backward",
-      [](int dtype, int64_t batch, int64_t heads, int64_t head_dim, const PatternTuple& pattern, float scale,
-         const HeadsTuple& grad_out, const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v,
+      [](int dtype, const Four& shape, int kind, int64_t text_len, int64_t height, int64_t width, int64_t kernel_size,
+         float scale, const HeadsTuple& grad_out, const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v,
          const HeadsTuple& dq, const HeadsTuple& dk, const HeadsTuple& dv, uintptr_t executor) {
-        const SparseAttentionBackward params{Dtype{dtype}, batch, heads, head_dim, pattern_of(pattern), scale,
-                                             heads_of(grad_out), heads_of(q), heads_of(k), heads_of(v),
-                                             heads_of(dq), heads_of(dk), heads_of(dv),
-                                             team_of(executor, batch, heads, std::get<1>(pattern), head_dim), nullptr};
+        const auto [batch, heads, seq, head_dim] = shape;
+        const Pattern pattern{PatternKind{kind}, seq, text_len, height, width, kernel_size};
+        const SparseAttentionBackward params{Dtype{dtype}, batch, heads, head_dim, pattern, scale, heads_of(grad_out),
+                                             heads_of(q), heads_of(k), heads_of(v), heads_of(dq), heads_of(dk),
+                                             heads_of(dv), team_of(executor, shape), nullptr};
         DALLE_RUN(sparse_attention_backward, params, executor);
       },
-      "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "scale"_a, "grad_out"_a, "q"_a, "k"_a, "v"_a, "dq"_a,
-      "dk"_a, "dv"_a, "executor"_a);
+      "dtype"_a, "shape"_a, "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a, "scale"_a, "grad_out"_a,
+      "q"_a, "k"_a, "v"_a, "dq"_a, "dk"_a, "dv"_a, "executor"_a);
 
   m.def(
       "decode_attention",
@@ -88,21 +87,22 @@ DALLE_BINDINGS(m) {
       "out"_a, "executor"_a);
   m.def(
       "sparse_attention_workspace",
-      [](int dtype, int64_t batch, int64_t heads, int64_t head_dim, const PatternTuple& pattern, bool backward,
-         uintptr_t executor) {
+      [](int dtype, const Four& shape, int kind, int64_t text_len, int64_t height, int64_t width, int64_t kernel_size,
+         bool backward, uintptr_t executor) {
         int64_t bytes = 0;
+        const auto measured = [&](auto params) {
+          params.dtype = Dtype{dtype}, params.batch = shape[0], params.heads = shape[1], params.head_dim = shape[3];
+          params.pattern = {PatternKind{kind}, shape[2], text_len, height, width, kernel_size};
+          params.threads = threads_of(executor), params.workspace = &bytes;
+          return params;
+        };
         if (backward) {
-          SparseAttentionBackward params{};
-          params.dtype = Dtype{dtype}, params.batch = batch, params.heads = heads, params.head_dim = head_dim;
-          params.pattern = pattern_of(pattern), params.threads = threads_of(executor), params.workspace = &bytes;
-          DALLE_RUN(sparse_attention_backward, params, executor);
+          DALLE_RUN(sparse_attention_backward, measured(SparseAttentionBackward{}), executor);
         } else {
-          SparseAttention params{};
-          params.dtype = Dtype{dtype}, params.batch = batch, params.heads = heads, params.head_dim = head_dim;
-          params.pattern = pattern_of(pattern), params.threads = threads_of(executor), params.workspace = &bytes;
-          DALLE_RUN(sparse_attention, params, executor);
+          DALLE_RUN(sparse_attention, measured(SparseAttention{}), executor);
         }
         return bytes;
       },
-      "dtype"_a, "batch"_a, "heads"_a, "head_dim"_a, "pattern"_a, "backward"_a, "executor"_a);
+      "dtype"_a, "shape"_a, "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a, "backward"_a,
+      "executor"_a);
 }

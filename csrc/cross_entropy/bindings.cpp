@@ -1,5 +1,6 @@
 #include "cross_entropy/cross_entropy.h"
 
+#include <memory>
 #include <tuple>
 
 #include "common/module.h"
@@ -8,21 +9,22 @@ using namespace dalle;
 using namespace pybind11::literals;
 
 DALLE_BINDINGS(m) {
-  m.def("cross_entropy_workspace", &cross_entropy_workspace, "classes"_a, "rows"_a);
   m.def(
       "cross_entropy_targets",
-      [](uintptr_t target, int64_t stride, int64_t rows, int64_t classes, int64_t ignore_index) {
+      [](uintptr_t target, int64_t stride, int64_t rows, int64_t classes, int64_t ignore_index,
+         uintptr_t) {
         const CrossEntropyTargets found =
             cross_entropy_targets(pointer<const int64_t>(target), stride, rows, classes, ignore_index);
         return std::make_tuple(found.counted, found.outside);
       },
-      "target"_a, "stride"_a, "rows"_a, "classes"_a, "ignore_index"_a);
+      "target"_a, "stride"_a, "rows"_a, "classes"_a, "ignore_index"_a, "executor"_a);
   m.def(
       "cross_entropy_chunk",
       [](uintptr_t logits, int64_t classes, int64_t rows, uintptr_t bias, uintptr_t target, int64_t target_stride,
          int64_t ignore_index, uintptr_t row_scale, int64_t row_scale_stride, uintptr_t loss, uintptr_t row_factor,
-         uintptr_t bias_sums, uintptr_t workspace, uintptr_t executor) {
+         uintptr_t bias_sums, uintptr_t executor) {
         double total = 0;
+        const std::unique_ptr<float[]> workspace(new float[cross_entropy_workspace(classes, rows)]);
         const CrossEntropyChunk params{pointer<float>(logits),
                                        classes,
                                        rows,
@@ -36,13 +38,13 @@ DALLE_BINDINGS(m) {
                                        &total,
                                        pointer<float>(row_factor),
                                        pointer<double>(bias_sums),
-                                       pointer<float>(workspace),
+                                       workspace.get(),
                                        threads_of(executor)};
         DALLE_RUN(cross_entropy_chunk, params, executor);
         return total;
       },
       "logits"_a, "classes"_a, "rows"_a, "bias"_a, "target"_a, "target_stride"_a, "ignore_index"_a, "row_scale"_a,
-      "row_scale_stride"_a, "loss"_a, "row_factor"_a, "bias_sums"_a, "workspace"_a, "executor"_a);
+      "row_scale_stride"_a, "loss"_a, "row_factor"_a, "bias_sums"_a, "executor"_a);
   m.def(
       "gradient_sum",
       [](uintptr_t term, uintptr_t gradient, uintptr_t low, int64_t count, bool first, bool last, int dtype,

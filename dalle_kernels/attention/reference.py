@@ -33,7 +33,7 @@ def empty_heads(like: torch.Tensor) -> torch.Tensor:
     """
     _, heads, seq, head_dim = like.shape
     strides = (seq * heads * head_dim, head_dim, heads * head_dim, 1)
-    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
+    return like.new_empty_strided(like.shape, strides)
 
 
 def sparse_attention(

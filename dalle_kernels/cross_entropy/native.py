@@ -26,9 +26,10 @@ _ROW_COPIES = 3  # in float32 for the logits, the sums of their gradient, times 
 
 def _balanced(count: int, most: int, multiple: int) -> list[slice]:
     """Slices of at most ``most`` (at least ``multiple``) that are alike but for the last; a multiple long."""
-    if 0 < count <= max(most, multiple):
+    most = max(most, multiple)
+    if 0 < count <= most:
         return [slice(0, count)]
-    parts = max(1, -(-count // max(most, multiple)))
+    parts = max(1, -(-count // most))
     step = max(multiple, -(-count // (parts * multiple)) * multiple)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
@@ -63,9 +64,9 @@ class _GradientOfWeight:
 
 def _counted_rows(target: Tensor, classes: int, ignore_index: int) -> int:
     """How many rows count; raises where one of them has a target that is no class."""
-    address, stride = target.data_ptr(), target.stride(0)
-    find = _native.library("cpu").cross_entropy_targets
-    counted, outside = find(address, stride, len(target), classes, ignore_index)
+    counted, outside = _native.call(
+        "cross_entropy_targets", target.device, *_address(target), target.shape[0], classes, ignore_index
+    )
     if outside >= 0 and not reference.must_not_wait(target):
         reference.refuse_target(int(target[outside]), classes, ignore_index)
     return counted
@@ -89,16 +90,13 @@ class _Chunks:
         self.bias = None if bias is None else _wide(bias).contiguous()
         self.total = 0.0  # of the losses
         self.chunks = _balanced(rows, _CHUNK_FLOATS // (classes + _ROW_COPIES * width), 16)
-        step = self.chunks[0].stop if self.chunks else 0
-        # Not by torch.empty, which takes twice as long to read its arguments.
-        floats = _native.library("cpu").cross_entropy_workspace(classes, step)
-        self.workspace = torch.empty_strided((floats,), (1,), dtype=torch.float32)
         self.narrow = weight.dtype != torch.float32
         self.panels = _balanced(classes, _PANEL_FLOATS // max(width, 1) if self.narrow else classes, 16)
         self.panel = _scratch(self.panels[0].stop, width) if len(self.panels) > 1 else None
         # A single product makes its own memory.
         self.at_once = len(self.chunks) == len(self.panels) == 1
         if not self.at_once:
+            step = self.chunks[0].stop if self.chunks else 0
             self.logits = _scratch(classes, step)
 
     def _wide_weight(self) -> Iterator[tuple[slice, Tensor]]:
@@ -138,13 +136,12 @@ class _Chunks:
             classes,
             rows,
             0 if self.bias is None else self.bias.data_ptr(),
-            *_from(self.target, chunk),
+            *_address(self.target, chunk.start),
             self.ignore_index,
-            *_from(row_scale, chunk),
-            _from(loss, chunk)[0],
+            *_address(row_scale, chunk.start),
+            _address(loss, chunk.start)[0],
             0 if row_factor is None else row_factor.data_ptr(),
             0 if bias_sums is None else bias_sums.data_ptr(),
-            self.workspace.data_ptr(),
         )
         return logits
 
@@ -157,6 +154,15 @@ class _Chunks:
     def add_losses(self) -> None:
         for chunk in self.chunks:
             self._logits(chunk, None)
+
+    def count(self, reduction: str) -> int:
+        """What the sum of the losses is divided by."""
+        return self.counted if reduction == "mean" else 1
+
+    def reduced(self, reduction: str) -> Tensor:
+        """The mean or the sum of the losses, once every chunk's are added."""
+        count = self.count(reduction)
+        return torch.scalar_tensor(self.total / count if count else math.nan, dtype=torch.float32)
 
     def gradients(self, row_scale: Tensor, bias: Tensor | None, output_mask: list[bool]) -> tuple[Tensor, ...]:
         """Gradients of hidden, weight and bias; empty where ``output_mask`` wants none."""
@@ -194,12 +200,12 @@ class _Chunks:
         return out
 
 
-def _from(rows: Tensor | None, chunk: slice) -> tuple[int, int]:
-    """The address of a chunk's first number and the stride between two; zeros for None."""
+def _address(rows: Tensor | None, first: int = 0) -> tuple[int, int]:
+    """The address of the number ``first`` and the stride between two; zeros for None."""
     if rows is None:
         return 0, 0
-    stride = rows.stride(0)
-    return rows.data_ptr() + chunk.start * stride * rows.element_size(), stride
+    (stride,) = rows.stride()
+    return rows.data_ptr() + first * stride * rows.element_size(), stride
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -234,15 +240,18 @@ def linear_cross_entropy_with_gradient(
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     chunks = _Chunks(hidden, weight, target, bias, ignore_index)
-    count = chunks.counted if reduction == "mean" else 1
-    if True in output_mask:
-        share = torch.full((), 1 / count if count else math.inf, dtype=torch.float32)
-        gradients = chunks.gradients(share.expand(len(hidden)), bias, output_mask)
-    else:
-        chunks.add_losses()
-        gradients = map(_nothing, (hidden, weight, weight if bias is None else bias))
-    loss = torch.scalar_tensor(chunks.total / count if count else math.nan, dtype=torch.float32)
-    return loss, *gradients
+    count = chunks.count(reduction)
+    share = torch.full((), 1 / count if count else math.inf, dtype=torch.float32)
+    gradients = chunks.gradients(share.expand(len(hidden)), bias, output_mask)
+    return chunks.reduced(reduction), *gradients
+
+
+def linear_cross_entropy_reduced(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    chunks = _Chunks(hidden, weight, target, bias, ignore_index)
+    chunks.add_losses()
+    return chunks.reduced(reduction)
 
 
 def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:

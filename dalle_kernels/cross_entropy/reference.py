@@ -155,6 +155,13 @@ def linear_cross_entropy_with_gradient(
     return (loss * share).to(problem.dtype), *gradients.cast(weight, bias)
 
 
+def linear_cross_entropy_reduced(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    settings = (ignore_index, reduction, [False] * 3)
+    return linear_cross_entropy_with_gradient(hidden, weight, target, bias, *settings)[0]
+
+
 def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     """A gradient times what reaches the loss, in the loss's dtype: a 16-bit gradient meets an unrounded factor."""
     return (gradient.to(factor.dtype) * factor).to(gradient.dtype)

@@ -267,6 +267,14 @@ def linear_cross_entropy_with_gradient(
     return (problem.loss.sum(dtype=torch.float64) * share).to(torch.float32), *gradients
 
 
+def linear_cross_entropy_reduced(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    losses = _Problem(hidden, weight, target, bias, ignore_index).losses()
+    total = losses.sum(dtype=torch.float64)
+    return (total / (target != ignore_index).sum() if reduction == "mean" else total).to(torch.float32)
+
+
 def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     gradient = gradient.contiguous()  # which it is already, unless a compiler chose another layout
     output, count = torch.empty_like(gradient), gradient.numel()

@@ -14,13 +14,15 @@ through their address and the host need not wait for the device.
 from __future__ import annotations
 
 import math
+import threading
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
-from dalle_kernels._dispatch import Op, _dispatcher_is_needed
+from dalle_kernels._dispatch import Op, dispatcher_is_needed, wants_gradient
+from dalle_kernels._strides import contiguous_strides
 from dalle_kernels.gumbel_softmax import reference
 from dalle_kernels.philox import new_seed
 
@@ -71,6 +73,21 @@ _MAX_COLUMNS = 1 << 24  # column numbers are compared as float32
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # the last one of seed and offset
 
 
+@lru_cache(maxsize=256)
+def _layout(sizes: tuple[int, ...], dim: int, *width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of a contiguous tensor of the logits' ``sizes`` with ``width``, or nothing, in place of ``dim``.
+
+    A tensor whose strides are told is made in half the time that torch.empty takes.
+    """
+    dim %= len(sizes)
+    changed = (*sizes[:dim], *width, *sizes[dim + 1 :])
+    return changed, contiguous_strides(changed)
+
+
+def _empty_kl(logits: Tensor, dim: int) -> Tensor:
+    return logits.new_empty_strided(*_layout(logits.shape, dim), dtype=torch.float32)
+
+
 def _described(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()
 
@@ -91,7 +108,7 @@ def _sample_native(logits, seed, offset, tau, hard, dim) -> Tensor:
 
 
 def _sample_kl_native(logits, seed, offset, tau, hard, dim) -> tuple[Tensor, Tensor]:
-    y, kl = _fake_logits(logits), _fake_kl(logits, dim)
+    y, kl = _fake_logits(logits), _empty_kl(logits, dim)
     _call("gumbel_softmax", logits, seed, offset, tau, dim, hard, _described(logits), _described(y), kl.data_ptr())
     return y, kl
 
@@ -109,7 +126,8 @@ def _sample_kl_backward_native(grad_y, grad_kl, logits, y, seed, offset, tau, ha
 
 
 def _codebook_native(logits, codebook, seed, offset, tau, dim) -> tuple[Tensor, Tensor]:
-    embedding, kl = _fake_codebook(logits, codebook, seed, offset, tau, dim)
+    embedding = codebook.new_empty_strided(*_layout(logits.shape, dim, codebook.shape[1]))
+    kl = _empty_kl(logits, dim)
     tensors = _described(logits), _codebook(codebook), _described(embedding), kl.data_ptr()
     _call("gumbel_codebook", logits, seed, offset, tau, dim, *tensors)
     return embedding, kl
@@ -261,28 +279,43 @@ def _check(logits: Tensor, tau: float, dim: int) -> None:
         raise ValueError(f"expected a finite temperature tau above 0, got {tau}; for a one-hot sample pass hard=True")
 
 
-def _scalars(logits: Tensor, tau: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The operators' seed, offset and temperature, scalar tensors on the logits' device."""
-    device, dtype = logits.device, reference.compute_dtype(logits.dtype)
-    seed = new_seed(device, generator)
+def _scalars(tau: float, generator: torch.Generator | None, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The operators' seed, offset and temperature for ``tensors``: scalar tensors on the device of the logits, the first.
+
+    A call that is over when it returns, and of which no backward keeps anything, gets them from memory that is there.
+    """
+    device, dtype = tensors[0].device, reference.compute_dtype(tensors[0].dtype)
     if torch.compiler.is_compiling():
         # A product, since torch.compile makes tau a constant of the graph where it meets torch.full or torch.tensor.
         one = torch.ones((), dtype=dtype, device=device)
-        return seed, torch.zeros((), dtype=torch.int64, device=device), one * float(tau)
-    if device == _CPU and not _dispatcher_is_needed((logits,)):
-        return seed, _kept_scalar(0, torch.int64), _kept_scalar(float(tau), dtype)
+        return new_seed(device, generator), torch.zeros((), dtype=torch.int64, device=device), one * float(tau)
+    if device == _CPU and not dispatcher_is_needed(tensors):
+        own = None if wants_gradient(tensors) else _of_thread.seed
+        return new_seed(device, generator, own), *_kept_scalars(float(tau), dtype)
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    return seed, zero, torch.full((), float(tau), dtype=dtype, device=device)
+    return new_seed(device, generator), zero, torch.full((), float(tau), dtype=dtype, device=device)
 
 
 _CPU = torch.device("cpu")
 
 
+class _OfThread(threading.local):
+    """A seed's memory, drawn into anew by each call of its thread; to make it too would take 3 µs."""
+
+    def __init__(self):
+        with torch.inference_mode(False):
+            self.seed = torch.zeros((), dtype=torch.int64, device="cpu")
+
+
+_of_thread = _OfThread()
+
+
 @lru_cache(maxsize=16)
-def _kept_scalar(value: float, dtype: torch.dtype) -> Tensor:
-    """A CPU scalar that is made once, for nobody writes to it; to make it anew takes 2 µs a call."""
-    with torch.inference_mode(False):  # a backward may save it
-        return torch.full((), value, dtype=dtype, device="cpu")
+def _kept_scalars(tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Offset 0 and the temperature as CPU scalars, made once, for nobody writes to them; anew they take 4 µs a call."""
+    with torch.inference_mode(False):  # a backward may save them
+        zero = torch.zeros((), dtype=torch.int64, device="cpu")
+        return zero, torch.full((), tau, dtype=dtype, device="cpu")
 
 
 def gumbel_softmax(
@@ -307,7 +340,7 @@ def gumbel_softmax(
             on another device.
     """
     _check(logits, tau, dim)
-    return gumbel_softmax_op(logits, *_scalars(logits, tau, generator), hard, dim)
+    return gumbel_softmax_op(logits, *_scalars(tau, generator, logits), hard, dim)
 
 
 def gumbel_softmax_kl(
@@ -320,7 +353,7 @@ def gumbel_softmax_kl(
     Arguments, y and errors are those of :func:`gumbel_softmax`. Both outputs carry gradients to the logits.
     """
     _check(logits, tau, dim)
-    return gumbel_softmax_kl_op(logits, *_scalars(logits, tau, generator), hard, dim)
+    return gumbel_softmax_kl_op(logits, *_scalars(tau, generator, logits), hard, dim)
 
 
 def gumbel_codebook(
@@ -354,4 +387,4 @@ def gumbel_codebook(
         raise ValueError(
             f"expected the codebook on the logits' device {logits.device}, got {codebook.device}; move it with .to()"
         )
-    return gumbel_codebook_op(logits, codebook, *_scalars(logits, tau, generator), dim)
+    return gumbel_codebook_op(logits, codebook, *_scalars(tau, generator, logits, codebook), dim)

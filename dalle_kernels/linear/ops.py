@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_kernels import _native
-from dalle_kernels._dispatch import Op, has_transform
+from dalle_kernels._dispatch import Op, any_autocast, has_transform
 from dalle_kernels.linear import reference
 
 FEW_ROWS = 64
@@ -91,7 +91,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
     Raises:
         TypeError, ValueError: for other dtypes, devices or shapes.
     """
-    if dtype is None and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    if dtype is None and any_autocast() and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     tensors = check_linear(x, weight, bias)
     if (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) or has_transform():
@@ -105,9 +105,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """The tensors among them; raises as :func:`linear` does."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    for tensor in tensors:
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            _refuse(x, weight, bias)
+    dtype, device = x.dtype, x.device
+    if weight.dtype != dtype or weight.device != device:
+        _refuse(x, weight, bias)
+    if bias is not None and (bias.dtype != dtype or bias.device != device):
+        _refuse(x, weight, bias)
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
         _refuse(x, weight, bias)
     return tensors
