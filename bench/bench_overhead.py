@@ -52,6 +52,7 @@ def _calls() -> dict[str, Callable[[], object]]:
 
 @pytest.mark.parametrize("op", _calls())
 def test_call(side_by_side, op):
+    """Beside torch.softmax of two numbers, the yardstick: how many of it a call takes depends less on the machine."""
     run = _calls()[op]
     row = torch.ones(1, 2)
     with torch.no_grad():

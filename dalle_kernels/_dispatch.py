@@ -244,7 +244,7 @@ def has_transform() -> bool:
 
 def _device_type(args: tuple) -> str:
     first = args[0]
-    if isinstance(first, (list, tuple)):
+    if type(first) is not Tensor and isinstance(first, (list, tuple)):
         if not first:
             return "cpu"
         first = first[0]

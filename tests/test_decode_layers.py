@@ -137,7 +137,7 @@ def test_slots_outlive_their_cache(monkeypatch):
 
     def clear_and_call(*arguments, **named):
         for cache in caches:
-            for slots in slot_table(cache.pattern, cache.device)[:1]:
+            for slots in slot_table(cache.device, *cache.pattern_arguments)[:1]:
                 listed.extend([] if slots.listed is None else [weakref.ref(slots.listed)])
         del slots
         slot_table.cache_clear()

@@ -19,13 +19,13 @@ Heads heads_of(const HeadsTuple& t) {
   return {pointer<void>(address), strides[0], strides[1], strides[2]};
 }
 
-// A token's tensor [rows, heads, 1, head_dim] comes as its address and its strides but the third; a cache's text or
-// image as its address, how many keys of a head (and sample) it has room for, and how many of them are seen.
-using TokenTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+// So does a token's tensor [rows, heads, 1, head_dim]; a cache's text or image as its address, how many keys of a head
+// (and sample) it has room for, and how many of them are seen.
 using CacheTuple = std::tuple<uintptr_t, int64_t, int64_t>;
 
-TokenHeads token_of(const TokenTuple& t) {
-  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+TokenHeads token_of(const HeadsTuple& t) {
+  const auto& [address, strides] = t;
+  return {pointer<void>(address), strides[0], strides[1], strides[3]};
 }
 
 // Work of fewer products than this is done before another thread has woken up.
@@ -70,8 +70,8 @@ DALLE_BINDINGS(m) {
 
   m.def(
       "decode_attention",
-      [](int dtype, const std::array<int64_t, 4>& sizes, float scale, const TokenTuple& q, const TokenTuple& k_new,
-         const TokenTuple& v_new, const CacheTuple& text, const CacheTuple& image, uintptr_t image_slots,
+      [](int dtype, const Four& sizes, float scale, const HeadsTuple& q, const HeadsTuple& k_new,
+         const HeadsTuple& v_new, const CacheTuple& text, const CacheTuple& image, uintptr_t image_slots,
          int64_t new_key, uintptr_t out, uintptr_t executor) {
         const auto [prompts, samples, heads, head_dim] = sizes;
         const auto [text_data, text_capacity, text_keys] = text;

@@ -98,7 +98,7 @@ class KVCache:
         for cached_text, cached_image, tensor in zip(self.text, self.image, (k, v)):
             cached_text[:, :, :text] = tensor[:, :, :text]
             if len(kept):
-                table = slot_table(self.pattern, self.device)
+                table = slot_table(self.device, *self.pattern_arguments)
                 slots = torch.tensor([table[n].own_slot for n in kept], device=self.device)
                 cached_image[:, :, :, slots] = tensor[:, :, None, text_len + kept.start : text_len + kept.stop]
         self.length = seq
@@ -113,14 +113,15 @@ class KVCache:
                 f"expected the {text_len} text tokens that samples share to be prefilled, got a step at {position}"
             )
 
-    def fits(self, token: torch.Tensor) -> bool:
-        """Whether ``token`` is a tensor of one token a sample, of the cache's dtype and device."""
-        return (
-            isinstance(token, torch.Tensor)
-            and token.shape == self.step_shape
-            and token.dtype == self.text.dtype
-            and token.device == self.text.device
-        )
+    def fits(self, *tokens: torch.Tensor) -> bool:
+        """Whether each is a tensor of one token a sample, of the cache's dtype and device."""
+        dtype, device = self.text.dtype, self.text.device
+        for token in tokens:
+            if not isinstance(token, torch.Tensor) or token.shape != self.step_shape:
+                return False
+            if token.dtype != dtype or token.device != device:
+                return False
+        return True
 
     def check(self, k: torch.Tensor, shape: tuple[int, ...]) -> None:
         """Raise one clear sentence unless ``k`` has this shape and the cache's dtype and device."""

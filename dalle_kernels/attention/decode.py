@@ -8,17 +8,12 @@ from .. import _native, _triton
 from .._dispatch import Op
 from . import reference
 from .cache import KVCache
-from .ops import PATTERN_SCHEMA, check_heads, checked_scale
+from .ops import PATTERN_SCHEMA, check_heads, checked_scale, described
 from .slots import visible_keys
 
 
 def _fake(q, k_new, v_new, text, image, position, *pattern):
     return q.new_empty(q.shape)
-
-
-def _token(tensor: torch.Tensor) -> tuple[int, ...]:
-    row, head, _, element = tensor.stride()
-    return tensor.data_ptr(), row, head, element
 
 
 def _decode_native(q, k_new, v_new, text, image, position, kind, text_len, height, width, kernel_size, scale):
@@ -31,9 +26,9 @@ def _decode_native(q, k_new, v_new, text, image, position, kind, text_len, heigh
         _native.DTYPES[q.dtype],
         (prompts, samples, heads, head_dim),
         scale,
-        _token(q),
-        _token(k_new),
-        _token(v_new),
+        described(q),
+        described(k_new),
+        described(v_new),
         (text.data_ptr(), text_len, text_keys),
         (image.data_ptr() + slots.first * head_dim * image.element_size(), capacity, slots.count),
         0 if slots.listed is None else slots.listed.data_ptr(),
@@ -93,10 +88,9 @@ def decode_attention(
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"expected cache to be a KVCache, got {type(cache).__name__}")
-    for tensor in (q, k_new, v_new):
-        if not cache.fits(tensor):  # then one of these says how
-            check_heads(q=q, k_new=k_new, v_new=v_new)
-            cache.check(k_new, cache.step_shape)
+    if not cache.fits(q, k_new, v_new):  # then one of these says how
+        check_heads(q=q, k_new=k_new, v_new=v_new)
+        cache.check(k_new, cache.step_shape)
     cache.check_step()
     if torch.is_grad_enabled():
         with torch.no_grad():

@@ -29,13 +29,13 @@ def _backward_fake(grad_out, q, k, v, out, lse, kind, text_len, height, width, k
     return reference.empty_heads(q), reference.empty_heads(k), reference.empty_heads(v)
 
 
-def _described(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+def described(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()
 
 
 def _forward_native(q, k, v, kind, *pattern):
     out, lse = _forward_fake(q, k, v, kind, *pattern)
-    tensors = _described(q), _described(k), _described(v), _described(out), lse.data_ptr()
+    tensors = described(q), described(k), described(v), described(out), lse.data_ptr()
     dtype = _native.DTYPES[q.dtype]
     _native.call("sparse_attention", q.device, dtype, q.shape, KINDS.index(kind), *pattern, *tensors)
     return out, lse
@@ -43,7 +43,7 @@ def _forward_native(q, k, v, kind, *pattern):
 
 def _backward_native(grad_out, q, k, v, out, lse, kind, *pattern):
     dq, dk, dv = _backward_fake(grad_out, q, k, v, out, lse, kind, *pattern)
-    tensors = map(_described, (grad_out, q, k, v, dq, dk, dv))
+    tensors = map(described, (grad_out, q, k, v, dq, dk, dv))
     dtype = _native.DTYPES[q.dtype]
     _native.call("sparse_attention_backward", q.device, dtype, q.shape, KINDS.index(kind), *pattern, *tensors)
     return dq, dk, dv

@@ -106,7 +106,7 @@ def decode_attention(
         weights = (scores.to(_statistics_dtype(q.dtype)) * scale).softmax(dim=-1).to(q.dtype)
         out = weights @ text_values
     else:
-        slots = slot_table(cached_pattern(kind, text_len, height, width, kernel_size), q.device)[position - text_len]
+        slots = slot_table(q.device, kind, text_len, height, width, kernel_size)[position - text_len]
         image[0, :, :, :, slots.own_slot], image[1, :, :, :, slots.own_slot] = key, value
         if slots.listed is None:
             image_keys, image_values = image[:, :, :, :, slots.first : slots.first + slots.count]

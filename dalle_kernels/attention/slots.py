@@ -38,12 +38,13 @@ def slot_count(pattern: AttentionPattern) -> int:
 
 
 @lru_cache(maxsize=64)
-def slot_table(pattern: AttentionPattern, device: torch.device) -> list[Slots]:
-    """The slots of each image token.
+def slot_table(device: torch.device, *pattern) -> list[Slots]:
+    """The slots of each image token, for a pattern by an operator's plain arguments, which are hashed the soonest.
 
     They are a ring in raster order, except that the keys of a column lie side by side. Only the two convolutional kinds
     have holes and need a list; the others see a run (a softmax does not mind the order within it).
     """
+    pattern = cached_pattern(*pattern)
     height, width = pattern.grid
     tokens, count = height * width, slot_count(pattern)
     if pattern.kind == "column":
@@ -66,5 +67,5 @@ def visible_keys(position: int, device: torch.device, *pattern) -> tuple[int, Sl
     text_len = pattern[1]
     if position < text_len:
         return position + 1, Slots(0, 0, 0), position
-    slots = slot_table(cached_pattern(*pattern), device)[position - text_len]
+    slots = slot_table(device, *pattern)[position - text_len]
     return text_len, slots, text_len + slots.own

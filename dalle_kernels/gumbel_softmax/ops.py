@@ -75,7 +75,7 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # 
 
 @lru_cache(maxsize=256)
 def _layout(sizes: tuple[int, ...], dim: int, *width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes and strides of a contiguous tensor of the logits' ``sizes`` with ``width``, or nothing, in place of ``dim``.
+    """Sizes and strides of a contiguous tensor of the logits' ``sizes`` with ``width``, or none, in place of ``dim``.
 
     A tensor whose strides are told is made in half the time that torch.empty takes.
     """
@@ -280,7 +280,7 @@ def _check(logits: Tensor, tau: float, dim: int) -> None:
 
 
 def _scalars(tau: float, generator: torch.Generator | None, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The operators' seed, offset and temperature for ``tensors``: scalar tensors on the device of the logits, the first.
+    """The operators' seed, offset and temperature, scalars on the device of ``tensors``, whose first are the logits.
 
     A call that is over when it returns, and of which no backward keeps anything, gets them from memory that is there.
     """
