@@ -86,7 +86,7 @@ class Op:
 
     def __call__(self, *args):
         # Asked first and by this name, so that a compiler that follows these lines goes no further.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.overload(*args)
         tensors = args[self._tensors]
         if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
@@ -144,7 +144,7 @@ class Op:
 
     def choose(self, device_type: str, args: tuple) -> Provider:
         """The provider that serves ``args``: the forced one, or the first that can."""
-        forced = forced_provider()
+        forced = _forced or _provider_of_environment()
         if forced is not None:
             return self._choose_forced(forced, device_type, args)
         candidates = self._candidates.get(device_type)
@@ -212,7 +212,7 @@ def dispatcher_is_needed(args: tuple) -> bool:
         elif kind is list or kind is tuple:
             if dispatcher_is_needed(arg):
                 return True
-        elif isinstance(arg, Tensor):
+        elif arg is not None and isinstance(arg, Tensor):
             return True
     return False
 
@@ -264,7 +264,7 @@ def forced_provider() -> str | None:
 
     The environment is read once, at the first call of an op.
     """
-    return _provider_of_environment() if _forced is None else _forced
+    return _forced or _provider_of_environment()
 
 
 @cache

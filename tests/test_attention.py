@@ -378,6 +378,15 @@ def wrong_arguments():
     yield "scale", (x, x, x, pattern, float("nan")), ValueError, "expected scale to be a finite number or None, got nan"
 
 
+def test_a_last_dimension_of_one_number_has_any_stride():
+    pattern = AttentionPattern("row", 1, (2, 2))
+    tensors = torch.randn(3, 1, 2, 5, 4)[..., :1].unbind()
+    odd = [torch.empty(1, 2, 4, 5).transpose(-1, -2)[..., :1].copy_(tensor) for tensor in tensors]
+    assert all(tensor.stride() == (40, 20, 1, 5) for tensor in odd)
+    expected = sparse_attention(*(tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors), pattern)
+    assert torch.equal(sparse_attention(*odd, pattern), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"), [pytest.param(*case[1:], id=case[0]) for case in wrong_arguments()]
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import dalle_kernels
 from dalle_kernels import _native
@@ -279,11 +280,11 @@ def test_threads_change_no_bit_of_the_compiled_kernel():
         written = logits.clone()
         loss, row_factor, bias_sums = torch.empty(rows), torch.empty(rows), torch.zeros(classes, dtype=torch.float64)
         scale = torch.full((rows,), 0.3)
-        workspace = torch.full((library.cross_entropy_workspace(classes, rows),), torch.nan)
         total = library.cross_entropy_chunk(
             logits=written.data_ptr(),
             classes=classes,
             rows=rows,
+            first=0,
             bias=logits.data_ptr(),
             target=target.data_ptr(),
             target_stride=1,
@@ -293,7 +294,6 @@ def test_threads_change_no_bit_of_the_compiled_kernel():
             loss=loss.data_ptr(),
             row_factor=row_factor.data_ptr(),
             bias_sums=bias_sums.data_ptr(),
-            workspace=workspace.data_ptr(),
             executor=threads,
         )
         results.append((written, loss, row_factor, bias_sums, torch.tensor(total, dtype=torch.float64)))
@@ -363,6 +363,24 @@ def test_no_work_for_what_is_frozen(reduction, wanted, provider):
     assert [gradient.numel() for gradient in gradients] == [
         leaf.numel() if flag else 0 for leaf, flag in zip(leaves, wanted)
     ]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_wants_no_gradient_is_reduced_by_an_operator_of_its_own(dtype, reduction, provider, small_chunks):
+    for sizes in ((1, 2, 8), (65, 33, 17), (3, 129, 5)):
+        *floating, target = _inputs(*sizes, seed=32)
+        hidden, weight, bias = (tensor.to(dtype) for tensor in floating)
+        for given_bias in (bias, None):
+            arguments = (hidden, weight, target, given_bias, IGNORE, reduction)
+            with profile(activities=[ProfilerActivity.CPU]) as found:
+                loss = linear_cross_entropy(*arguments)
+            names = {event.key for event in found.key_averages() if event.key.startswith("dalle_kernels::")}
+            assert names == {"dalle_kernels::linear_cross_entropy_reduced"}
+            assert torch.equal(linear_cross_entropy(*arguments), loss)
+            assert loss.dtype == torch.float32 and not loss.requires_grad
+            together = ops.linear_cross_entropy_with_gradient_op(*arguments, [*ALL[:2], given_bias is not None])[0]
+            torch.testing.assert_close(loss, together, rtol=1e-6, atol=0)
 
 
 def test_opcheck(provider):
@@ -444,6 +462,14 @@ def test_compiles_whole():
             {"target": torch.zeros(5).long()},
         ),
         (ValueError, r"expected a bias of shape \(5,\), one per class, got \(3,\)", {"bias": torch.zeros(3)}),
+        (TypeError, "expected weight as a floating-point tensor, got list", {"weight": [[1.0, 2.0, 3.0]]}),
+        (TypeError, "expected bias as a floating-point tensor, got torch.int64", {"bias": torch.zeros(5).long()}),
+        (ValueError, "expected bias on hidden's device cpu, got meta", {"bias": torch.zeros(5, device="meta")}),
+        (
+            ValueError,
+            "expected target on hidden's device cpu, got meta",
+            {"target": torch.zeros(4, dtype=torch.int64, device="meta")},
+        ),
         (ValueError, "expected weight on hidden's device cpu, got meta", {"weight": torch.zeros(5, 3, device="meta")}),
         (ValueError, "expected a reduction among none, mean, sum, got 'max'", {"reduction": "max"}),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -307,6 +308,54 @@ def test_compiles_with_inductor():
     torch.testing.assert_close(y.sum(1), torch.ones(3))
     (kl.sum() + y[:, 0].sum()).backward()
     assert torch.isfinite(logits.grad).all() and logits.grad.abs().sum() > 0
+
+
+def test_one_seed_gives_one_noise_with_and_without_a_gradient():
+    """Without one the seed is drawn into memory that the thread's next call overwrites."""
+    logits, codebook = _random((5, 7), 50, torch.float32), _random((7, 3), 51, torch.float32)
+    calls = (
+        lambda x, generator: gumbel_softmax(x, generator=generator),
+        lambda x, generator: gumbel_softmax_kl(x, generator=generator)[0],
+        lambda x, generator: gumbel_codebook(x, codebook, generator=generator)[0],
+    )
+    for call in calls:
+        for generator in (None, torch.Generator()):
+            results = []
+            for wanted in (False, True):
+                (torch.default_generator if generator is None else generator).manual_seed(52)
+                first = call(logits.clone().requires_grad_(wanted), generator)
+                results.append((first, call(logits, generator)))
+            assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+            assert not torch.equal(*results[0])
+
+
+def test_a_backward_draws_its_own_noise_again_after_calls_that_wanted_no_gradient():
+    logits, codebook = _random((5, 7), 53, torch.float32).requires_grad_(), _random((7, 3), 54, torch.float32)
+
+    def gradient(between):
+        torch.manual_seed(55)
+        total = gumbel_codebook(logits, codebook)[0].sum()
+        between()
+        return torch.autograd.grad(total, logits)[0]
+
+    expected = gradient(lambda: None)
+    assert torch.equal(gradient(lambda: gumbel_softmax(logits.detach())), expected)
+
+
+def test_threads_draw_seeds_into_memory_of_their_own():
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(lambda: (gumbel_softmax(torch.randn(2, 3)), ops._of_thread.seed)[1]).result()
+    assert theirs.data_ptr() != ops._of_thread.seed.data_ptr()
+
+
+@pytest.mark.parametrize("sizes", [(3,), (0, 4), (4, 0, 3), (2, 3, 1, 5)])
+def test_results_are_laid_out_as_torch_would(sizes):
+    for dim in range(-len(sizes), len(sizes)):
+        rows, strides = ops._layout(sizes, dim)
+        assert rows == torch.empty(sizes).sum(dim).shape
+        assert strides == torch.empty(rows).stride()
+        wide, strides = ops._layout(sizes, dim, 6)
+        assert wide[dim] == 6 and len(wide) == len(sizes) and strides == torch.empty(wide).stride()
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,8 @@ def test_mistakes_get_one_clear_sentence():
         linear(x, weight, bias.double())
     with pytest.raises(ValueError, match="expected weight on x's device cpu, got meta"):
         linear(x, weight.to("meta"), bias)
+    with pytest.raises(ValueError, match="expected bias on x's device cpu, got meta"):
+        linear(x, weight, bias.to("meta"))
     with pytest.raises(ValueError, match=r"got shapes \[3, 5\] and \[5, 4\]"):
         linear(x, weight.t(), bias)
     with pytest.raises(ValueError, match=r"expected bias of shape \[4\], got \[3\]"):

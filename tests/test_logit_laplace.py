@@ -278,6 +278,7 @@ def test_map_of_pixels():
             "expected x as a floating-point tensor, got torch.uint8",
             {"x": torch.ones(2, 3, dtype=torch.uint8)},
         ),
+        (TypeError, "expected mu as a floating-point tensor, got torch.int64", {"mu": torch.zeros(2, 3).long()}),
         (TypeError, "expected log_b as a floating-point tensor, got float", {"log_b": 0.0}),
         (ValueError, r"expected mu of x's shape \(2, 3\), got \(3,\)", {"mu": torch.zeros(3)}),
         (ValueError, "expected log_b on x's device cpu, got meta", {"log_b": torch.zeros(2, 3, device="meta")}),
@@ -289,3 +290,9 @@ def test_mistakes_get_one_clear_sentence(error, message, arguments):
     arguments = {"x": torch.full((2, 3), 0.5), "mu": torch.zeros(2, 3), "log_b": torch.zeros(2, 3), **arguments}
     with pytest.raises(error, match=message):
         logit_laplace_loss(**arguments)
+
+
+def test_pixels_that_require_a_gradient_are_taken_where_none_is_recorded():
+    x, mu = torch.full((2, 3), 0.5, requires_grad=True), torch.zeros(2, 3)
+    with torch.no_grad():
+        assert torch.equal(logit_laplace_loss(x, mu, mu), logit_laplace_loss(x.detach(), mu, mu))

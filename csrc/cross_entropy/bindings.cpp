@@ -8,33 +8,43 @@
 using namespace dalle;
 using namespace pybind11::literals;
 
+namespace {
+
+// The element number `offset` of the numbers at an address, or nullptr for none.
+template <class T>
+T* from(uintptr_t address, int64_t offset) {
+  return address == 0 ? nullptr : pointer<T>(address) + offset;
+}
+
+}  // namespace
+
 DALLE_BINDINGS(m) {
   m.def(
       "cross_entropy_targets",
-      [](uintptr_t target, int64_t stride, int64_t rows, int64_t classes, int64_t ignore_index,
-         uintptr_t) {
+      [](int64_t rows, int64_t classes, uintptr_t target, int64_t stride, int64_t ignore_index, uintptr_t) {
         const CrossEntropyTargets found =
             cross_entropy_targets(pointer<const int64_t>(target), stride, rows, classes, ignore_index);
         return std::make_tuple(found.counted, found.outside);
       },
-      "target"_a, "stride"_a, "rows"_a, "classes"_a, "ignore_index"_a, "executor"_a);
+      "rows"_a, "classes"_a, "target"_a, "stride"_a, "ignore_index"_a, "executor"_a);
+  // Targets, losses and what reaches them are those of all rows, of which the chunk's begin with number `first`.
   m.def(
       "cross_entropy_chunk",
-      [](uintptr_t logits, int64_t classes, int64_t rows, uintptr_t bias, uintptr_t target, int64_t target_stride,
-         int64_t ignore_index, uintptr_t row_scale, int64_t row_scale_stride, uintptr_t loss, uintptr_t row_factor,
-         uintptr_t bias_sums, uintptr_t executor) {
+      [](uintptr_t logits, int64_t rows, int64_t classes, uintptr_t target, int64_t target_stride,
+         int64_t ignore_index, int64_t first, uintptr_t bias, uintptr_t loss, uintptr_t row_scale,
+         int64_t row_scale_stride, uintptr_t row_factor, uintptr_t bias_sums, uintptr_t executor) {
         double total = 0;
         const std::unique_ptr<float[]> workspace(new float[cross_entropy_workspace(classes, rows)]);
         const CrossEntropyChunk params{pointer<float>(logits),
                                        classes,
                                        rows,
                                        pointer<const float>(bias),
-                                       pointer<const int64_t>(target),
+                                       from<const int64_t>(target, first * target_stride),
                                        target_stride,
                                        ignore_index,
-                                       pointer<const float>(row_scale),
+                                       from<const float>(row_scale, first * row_scale_stride),
                                        row_scale_stride,
-                                       pointer<float>(loss),
+                                       from<float>(loss, first),
                                        &total,
                                        pointer<float>(row_factor),
                                        pointer<double>(bias_sums),
@@ -43,8 +53,8 @@ DALLE_BINDINGS(m) {
         DALLE_RUN(cross_entropy_chunk, params, executor);
         return total;
       },
-      "logits"_a, "classes"_a, "rows"_a, "bias"_a, "target"_a, "target_stride"_a, "ignore_index"_a, "row_scale"_a,
-      "row_scale_stride"_a, "loss"_a, "row_factor"_a, "bias_sums"_a, "executor"_a);
+      "logits"_a, "rows"_a, "classes"_a, "target"_a, "target_stride"_a, "ignore_index"_a, "first"_a, "bias"_a,
+      "loss"_a, "row_scale"_a, "row_scale_stride"_a, "row_factor"_a, "bias_sums"_a, "executor"_a);
   m.def(
       "gradient_sum",
       [](uintptr_t term, uintptr_t gradient, uintptr_t low, int64_t count, bool first, bool last, int dtype,

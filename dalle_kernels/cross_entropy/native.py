@@ -62,16 +62,6 @@ class _GradientOfWeight:
             )
 
 
-def _counted_rows(target: Tensor, classes: int, ignore_index: int) -> int:
-    """How many rows count; raises where one of them has a target that is no class."""
-    counted, outside = _native.call(
-        "cross_entropy_targets", target.device, *_address(target), target.shape[0], classes, ignore_index
-    )
-    if outside >= 0 and not reference.must_not_wait(target):
-        reference.refuse_target(int(target[outside]), classes, ignore_index)
-    return counted
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32)
 
@@ -85,8 +75,9 @@ class _Chunks:
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int):
         rows, (classes, width) = hidden.shape[0], weight.shape
-        self.counted = _counted_rows(target, classes, ignore_index)
         self.hidden, self.weight, self.target, self.ignore_index = hidden, weight, target, ignore_index
+        self.targets = (target.data_ptr(), *target.stride(), ignore_index)
+        self.counted = self._counted_rows(rows, classes)
         self.bias = None if bias is None else _wide(bias).contiguous()
         self.total = 0.0  # of the losses
         self.chunks = _balanced(rows, _CHUNK_FLOATS // (classes + _ROW_COPIES * width), 16)
@@ -98,6 +89,14 @@ class _Chunks:
         if not self.at_once:
             step = self.chunks[0].stop if self.chunks else 0
             self.logits = _scratch(classes, step)
+
+    def _counted_rows(self, rows: int, classes: int) -> int:
+        """How many rows count; raises where one of them has a target that is no class."""
+        target = self.target
+        counted, outside = _native.call("cross_entropy_targets", target.device, rows, classes, *self.targets)
+        if outside >= 0 and not reference.must_not_wait(target):
+            reference.refuse_target(int(target[outside]), classes, self.ignore_index)
+        return counted
 
     def _wide_weight(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in float32, a panel of classes at a time; the next one overwrites it."""
@@ -118,42 +117,37 @@ class _Chunks:
             torch.mm(weight, rows.t(), out=logits[panel])
         return logits
 
-    def _logits(
-        self,
-        chunk: slice,
-        loss: Tensor | None,
-        row_scale: Tensor | None = None,
-        row_factor: Tensor | None = None,
-        bias_sums: Tensor | None = None,
-    ) -> Tensor:
-        """The losses of a chunk, and its logits ``[classes, rows]`` or, with ``row_scale``, their gradient."""
+    def _logits(self, chunk: slice, results: tuple[int, ...] = (0, 0, 0, 0, 0)) -> Tensor:
+        """The losses of a chunk, and its logits ``[classes, rows]`` or their gradient.
+
+        ``results`` are addresses of all rows' losses, of what reaches each of them with its stride, of the chunk's row
+        factors and of the bias's sums: 0 where they are not wanted.
+        """
         logits = self._products(chunk)
         classes, rows = logits.shape
+        bias = 0 if self.bias is None else self.bias.data_ptr()
         self.total += _native.call(
             "cross_entropy_chunk",
             logits.device,
             logits.data_ptr(),
-            classes,
             rows,
-            0 if self.bias is None else self.bias.data_ptr(),
-            *_address(self.target, chunk.start),
-            self.ignore_index,
-            *_address(row_scale, chunk.start),
-            _address(loss, chunk.start)[0],
-            0 if row_factor is None else row_factor.data_ptr(),
-            0 if bias_sums is None else bias_sums.data_ptr(),
+            classes,
+            *self.targets,
+            chunk.start,
+            bias,
+            *results,
         )
         return logits
 
     def losses(self) -> Tensor:
         loss = torch.empty(len(self.hidden), dtype=torch.float32)
         for chunk in self.chunks:
-            self._logits(chunk, loss)
+            self._logits(chunk, (loss.data_ptr(), 0, 0, 0, 0))
         return loss
 
     def add_losses(self) -> None:
         for chunk in self.chunks:
-            self._logits(chunk, None)
+            self._logits(chunk)
 
     def count(self, reduction: str) -> int:
         """What the sum of the losses is divided by."""
@@ -177,8 +171,10 @@ class _Chunks:
                 grad_weight.gradient.zero_()
         step = self.chunks[0].stop if self.chunks else 0
         row_factor, sums = _scratch(step), _scratch(step, self.weight.shape[1])
+        results = (0, row_scale.data_ptr(), *row_scale.stride(), row_factor.data_ptr())
+        results += (0 if bias_sums is None else bias_sums.data_ptr(),)
         for chunk in self.chunks:
-            logits = self._logits(chunk, None, row_scale, row_factor, bias_sums)
+            logits = self._logits(chunk, results)
             rows = self.hidden[chunk]
             factor = row_factor[: len(rows), None]
             if output_mask[0]:
@@ -198,14 +194,6 @@ class _Chunks:
         for panel, weight in self._wide_weight():
             out.addmm_(logits[panel].t(), weight, beta=0 if panel.start == 0 else 1)
         return out
-
-
-def _address(rows: Tensor | None, first: int = 0) -> tuple[int, int]:
-    """The address of the number ``first`` and the stride between two; zeros for None."""
-    if rows is None:
-        return 0, 0
-    (stride,) = rows.stride()
-    return rows.data_ptr() + first * stride * rows.element_size(), stride
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -271,6 +259,10 @@ def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Te
 
 def unsupported(*arguments) -> str | None:
     for argument in arguments:
-        if isinstance(argument, Tensor) and argument.dtype not in _DTYPES:
+        if argument is None:
+            continue
+        if not isinstance(argument, Tensor):
+            break  # the settings follow
+        if argument.dtype not in _DTYPES:
             return f"the compiled kernel takes float32, float16 and bfloat16, got {argument.dtype}"
     return None

@@ -285,7 +285,7 @@ def _scalars(tau: float, generator: torch.Generator | None, *tensors: Tensor) ->
     A call that is over when it returns, and of which no backward keeps anything, gets them from memory that is there.
     """
     device, dtype = tensors[0].device, reference.compute_dtype(tensors[0].dtype)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # A product, since torch.compile makes tau a constant of the graph where it meets torch.full or torch.tensor.
         one = torch.ones((), dtype=dtype, device=device)
         return new_seed(device, generator), torch.zeros((), dtype=torch.int64, device=device), one * float(tau)
