@@ -76,7 +76,7 @@ class Op:
         self._candidates: dict[str, list[Provider]] = {}
         self._function: type[torch.autograd.Function] | None = None
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        _library.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         # The first arguments, up to the last one that may be a tensor or a list of tensors.
@@ -94,8 +94,8 @@ class Op:
             raise RuntimeError(f"{self.name} has no forward-mode derivative: use reverse mode or plain PyTorch")
         if dispatcher_is_needed(tensors):
             return self.overload(*args)
-        if not wants_gradient(tensors):
-            return self._run(*args)
+        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*tensors):
+            return self.run(*args)
         # Without a gradient of its own the op is torch's to warn of.
         return self._function.apply(*args) if self._function else self.overload(*args)
 
@@ -133,7 +133,7 @@ class Op:
         )
 
         def forward(ctx, *args):
-            output = self._run(*args)
+            output = self.run(*args)
             setup_context(ctx, args, output)
             return output
 
@@ -167,7 +167,11 @@ class Op:
         names = ", ".join(provider.name for provider in self.providers)
         raise ProviderError(f"{self.name}: provider {forced!r} was forced but the op only has: {names}")
 
-    def _run(self, *args):
+    def run(self, *args):
+        """What the provider returns, with no gradient; for a caller that knows what ``__call__`` would ask.
+
+        That is a call for which neither :func:`dispatcher_is_needed` nor :func:`is_differentiated`.
+        """
         device_type = _device_type(args)
         provider = self.choose(device_type, args)
         if not any_autocast() or not torch.is_autocast_enabled(device_type):
@@ -217,9 +221,9 @@ def dispatcher_is_needed(args: tuple) -> bool:
     return False
 
 
-def wants_gradient(tensors: tuple) -> bool:
-    """Whether autograd would record a call on ``tensors``, among which may be None, in eager mode."""
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+def is_differentiated(tensors: tuple) -> bool:
+    """Whether autograd records an eager call on ``tensors``, or forward-mode differentiation may follow it."""
+    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
 
 
 def _has_tangent(arg) -> bool:

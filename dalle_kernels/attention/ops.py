@@ -17,7 +17,7 @@ MAX_HEAD_DIM = 256
 PATTERN_SCHEMA = "str kind, int text_len, int height, int width, int kernel_size, float scale"
 
 
-def _forward_fake(q, k, v, kind, text_len, height, width, kernel_size, scale):
+def _empty_results(q) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, seq, _ = q.shape
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     # Not by torch.empty, which takes twice as long to read its arguments.
@@ -25,27 +25,30 @@ def _forward_fake(q, k, v, kind, text_len, height, width, kernel_size, scale):
     return reference.empty_heads(q), lse
 
 
+def _forward_fake(q, k, v, *_pattern):
+    return _empty_results(q)
+
+
 def _backward_fake(grad_out, q, k, v, out, lse, kind, text_len, height, width, kernel_size, scale):
     return reference.empty_heads(q), reference.empty_heads(k), reference.empty_heads(v)
 
 
-def described(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.stride()
+def described(*tensors: torch.Tensor) -> list[tuple[int, tuple[int, ...]]]:
+    """The tensors as compiled kernels get them: address and strides."""
+    return [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
 
 
 def _forward_native(q, k, v, kind, *pattern):
-    out, lse = _forward_fake(q, k, v, kind, *pattern)
-    tensors = described(q), described(k), described(v), described(out), lse.data_ptr()
-    dtype = _native.DTYPES[q.dtype]
-    _native.call("sparse_attention", q.device, dtype, q.shape, KINDS.index(kind), *pattern, *tensors)
+    out, lse = _empty_results(q)
+    settings = _native.DTYPES[q.dtype], q.shape, KINDS.index(kind), *pattern
+    _native.call("sparse_attention", q.device, *settings, *described(q, k, v, out), lse.data_ptr())
     return out, lse
 
 
 def _backward_native(grad_out, q, k, v, out, lse, kind, *pattern):
     dq, dk, dv = _backward_fake(grad_out, q, k, v, out, lse, kind, *pattern)
-    tensors = map(described, (grad_out, q, k, v, dq, dk, dv))
-    dtype = _native.DTYPES[q.dtype]
-    _native.call("sparse_attention_backward", q.device, dtype, q.shape, KINDS.index(kind), *pattern, *tensors)
+    settings = _native.DTYPES[q.dtype], q.shape, KINDS.index(kind), *pattern
+    _native.call("sparse_attention_backward", q.device, *settings, *described(grad_out, q, k, v, dq, dk, dv))
     return dq, dk, dv
 
 
@@ -103,13 +106,13 @@ def _well_formed(q, k, v, pattern) -> bool:
         and isinstance(q, torch.Tensor)
         and isinstance(k, torch.Tensor)
         and isinstance(v, torch.Tensor)
-        and q.shape == k.shape == v.shape
-        and q.dtype == k.dtype == v.dtype
+        and (shape := q.shape) == k.shape == v.shape
+        and (dtype := q.dtype) == k.dtype == v.dtype
         and q.device == k.device == v.device
-        and q.dtype in DTYPES
-        and q.dim() == 4
-        and q.shape[2] <= pattern.seq_len
-        and 1 <= q.shape[3] <= MAX_HEAD_DIM
+        and dtype in DTYPES
+        and len(shape) == 4
+        and shape[2] <= pattern.seq_len
+        and 1 <= shape[3] <= MAX_HEAD_DIM
         and q.stride()[3] == k.stride()[3] == v.stride()[3] == 1
     )
 

@@ -146,8 +146,8 @@ def _well_formed(hidden, weight, target, bias, reduction: str) -> bool:
         and hidden.dim() > 0
         and weight.dim() == 2
         and weight.shape[0] > 0
-        and weight.shape[1] == hidden.shape[-1]
-        and target.shape == hidden.shape[:-1]
+        and weight.shape[1] == (shape := hidden.shape)[-1]
+        and target.shape == shape[:-1]
         and hidden.device == weight.device == target.device
         and (bias is None or _is_bias(bias, weight))
         and reduction in REDUCTIONS

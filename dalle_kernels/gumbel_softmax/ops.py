@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
-from dalle_kernels._dispatch import Op, dispatcher_is_needed, wants_gradient
+from dalle_kernels._dispatch import Op, dispatcher_is_needed, is_differentiated
 from dalle_kernels._strides import contiguous_strides
 from dalle_kernels.gumbel_softmax import reference
 from dalle_kernels.philox import new_seed
@@ -279,21 +279,25 @@ def _check(logits: Tensor, tau: float, dim: int) -> None:
         raise ValueError(f"expected a finite temperature tau above 0, got {tau}; for a one-hot sample pass hard=True")
 
 
-def _scalars(tau: float, generator: torch.Generator | None, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The operators' seed, offset and temperature, scalars on the device of ``tensors``, whose first are the logits.
+def _sample(op: Op, tensors: tuple[Tensor, ...], tau: float, generator: torch.Generator | None, *settings):
+    """What ``op`` gives for ``tensors``, whose first are the logits, with a seed drawn for the call.
 
-    A call that is over when it returns, and of which no backward keeps anything, gets them from memory that is there.
+    Seed, offset and temperature are scalar tensors on the logits' device. A call that is over when it returns, and of
+    which no backward keeps anything, finds all three in memory that is there.
     """
     device, dtype = tensors[0].device, reference.compute_dtype(tensors[0].dtype)
     if torch.compiler.is_dynamo_compiling():
         # A product, since torch.compile makes tau a constant of the graph where it meets torch.full or torch.tensor.
-        one = torch.ones((), dtype=dtype, device=device)
-        return new_seed(device, generator), torch.zeros((), dtype=torch.int64, device=device), one * float(tau)
-    if device == _CPU and not dispatcher_is_needed(tensors):
-        own = None if wants_gradient(tensors) else _of_thread.seed
-        return new_seed(device, generator, own), *_kept_scalars(float(tau), dtype)
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    return new_seed(device, generator), zero, torch.full((), float(tau), dtype=dtype, device=device)
+        temperature = torch.ones((), dtype=dtype, device=device) * float(tau)
+    elif device != _CPU or dispatcher_is_needed(tensors):
+        temperature = torch.full((), float(tau), dtype=dtype, device=device)
+    else:
+        scalars = _kept_scalars(float(tau), dtype)
+        if is_differentiated(tensors):
+            return op(*tensors, new_seed(device, generator), *scalars, *settings)
+        return op.run(*tensors, new_seed(device, generator, _of_thread.seed), *scalars, *settings)
+    offset = torch.zeros((), dtype=torch.int64, device=device)
+    return op(*tensors, new_seed(device, generator), offset, temperature, *settings)
 
 
 _CPU = torch.device("cpu")
@@ -340,7 +344,7 @@ def gumbel_softmax(
             on another device.
     """
     _check(logits, tau, dim)
-    return gumbel_softmax_op(logits, *_scalars(tau, generator, logits), hard, dim)
+    return _sample(gumbel_softmax_op, (logits,), tau, generator, hard, dim)
 
 
 def gumbel_softmax_kl(
@@ -353,7 +357,7 @@ def gumbel_softmax_kl(
     Arguments, y and errors are those of :func:`gumbel_softmax`. Both outputs carry gradients to the logits.
     """
     _check(logits, tau, dim)
-    return gumbel_softmax_kl_op(logits, *_scalars(tau, generator, logits), hard, dim)
+    return _sample(gumbel_softmax_kl_op, (logits,), tau, generator, hard, dim)
 
 
 def gumbel_codebook(
@@ -387,4 +391,4 @@ def gumbel_codebook(
         raise ValueError(
             f"expected the codebook on the logits' device {logits.device}, got {codebook.device}; move it with .to()"
         )
-    return gumbel_codebook_op(logits, codebook, *_scalars(tau, generator, logits, codebook), dim)
+    return _sample(gumbel_codebook_op, (logits, codebook), tau, generator, dim)
