@@ -100,7 +100,7 @@ _forward.register_autograd(_gradients, _setup_context)
 
 
 def _well_formed(q, k, v, pattern) -> bool:
-    """Whether :func:`_check` would find nothing wrong, in one condition, which is asked in half the time."""
+    """Whether :func:`_check` would find nothing wrong: one condition, for an eager call's time."""
     return (
         isinstance(pattern, AttentionPattern)
         and isinstance(q, torch.Tensor)

@@ -135,7 +135,7 @@ linear_cross_entropy_with_gradient_op.register_autograd(_scaled_gradients, _save
 
 
 def _well_formed(hidden, weight, target, bias, reduction: str) -> bool:
-    """Whether :func:`_check` would find nothing wrong, in one condition, which is asked in half the time."""
+    """Whether :func:`_check` would find nothing wrong: one condition, for an eager call's time."""
     return (
         isinstance(hidden, Tensor)
         and isinstance(weight, Tensor)

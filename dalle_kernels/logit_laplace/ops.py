@@ -119,7 +119,7 @@ logit_laplace_loss_op.register_autograd(_backward, _setup_context)
 
 
 def _well_formed(x, mu, log_b, reduction: str) -> bool:
-    """Whether :func:`_check` would find nothing wrong, in one condition, which is asked in half the time."""
+    """Whether :func:`_check` would find nothing wrong: one condition, for an eager call's time."""
     return (
         isinstance(x, Tensor)
         and isinstance(mu, Tensor)
