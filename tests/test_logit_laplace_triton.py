@@ -26,6 +26,15 @@ def test_loss_and_gradients_meet_the_error_rule(reduction, dtype, triton_device)
         assert_accurate(*([results[index] for results in column] for column in zip(*draws)), name)
 
 
+def test_a_mean_s_gradient_is_divided_in_one_rounding(triton_device):
+    upstream = torch.full((), 0.7, device=triton_device)
+    for count in (1, 3, 41, 49, 1023):
+        x, log_b = torch.full((count,), 0.5, device=triton_device), torch.zeros(count, device=triton_device)
+        mu = torch.ones(count, device=triton_device, requires_grad=True)
+        (gradient,) = torch.autograd.grad(logit_laplace_loss(x, mu, log_b), mu, upstream)
+        assert torch.equal(gradient, (upstream / count).expand(count))
+
+
 def test_strides_are_read_in_place(triton_device):
     inputs = [tensor.to(triton_device) for tensor in _inputs((4, 6, 5), 3, torch.float32)]
     expected = _run(logit_laplace_loss, inputs, torch.float32, "none")

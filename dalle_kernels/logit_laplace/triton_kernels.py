@@ -75,7 +75,8 @@ def _backward(grad, x, mu, log_b, grad_mu, grad_log_b, count, sizes, grad_stride
     index = _elements(BLOCK, WIDE)
     upstream = _load(grad, index, count, sizes, grad_strides)
     if MEAN:
-        upstream *= (1.0 / (tl.zeros([], tl.float64) + count)).to(tl.float32)
+        # Not times an inverse, which would have been rounded before: the same error in every gradient.
+        upstream = tl.div_rn(upstream, tl.zeros([], tl.float32) + count)
     x_value = _load(x, index, count, sizes, x_strides)
     inverse_b = exponential(-_load(log_b, index, count, sizes, log_b_strides))
     deviation = natural_log(tl.div_rn(x_value, 1.0 - x_value)) - _load(mu, index, count, sizes, mu_strides)
