@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
 from dalle.config import DALLEConfig
 from dalle.errors import UserError
-from dalle.transformer import DALLE, INIT_STD, mask_schedule
+from dalle.transformer import DALLE, INIT_STD, Layer, mask_schedule
+from dalle_kernels import AttentionPattern
 
 # Not square, not a multiple of anything, heads * head_dim different from dim.
 CONFIG = DALLEConfig(
@@ -182,6 +186,46 @@ def test_the_loss_compiles_without_a_graph_break():
     found.backward()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], gradients)
+
+
+def layer_of(kind: str) -> Layer:
+    return Layer(CONFIG, AttentionPattern(kind, CONFIG.text_len + 1, CONFIG.grid, CONFIG.kernel_size))
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_a_layer_on_a_gpu_is_traced_without_a_graph_break_where_there_is_none(kind):
+    """Without gradients, of which a torch that is built without CUDA keeps no record."""
+    layer, graphs = layer_of(kind), []
+
+    def backend(graph: torch.fx.GraphModule, _inputs) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode(), torch.no_grad():
+        for module in layer.modules():
+            for name, parameter in module._parameters.items():
+                fake = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
+                module._parameters[name] = nn.Parameter(fake)
+        x = torch.empty(2, CONFIG.text_len + CONFIG.image_len, CONFIG.dim, dtype=torch.bfloat16, device="cuda")
+        out = torch.compile(layer, fullgraph=True, backend=backend)(x)
+    assert out.device.type == "cuda" and out.shape == x.shape and out.dtype == x.dtype
+    assert len(graphs) == 1
+    assert torch.ops.dalle_kernels.sparse_attention.default in {node.target for node in graphs[0].graph.nodes}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_a_layer_compiles_without_a_graph_break_on_a_gpu(kind):
+    layer = layer_of(kind).to("cuda", torch.bfloat16)
+    x = torch.randn(2, CONFIG.text_len + CONFIG.image_len, CONFIG.dim, dtype=torch.bfloat16, device="cuda")
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        inputs = x.clone().requires_grad_()
+        out = function(inputs)
+        results.append((out, torch.autograd.grad(out.square().sum(), inputs)[0]))
+    torch.testing.assert_close(*results)
 
 
 # float32 takes the compiled step through all layers, float64 the plain one.
