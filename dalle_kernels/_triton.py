@@ -23,6 +23,9 @@ import torch
 
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What numbers most kernels take."""
+
 _LEAST_CAPABILITY = (8, 0)
 
 
@@ -57,6 +60,14 @@ def unavailable(device_type: str) -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < _LEAST_CAPABILITY:
         return f"Triton's kernels need compute capability 8.0, got {capability[0]}.{capability[1]}"
+    return None
+
+
+def unsupported(*arguments) -> str | None:
+    """Why kernels of float32, bfloat16 and float16, in any mixture, cannot serve a call, or None when they can."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and argument.is_floating_point() and argument.dtype not in DTYPES:
+            return f"the Triton kernels take float32, bfloat16 and float16, got {argument.dtype}"
     return None
 
 

@@ -184,5 +184,5 @@ def test_no_rows_and_same_bits(triton_device):
 def test_what_the_kernels_do_not_serve(triton_device):
     logits = torch.zeros(2, 3, dtype=torch.float64, device=triton_device)
     tau = torch.ones((), dtype=torch.float64)
-    with pytest.raises(dalle_kernels.ProviderError, match=r"takes float32, bfloat16 and float16, got torch\.float64"):
+    with pytest.raises(dalle_kernels.ProviderError, match=r"take float32, bfloat16 and float16, got torch\.float64"):
         ops.gumbel_softmax_op(logits, *_scalars(triton_device, tau), False, 1)

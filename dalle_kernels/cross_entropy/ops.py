@@ -17,7 +17,6 @@ from dalle_kernels._dispatch import Op, dispatcher_is_needed, has_transform
 from dalle_kernels.cross_entropy import native, reference
 
 REDUCTIONS = ("none", "mean", "sum")
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64)  # the last one of targets
 _INPUTS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
 
 
@@ -56,13 +55,6 @@ linear_cross_entropy_scaled_gradient_op = Op(
 )
 
 
-def _unsupported_by_triton(*arguments) -> str | None:
-    for argument in arguments:
-        if isinstance(argument, Tensor) and argument.dtype not in _TRITON_DTYPES:
-            return f"the Triton kernels take float32, float16 and bfloat16, got {argument.dtype}"
-    return None
-
-
 for _op in (
     linear_cross_entropy_op,
     linear_cross_entropy_backward_op,
@@ -77,7 +69,7 @@ for _op in (
         "triton",
         _triton.launcher("cross_entropy", _op.name),
         unavailable=_triton.unavailable,
-        unsupported=_unsupported_by_triton,
+        unsupported=_triton.unsupported,
     )
     _op.provide("reference", getattr(reference, _op.name))
 

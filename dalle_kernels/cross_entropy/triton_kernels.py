@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dalle_kernels._triton_configurations import configuration
+from dalle_kernels.triton_elements import first_of_block, is_wide
 from dalle_kernels.triton_philox import LN_2, LOG2_E
 
 _WORKSPACE = 48 << 20
@@ -101,8 +102,7 @@ def _gradients(logits, gradient, bias, target, row_largest, row_sum, row_scale, 
 
 @triton.jit
 def _scaled(gradient, output, factor, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    first = tl.program_id(0)
-    index = (first.to(tl.int64) if WIDE else first) * BLOCK + tl.arange(0, BLOCK)
+    index = first_of_block(BLOCK, WIDE) + tl.arange(0, BLOCK)
     value = tl.load(gradient + index, index < count, other=0.0).to(tl.float32) * tl.load(factor).to(tl.float32)
     tl.store(output + index, value.to(output.dtype.element_ty), index < count)
 
@@ -281,6 +281,6 @@ def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Te
     chosen = configuration("cross_entropy_scaled_gradient", "any", gradient.device)
     if count > 0:
         _scaled[(triton.cdiv(count, chosen["BLOCK"]),)](
-            gradient, output, factor, count, count >= 2**31 - chosen["BLOCK"], **chosen.options
+            gradient, output, factor, count, is_wide(count, chosen["BLOCK"]), **chosen.options
         )
     return output

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dalle_kernels._strides import merged
 from dalle_kernels._triton_configurations import configuration
 from dalle_kernels.float16.reference import Format
+from dalle_kernels.triton_elements import first_of_block, is_wide, layout, places
 
 _BIAS = tl.constexpr(60)  # EXPONENT_BIAS of the formats
 
@@ -53,29 +53,15 @@ def decoded(codes, SIGNIFICAND: tl.constexpr):
 
 
 @triton.jit
-def _places(index, sizes, strides):
-    """Where elements number ``index``, counted row by row, lie, in elements from the first."""
-    places = tl.zeros_like(index).to(tl.int64)
-    for d in tl.static_range(len(sizes)):
-        # From the innermost dimension out: the host passes them in that order.
-        places += (index % sizes[d]).to(tl.int64) * strides[d]
-        index = index // sizes[d]
-    return places
-
-
-@triton.jit
 def _block(count, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """The numbers of this program's elements, and whether all of them exist: such a block takes no mask."""
-    first = tl.program_id(0)
-    if WIDE:
-        first = first.to(tl.int64)
-    first = first * BLOCK
+    first = first_of_block(BLOCK, WIDE)
     return first + tl.arange(0, BLOCK), first + BLOCK <= count
 
 
 @triton.jit
 def _encode_block(x, codes, nonfinite, index, mask, sizes, strides, SIGNIFICAND: tl.constexpr, DENSE: tl.constexpr):
-    values = tl.load(x + (index if DENSE else _places(index, sizes, strides)), mask)
+    values = tl.load(x + (index if DENSE else places(index, sizes, strides)), mask)
     if x.dtype.element_ty == tl.float64:
         code, found = encoded(values.to(tl.int64, bitcast=True), SIGNIFICAND, 52, 1023)
     else:
@@ -98,7 +84,7 @@ def _encode(x, codes, nonfinite, count, sizes, strides, SIGNIFICAND: tl.constexp
 
 @triton.jit
 def _decode_block(codes, output, index, mask, sizes, strides, SIGNIFICAND: tl.constexpr, DENSE: tl.constexpr):
-    values = decoded(tl.load(codes + (index if DENSE else _places(index, sizes, strides)), mask), SIGNIFICAND)
+    values = decoded(tl.load(codes + (index if DENSE else places(index, sizes, strides)), mask), SIGNIFICAND)
     tl.store(output + index, values.to(output.dtype.element_ty), mask)
 
 
@@ -117,15 +103,11 @@ def _launch(op: str, kernel, form: Format, tensors: tuple[Tensor, ...]) -> None:
     count = tensors[0].numel()
     if count == 0:
         return
-    # Innermost first, as _places takes them.
-    sizes, (strides,) = merged(tensors[0].shape, tensors[0].stride())
-    sizes, strides = tuple(reversed(sizes)), tuple(reversed(strides))
+    sizes, strides = layout(tensors[0])
     dense = sizes == (count,) and strides == (1,)
     chosen = configuration(op, "dense" if dense else "strided", tensors[0].device)
-    # A dense tensor needs no sizes, and one element has none: any will do.
-    layout = (sizes, strides) if sizes and not dense else ((count,), (1,))
     kernel[(triton.cdiv(count, chosen["BLOCK"]),)](
-        *tensors, count, *layout, form.significand_bits, dense, count >= 2**31 - chosen["BLOCK"], **chosen.options
+        *tensors, count, sizes, strides, form.significand_bits, dense, is_wide(count, chosen["BLOCK"]), **chosen.options
     )
 
 

@@ -70,7 +70,6 @@ gumbel_codebook_backward_op = Op(
 
 _MAX_ROW_DIMS = 8  # Strided::MAX_DIMS in csrc/common/strided.h
 _MAX_COLUMNS = 1 << 24  # column numbers are compared as float32
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # the last one of seed and offset
 
 
 @lru_cache(maxsize=256)
@@ -187,13 +186,10 @@ def _unsupported_codebook_backward(grad_embedding, grad_kl, logits, codebook, *r
 
 
 def _unsupported_by_triton(first, *rest) -> str | None:
-    """float32, bfloat16 and float16 are served in any mixture; ``first`` has the rows of the call."""
-    for tensor in (first, *rest):
-        if isinstance(tensor, Tensor) and tensor.dtype not in _TRITON_DTYPES:
-            return f"the Triton kernel takes float32, bfloat16 and float16, got {tensor.dtype}"
+    """``first`` has the rows of the call."""
     if first.numel() >= first.shape[rest[-1]] << 31:
-        return "the Triton kernel takes fewer than 2^31 rows"
-    return None
+        return "the Triton kernels take fewer than 2^31 rows"
+    return _triton.unsupported(first, *rest)
 
 
 for _op, _run, _unsupported, _plain in (

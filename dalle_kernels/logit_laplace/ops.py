@@ -12,7 +12,7 @@ from dalle_kernels.logit_laplace import reference
 REDUCTIONS = ("none", "mean", "sum")
 _BLOCK = 2048  # LOGIT_LAPLACE_BLOCK in csrc/logit_laplace/logit_laplace.h
 _MAX_DIMS = 8  # Strided::MAX_DIMS in csrc/common/strided.h
-_NATIVE_DTYPES = _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INPUTS = "Tensor x, Tensor mu, Tensor log_b, str reduction"
 
 
@@ -83,19 +83,12 @@ def _native_unsupported(*arguments) -> str | None:
     return None
 
 
-def _unsupported_by_triton(*arguments) -> str | None:
-    for tensor in arguments[:-1]:
-        if tensor.dtype not in _TRITON_DTYPES:
-            return f"the Triton kernel takes float32, float16 and bfloat16, got {tensor.dtype}"
-    return None
-
-
 logit_laplace_loss_op = Op(f"logit_laplace_loss({_INPUTS}) -> Tensor", _fake)
 logit_laplace_loss_backward_op = Op(
     f"logit_laplace_loss_backward(Tensor grad_loss, {_INPUTS}) -> (Tensor, Tensor)", _fake_backward
 )
 _native_limits = {"unavailable": _native.unavailable_but_on_cpu, "unsupported": _native_unsupported}
-_triton_limits = {"unavailable": _triton.unavailable, "unsupported": _unsupported_by_triton}
+_triton_limits = {"unavailable": _triton.unavailable, "unsupported": _triton.unsupported}
 logit_laplace_loss_op.provide("native", _native_loss, **_native_limits)
 logit_laplace_loss_op.provide("triton", _triton.launcher("logit_laplace", "logit_laplace_loss"), **_triton_limits)
 logit_laplace_loss_op.provide("reference", reference.logit_laplace_loss)

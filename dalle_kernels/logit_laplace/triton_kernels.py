@@ -15,36 +15,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dalle_kernels._strides import merged
 from dalle_kernels._triton_configurations import configuration
+from dalle_kernels.triton_elements import first_of_block, is_wide, layout, places
 from dalle_kernels.triton_math import exponential, natural_log
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _elements(BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    first = tl.program_id(0)
-    return (first.to(tl.int64) if WIDE else first) * BLOCK + tl.arange(0, BLOCK)
-
-
-@triton.jit
 def _load(tensor, index, count, sizes, strides):
-    """Elements in float32, counted in the order of the shape; sizes and strides come innermost first."""
-    place = tl.zeros_like(index).to(tl.int64)
-    rest = index
-    for d in tl.static_range(len(sizes) - 1):
-        place += (rest % sizes[d]).to(tl.int64) * strides[d]
-        rest = rest // sizes[d]
-    place += rest.to(tl.int64) * strides[len(sizes) - 1]
-    return tl.load(tensor + place, index < count, other=0.5).to(tl.float32)
+    """Elements number ``index`` in float32."""
+    return tl.load(tensor + places(index, sizes, strides), index < count, other=0.5).to(tl.float32)
 
 
 @triton.jit
 def _forward(x, mu, log_b, output, count, sizes, x_strides, mu_strides, log_b_strides, REDUCED: tl.constexpr,
              WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Each element's loss, or the sum of the program's in float64."""
-    index = _elements(BLOCK, WIDE)
+    index = first_of_block(BLOCK, WIDE) + tl.arange(0, BLOCK)
     x_value = _load(x, index, count, sizes, x_strides)
     spread = _load(log_b, index, count, sizes, log_b_strides)
     log_x, log_complement = natural_log(x_value), natural_log(1.0 - x_value)
@@ -72,7 +60,7 @@ def _total(partial, loss, parts, count, MEAN: tl.constexpr, BLOCK: tl.constexpr)
 @triton.jit
 def _backward(grad, x, mu, log_b, grad_mu, grad_log_b, count, sizes, grad_strides, x_strides, mu_strides,
               log_b_strides, MEAN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    index = _elements(BLOCK, WIDE)
+    index = first_of_block(BLOCK, WIDE) + tl.arange(0, BLOCK)
     upstream = _load(grad, index, count, sizes, grad_strides)
     if MEAN:
         # Not times an inverse, which would have been rounded before: the same error in every gradient.
@@ -87,14 +75,6 @@ def _backward(grad, x, mu, log_b, grad_mu, grad_log_b, count, sizes, grad_stride
     tl.store(grad_log_b + index, value.to(grad_log_b.dtype.element_ty), kept)
 
 
-def _layout(*tensors: Tensor) -> list[tuple[int, ...]]:
-    """Their common sizes and each one's strides, innermost first, in as few dimensions as possible, at least one."""
-    sizes, strides = merged(tensors[0].shape, *(tensor.stride() for tensor in tensors))
-    if not sizes:
-        return [(1,)] + [(0,)] * len(tensors)
-    return [tuple(reversed(numbers)) for numbers in (sizes, *strides)]
-
-
 def _grid(count: int, block: int) -> tuple[int]:
     return (max(1, triton.cdiv(count, block)),)
 
@@ -103,9 +83,9 @@ def logit_laplace_loss(x: Tensor, mu: Tensor, log_b: Tensor, reduction: str) -> 
     reduced, count = reduction != "none", x.numel()
     loss = x.new_empty(() if reduced else x.shape, dtype=torch.float32)
     chosen = configuration("logit_laplace_loss", "reduced" if reduced else "each", x.device)
-    grid, wide = _grid(count, chosen["BLOCK"]), count >= 2**31 - chosen["BLOCK"]
+    grid, wide = _grid(count, chosen["BLOCK"]), is_wide(count, chosen["BLOCK"])
     output = x.new_empty(grid, dtype=torch.float64) if reduced else loss
-    _forward[grid](x, mu, log_b, output, count, *_layout(x, mu, log_b), reduced, wide, **chosen.options)
+    _forward[grid](x, mu, log_b, output, count, *layout(x, mu, log_b), reduced, wide, **chosen.options)
     if reduced:
         _total[(1,)](output, loss, grid[0], count, reduction == "mean", BLOCK=1024)
     return loss
@@ -118,7 +98,7 @@ def logit_laplace_loss_backward(
     count, grad = x.numel(), grad_loss.expand(x.shape)
     chosen = configuration("logit_laplace_loss_backward", "each", x.device)
     _backward[_grid(count, chosen["BLOCK"])](
-        grad, x, mu, log_b, grad_mu, grad_log_b, count, *_layout(grad, x, mu, log_b), reduction == "mean",
-        count >= 2**31 - chosen["BLOCK"], **chosen.options,
+        grad, x, mu, log_b, grad_mu, grad_log_b, count, *layout(grad, x, mu, log_b), reduction == "mean",
+        is_wide(count, chosen["BLOCK"]), **chosen.options,
     )  # fmt: skip
     return grad_mu, grad_log_b
