@@ -148,6 +148,8 @@ def decode_call(op: str, draw: random.Random) -> Call:
     tokens = [laid_out(draw, torch.randn(prompts * samples, heads, 1, head_dim).to(dtype)) for _ in range(3)]
     held = [torch.randn(tensor.shape).to(dtype) for tensor in (cache.text, cache.image)]
     position = draw.randrange(0 if samples == 1 else pattern.text_len, pattern.seq_len)
+    if op == "decode_attention_at":
+        position = torch.tensor(position, dtype=draw.choice((torch.int32, torch.int64)))
     return Call(
         (*tokens, *held, position, *cache.pattern_arguments, draw.choice((head_dim**-0.5, draw.uniform(-2, 2))))
     )
@@ -307,7 +309,7 @@ def grad_scale_call(op: str, draw: random.Random) -> Call:
 SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
     **dict.fromkeys([f"{job}_{form}" for job in ("encode", "decode") for form in ("fp169", "fp0610")], float16_call),
     **dict.fromkeys(["sparse_attention", "sparse_attention_backward"], attention_call),
-    "decode_attention": decode_call,
+    **dict.fromkeys(["decode_attention", "decode_attention_at"], decode_call),
     "decode_layers": decode_layers_call,
     "linear": linear_call,
     **dict.fromkeys(["mlp", "mlp_backward"], mlp_call),

@@ -147,8 +147,12 @@ def test_the_module_decodes_what_it_computes_at_once(kind):
     cache = module.new_cache(2, samples_per_prompt=2)
     assert cache.dtype == torch.float32
     torch.testing.assert_close(module(x[::2, :4], cache), whole[::2, :4], atol=1e-5, rtol=1e-4)
+    counted, position = module.new_cache(2, samples_per_prompt=2), torch.tensor(4)
+    module(x[::2, :4], counted)
     for i in range(4, pattern.seq_len):
-        torch.testing.assert_close(module(x[:, i : i + 1], cache), whole[:, i : i + 1], atol=1e-5, rtol=1e-4)
+        for step in (module(x[:, i : i + 1], cache), module(x[:, i : i + 1], counted, position)):
+            torch.testing.assert_close(step, whole[:, i : i + 1], atol=1e-5, rtol=1e-4)
+        position += 1
 
 
 def test_the_module_trains_compiles_and_loads():

@@ -172,6 +172,82 @@ def test_no_gradient_is_recorded():
     assert not decode_attention(q, q, q, KVCache(pattern, 1, 1, 4)).requires_grad
 
 
+def decode_by_tensor(pattern, q, k, v, samples, given, dtype):
+    """As `decode_all`, the position counted in a tensor."""
+    with poisoned_allocations():
+        cache = KVCache(pattern, len(q) // samples, q.shape[1], q.shape[3], q.dtype, samples_per_prompt=samples)
+        if given:
+            cache.prefill(k[::samples, :, :given], v[::samples, :, :given])
+        position, steps = torch.full((1,), given, dtype=dtype), []
+        for i in range(given, q.shape[2]):
+            steps.append(decode_attention(*(x[:, :, i : i + 1] for x in (q, k, v)), cache, position=position))
+            position += 1
+    assert cache.length == given
+    return torch.cat(steps, dim=2)
+
+
+@pytest.mark.parametrize("provider", ["native", "reference"])
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_position_in_a_tensor_meets_the_error_rule(kind, samples, provider):
+    if provider == "native" and _native.unavailable("cpu") is not None:
+        pytest.skip("the compiled library is not built")
+    pattern, results = AttentionPattern(kind, 3, (4, 5), 3), []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        given, dtype = (0, torch.int32) if samples == 1 else (3, torch.int64)
+        q, k, v = draw(pattern, 2, samples, 2, 8, torch.float32)
+        with dalle_kernels.use(provider):
+            actual = decode_by_tensor(pattern, q, k, v, samples, given, dtype)
+        with dalle_kernels.use("reference"):
+            plain = decode_all(pattern, q, k, v, samples, given)
+            exact = sparse_attention(q.double(), k.double(), v.double(), pattern)[:, :, given:]
+        results.append((actual, plain, exact))
+    assert_accurate(*zip(*results), str(pattern))
+
+
+@pytest.mark.parametrize("provider", ["native", "reference"])
+def test_a_place_without_a_step_gives_nan_and_leaves_the_cache(provider):
+    if provider == "native" and _native.unavailable("cpu") is not None:
+        pytest.skip("the compiled library is not built")
+    assert_no_step("cpu", provider)
+
+
+def assert_no_step(device, provider):
+    pattern = AttentionPattern("column", 3, (2, 2))
+    for samples, places in ((1, (-1, 7, 100)), (2, (0, 2, 7))):
+        cache = KVCache(pattern, 1, 2, 4, device=device, samples_per_prompt=samples)
+        for held in (cache.text, cache.image):
+            held.normal_()
+        before = cache.text.clone(), cache.image.clone()
+        token = torch.randn(samples, 2, 1, 4, device=device)
+        for place in places:
+            position = torch.tensor(place, device=device)
+            with dalle_kernels.use(provider):
+                assert decode_attention(token, token, token, cache, position=position).isnan().all()
+            assert torch.equal(cache.text, before[0]) and torch.equal(cache.image, before[1])
+
+
+def test_wrong_positions():
+    cache, token = KVCache(AttentionPattern("row", 0, (2, 2)), 1, 1, 4), torch.zeros(1, 1, 1, 4)
+    for position, message in ((3, "int32 or int64, or None, got int"), (torch.zeros(1), "got torch.float32")):
+        with pytest.raises(TypeError, match=message):
+            decode_attention(token, token, token, cache, position=position)
+    with pytest.raises(ValueError, match=r"expected position as a tensor of one element, got one of shape \[2\]"):
+        decode_attention(token, token, token, cache, position=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="expected position on the cache's device cpu, got meta"):
+        decode_attention(token, token, token, cache, position=torch.zeros(1, dtype=torch.int64, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_of_a_position_in_a_tensor(dtype):
+    *tensors, position, kind, text_len, height, width, kernel_size, scale = operator_arguments(dtype)[1]
+    pattern = kind, text_len, height, width, kernel_size, scale
+    torch.library.opcheck(
+        torch.ops.dalle_kernels.decode_attention_at.default, (*tensors, torch.tensor(position), *pattern)
+    )
+
+
 CHECK_ONE_INSTRUCTION_SET = """
 import torch
 from test_decode import *

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dalle_kernels
+from dalle_kernels import AttentionPattern, KVCache, decode_attention
 
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")]
@@ -66,6 +67,38 @@ def test_a_captured_call_replays(op):
             graph.replay()
             torch.cuda.synchronize()
             assert all(map(fuzz.same_bits, captured, expected))
+
+
+@pytest.mark.parametrize("samples", (1, 4))
+def test_one_graph_serves_every_step_of_a_generation(samples):
+    pattern, given = AttentionPattern("conv", 7, (6, 6), 3), 7
+    cache, plain = (KVCache(pattern, 2, 3, 64, torch.bfloat16, "cuda", samples) for _ in range(2))
+    tokens = torch.randn(pattern.seq_len, 3, *cache.step_shape, dtype=torch.bfloat16, device="cuda")
+    text = torch.randn(2, 2, 3, given, 64, dtype=torch.bfloat16, device="cuda").unbind()
+    for held in (cache, plain):
+        held.prefill(*text)
+    token, position = tokens[given].clone(), torch.full((1,), given, device="cuda")
+
+    def step() -> torch.Tensor:
+        out = decode_attention(*token, cache, position=position)
+        position.add_(1)
+        return out
+
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):  # compiles, which a capture must not
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    position.fill_(given)
+    for place in range(given, pattern.seq_len):
+        token.copy_(tokens[place])
+        graph.replay()
+        expected = decode_attention(*tokens[place], plain)
+        torch.cuda.synchronize()
+        assert fuzz.same_bits(out, expected)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,4 +1,8 @@
-"""The operator ``decode_attention``: one token a step from a cache, its checks and its providers."""
+"""The operators of one token a step from a cache, their checks and their providers.
+
+``decode_attention`` is given the token's position as a number, ``decode_attention_at`` as a tensor, which it reads on
+the device: a CUDA graph repeats the numbers that its calls were captured with, but reads tensors anew.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +40,13 @@ def _decode_native(q, k_new, v_new, text, image, position, kind, text_len, heigh
     return out
 
 
+def _decode_at_native(q, k_new, v_new, text, image, position, kind, text_len, height, width, kernel_size, scale):
+    place = int(position)  # of the CPU, where nothing waits for it
+    if not (text_len if image.shape[3] > 1 else 0) <= place < text_len + height * width:
+        return q.new_full(q.shape, torch.nan)
+    return _decode_native(q, k_new, v_new, text, image, place, kind, text_len, height, width, kernel_size, scale)
+
+
 def _native_unsupported(q, k_new, v_new, text, image, *_arguments) -> str | None:
     if q.dtype == torch.float64:
         return "the compiled kernel takes float32, float16 and bfloat16, got float64"
@@ -50,23 +61,27 @@ def _triton_unsupported(q, k_new, v_new, text, image, position, *pattern) -> str
     return _native_unsupported(q, k_new, v_new, text, image)
 
 
-_decode = Op(
-    "decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) text, Tensor(b!) image, SymInt position, "
-    f"{PATTERN_SCHEMA}) -> Tensor",
-    _fake,
-)
+_TENSORS = "Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) text, Tensor(b!) image"
+_decode = Op(f"decode_attention({_TENSORS}, SymInt position, {PATTERN_SCHEMA}) -> Tensor", _fake)
+_decode_at = Op(f"decode_attention_at({_TENSORS}, Tensor position, {PATTERN_SCHEMA}) -> Tensor", _fake)
+_launch = _triton.launcher("attention", "decode_attention")
 _decode.provide("native", _decode_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported)
-_decode.provide(
-    "triton",
-    _triton.launcher("attention", "decode_attention"),
-    unavailable=_triton.unavailable,
-    unsupported=_triton_unsupported,
-)
+_decode.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_triton_unsupported)
 _decode.provide("reference", reference.decode_attention)
+_decode_at.provide(
+    "native", _decode_at_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported
+)
+_decode_at.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_native_unsupported)
+_decode_at.provide("reference", reference.decode_attention_at)
 
 
 def decode_attention(
-    q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, cache: KVCache, scale: float | None = None
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    cache: KVCache,
+    scale: float | None = None,
+    position: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One step of generation: put the new token's key and value in the cache, and attend from it.
 
@@ -76,6 +91,11 @@ def decode_attention(
         q, k_new, v_new: ``[batch * samples_per_prompt, heads, 1, head_dim]`` of the cache's dtype, any strides.
         cache: see :class:`KVCache`; it grows by one token.
         scale: factor on the dot products, by default ``head_dim ** -0.5``.
+        position: None for the token that follows the ``cache.length`` held so far, or the token's place in the stream
+            as an int32 or int64 tensor of one element on the cache's device, which is read there. Then the caller
+            counts, ``cache.length`` stays as it is, and one CUDA graph serves every step: capture this call and
+            ``position.add_(1)`` after a call that is not captured. At a place where there is no step, outside the
+            stream or in the text that samples share, the result is NaN and the cache stays as it is.
 
     Returns:
         ``[batch * samples_per_prompt, heads, 1, head_dim]``, contiguous.
@@ -89,15 +109,30 @@ def decode_attention(
     if not cache.fits(q, k_new, v_new):  # then one of these says how
         check_heads(q=q, k_new=k_new, v_new=v_new)
         cache.check(k_new, cache.step_shape)
-    cache.check_step()
+    if position is None:
+        cache.check_step()
+    else:
+        _check_position(position, cache)
     if torch.is_grad_enabled():
         with torch.no_grad():
-            return _step(q, k_new, v_new, cache, scale)
-    return _step(q, k_new, v_new, cache, scale)
+            return _step(q, k_new, v_new, cache, scale, position)
+    return _step(q, k_new, v_new, cache, scale, position)
 
 
-def _step(q, k_new, v_new, cache: KVCache, scale: float | None) -> torch.Tensor:
+def _check_position(position: torch.Tensor, cache: KVCache) -> None:
+    if not isinstance(position, torch.Tensor) or position.dtype not in (torch.int32, torch.int64):
+        got = position.dtype if isinstance(position, torch.Tensor) else type(position).__name__
+        raise TypeError(f"expected position as a tensor of int32 or int64, or None, got {got}")
+    if position.numel() != 1:
+        raise ValueError(f"expected position as a tensor of one element, got one of shape {list(position.shape)}")
+    if position.device != cache.device:
+        raise ValueError(f"expected position on the cache's device {cache.device}, got {position.device}")
+
+
+def _step(q, k_new, v_new, cache: KVCache, scale: float | None, position: torch.Tensor | None) -> torch.Tensor:
     scale = checked_scale(scale, cache.head_dim)
+    if position is not None:
+        return _decode_at(q, k_new, v_new, cache.text, cache.image, position, *cache.pattern_arguments, scale)
     out = _decode(q, k_new, v_new, cache.text, cache.image, cache.length, *cache.pattern_arguments, scale)
     cache.length += 1
     return out

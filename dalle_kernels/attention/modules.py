@@ -59,11 +59,14 @@ class SparseSelfAttention(nn.Module):
         weight = self.qkv.weight
         return KVCache(self.pattern, batch, self.heads, self.head_dim, weight.dtype, weight.device, samples_per_prompt)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None = None, position: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """``[batch, seq, dim]`` to ``[batch, seq, dim]``, where ``seq`` is any prefix of ``pattern.seq_len``.
 
         With a cache: an empty one takes the whole prompt ``x`` ``[prompts, seq, dim]``; after that each call is one
-        step, ``x`` being ``[prompts * samples_per_prompt, 1, dim]``.
+        step, ``x`` being ``[prompts * samples_per_prompt, 1, dim]``. With a ``position``, a tensor, it is a step there:
+        see :func:`decode_attention`.
         """
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"expected an input of shape [batch, seq, {self.dim}], got {list(x.shape)}")
@@ -74,8 +77,8 @@ class SparseSelfAttention(nn.Module):
             )
         joint = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
         q, k, v = (part.transpose(1, 2) for part in joint.unbind(2))
-        if cache is not None and cache.length:
-            attended = decode_attention(q, k, v, cache, self.scale)
+        if position is not None or (cache is not None and cache.length):
+            attended = decode_attention(q, k, v, cache, self.scale, position)
         else:
             attended = sparse_attention(q, k, v, self.pattern, self.scale)
             if cache is not None:

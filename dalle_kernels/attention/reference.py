@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from .pattern import AttentionPattern, cached_pattern
-from .slots import slot_table
+from .slots import slot_table, slot_tensors
 
 
 @lru_cache(maxsize=32)
@@ -118,3 +118,49 @@ def decode_attention(
         out = weights[..., :text_len] @ text_values
         out += (weights[..., None, text_len:] @ image_values).squeeze(-2)
     return out.transpose(1, 2).reshape(q.shape).contiguous()
+
+
+def decode_attention_at(
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    text: torch.Tensor,
+    image: torch.Tensor,
+    position: torch.Tensor,
+    kind: str,
+    text_len: int,
+    height: int,
+    width: int,
+    kernel_size: int,
+    scale: float,
+) -> torch.Tensor:
+    """:func:`decode_attention` at a position that only the device knows: all keys are scored, and the unseen hidden.
+
+    A position at which there is no step gives NaN and changes nothing: one outside the stream, and one of the text that
+    several samples share.
+    """
+    _, prompts, heads, samples, _, head_dim = image.shape
+    query, key, value = (x.reshape(prompts, samples, heads, head_dim).transpose(1, 2) for x in (q, k_new, v_new))
+    position = position.reshape(1).long()
+    is_step = (position >= (text_len if samples > 1 else 0)) & (position < text_len + height * width)
+    in_image = position >= text_len
+    own_slot, seen = slot_tensors(cached_pattern(kind, text_len, height, width, kernel_size), q.device)
+    token = (position - text_len).clamp(0, len(seen) - 1)
+    taken = torch.stack((key, value))
+    if samples == 1 and text_len > 0:
+        place = position.clamp(0, text_len - 1)
+        text.index_copy_(3, place, torch.where(is_step & ~in_image, taken, text.index_select(3, place)))
+    slot = own_slot[token]
+    image.index_copy_(4, slot, torch.where(is_step & in_image, taken[..., None, :], image.index_select(4, slot)))
+
+    text_seen = torch.arange(text_len, device=q.device) <= position
+    image_seen = seen[token[0]] & in_image
+    image_scores = (image[0] @ query.unsqueeze(-1)).squeeze(-1)
+    joint = torch.cat((query @ text[0].transpose(-2, -1), image_scores), dim=-1).to(_statistics_dtype(q.dtype)) * scale
+    hidden = ~torch.cat((text_seen, image_seen))
+    weights = joint.masked_fill(hidden, -torch.inf).softmax(dim=-1).to(q.dtype)
+    # Of what was never written a weight of zero would make NaN.
+    values = text[1].masked_fill(~text_seen[:, None], 0), image[1].masked_fill(~image_seen[:, None], 0)
+    out = weights[..., :text_len] @ values[0]
+    out += (weights[..., None, text_len:] @ values[1]).squeeze(-2)
+    return torch.where(is_step, out, torch.nan).transpose(1, 2).reshape(q.shape).contiguous()

@@ -62,6 +62,21 @@ def slot_table(device: torch.device, *pattern) -> list[Slots]:
         return [Slots(n % count, len(slots) - 1, len(slots), listed=slots) for n, slots in enumerate(listed)]
 
 
+@lru_cache(maxsize=64)
+def slot_tensors(pattern: AttentionPattern, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`slot_table` for a token that only the device knows.
+
+    The slot of each image token's own key, int64 ``[tokens]``, and which slots it sees, bool ``[tokens, slots]``.
+    """
+    table = slot_table(pattern, torch.device("cpu"))
+    seen = torch.zeros(len(table), slot_count(pattern), dtype=torch.bool)
+    for row, slots in zip(seen, table):
+        row[slice(slots.first, slots.first + slots.count) if slots.listed is None else slots.listed] = True
+    own = torch.tensor([slots.own_slot for slots in table])
+    with torch.inference_mode(False):
+        return own.to(device), seen.to(device)
+
+
 def visible_keys(position: int, device: torch.device, *pattern) -> tuple[int, Slots, int]:
     """What the token at ``position`` sees: how many text keys, the image's slots, and which key of all is its own."""
     text_len = pattern[1]

@@ -89,6 +89,8 @@ def decode_rows_kernel(q, q_strides, k_new, k_strides, v_new, v_strides, text, i
     """
     if POSITION_ON_DEVICE:
         position = tl.load(position)
+        is_step = (position >= (0 if TEXT else text_len)) & (position < text_len + height * width)
+        position = tl.where(is_step, position, -1).to(tl.int32)
     program, part = tl.program_id(0), tl.program_id(1)
     row, head = program // heads, program % heads
     prompt_head = (row // samples * heads + head).to(tl.int64)
@@ -108,7 +110,8 @@ def decode_rows_kernel(q, q_strides, k_new, k_strides, v_new, v_strides, text, i
     )
     own = (lane == 0) & (part == 0)
     maximum = tl.where(own, tl.sum(query * key, axis=0) * exponent, LOWEST)
-    total = tl.where(own, 1.0, 0.0)
+    # A position at which there is no step makes the output NaN, and writes and reads no cache.
+    total = tl.where(own, tl.where(position < 0, float("nan"), 1.0), 0.0)
     weighted = tl.where(own[:, None], value[None, :], 0.0)
     if part == 0:
         in_head = column < HEAD_DIM
@@ -117,8 +120,9 @@ def decode_rows_kernel(q, q_strides, k_new, k_strides, v_new, v_strides, text, i
         tl.store(image_values + slot, value.to(image.dtype.element_ty), mask=in_head & in_image)
         if TEXT:
             place = position.to(tl.int64) * HEAD_DIM + column
-            tl.store(text + place, key.to(text.dtype.element_ty), mask=in_head & (position < text_len))
-            tl.store(text_values + place, value.to(text.dtype.element_ty), mask=in_head & (position < text_len))
+            in_text = in_head & (position >= 0) & (position < text_len)
+            tl.store(text + place, key.to(text.dtype.element_ty), mask=in_text)
+            tl.store(text_values + place, value.to(text.dtype.element_ty), mask=in_text)
 
     start, stop = part * part_keys, (part + 1) * part_keys
     if TEXT:

@@ -132,11 +132,7 @@ def _segments(text_programs: int, seq: int, block_queries: int) -> int:
 
 
 def decode_attention(q, k_new, v_new, text, image, position, kind, text_len, height, width, kernel_size, scale):
-    """As the operator, but that ``position`` may be a tensor of one integer on the device.
-
-    A captured CUDA graph that was given one goes on to the next token when the tensor is counted up; one that was given
-    a number repeats its step.
-    """
+    """The operators ``decode_attention``, ``position`` a number, and ``decode_attention_at``, a tensor of one."""
     _, prompts, heads, samples, slots, head_dim = image.shape
     rows = prompts * samples
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
