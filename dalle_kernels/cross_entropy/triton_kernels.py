@@ -3,17 +3,20 @@
 Rows are taken in chunks, whose logits give losses, then their own gradients and with them the gradient of ``hidden``.
 A weight of float32 has its gradient summed where it lies, chunk after chunk. One of 16 bits has no room for sums in
 float32, and rounding after every chunk would spoil it: unless one chunk has all rows, its gradient is taken in a second
-pass over panels of classes, whose logits are computed again; each element is then summed in float32 and rounded once.
+pass over panels of classes, each element summed in float32 and rounded once. The memory of that gradient, ``[classes,
+width]``, serves the first pass to keep the logits' gradients of as many rows as the width; those of later rows are
+computed again.
 
 Products of two tensors of one 16-bit dtype run on the tensor cores as they are, with the logits' gradient rounded to
 that dtype; any others are taken in float32. In float16 that gradient is kept relative to the largest incoming one, so
 that small ones do not vanish.
 
 Floor, 8192 rows of 3968 against 16384 classes on an H200 in bfloat16: 2·rows·classes·width is 1.07 TFLOP or 1.35 ms at
-790 TFLOP/s; loss and gradients take three products, 4.0 ms, and the second pass makes that four, 5.4 ms. Sums in
-float32 instead would take 260 MB and as long: their 520 MB of traffic for each of 20 chunks cost 2.4 ms. Between the
-products each logit is written, read twice and its gradient written and read twice, 1.1 GB a pass or 0.25 ms each if
-none of it stays in the L2 cache. Workspace: ``_WORKSPACE`` bytes and what the library takes. No GPU has run it yet.
+790 TFLOP/s; loss and gradients take three products, 4.0 ms, and the rows beyond the first 3840, which are not kept,
+half of a fourth, 0.7 ms. Sums in float32 instead would take 260 MB and be slower: their 520 MB of traffic for each of
+20 chunks cost 2.4 ms. Between the products each logit is written, read twice and its gradient written and read twice,
+1.1 GB a pass or 0.25 ms each if none of it stays in the L2 cache; to keep a gradient, it is read and written once more.
+Workspace: ``_WORKSPACE`` bytes and what the library takes. No GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -194,6 +197,7 @@ class _Problem:
         row_scale = row_scale.to(torch.float32)
         unit = self.unit(row_scale)
         again = output_mask[1] and weight.dtype != torch.float32 and len(self.chunks) > 1
+        kept = 0
         for chunk in self.chunks:
             rows = self.rows(chunk)
             logits = self.logits(rows)
@@ -207,11 +211,15 @@ class _Problem:
             elif output_mask[1] and not again:
                 for panel in self.panels:
                     torch.mul(_product(gradient[:, panel].t(), rows), unit, out=grad_weight[panel])
+            if again and gradient.dtype == weight.dtype and chunk.stop <= weight.shape[1]:
+                self.keep(chunk, gradient, grad_weight)
+                kept = chunk.stop
             if output_mask[2]:
                 bias_sums += gradient.sum(0, dtype=torch.float64)
         if again:
             for panel in self.panels:
-                torch.mul(self.gradient_of_panel(panel, row_scale, unit), unit, out=grad_weight[panel])
+                held = grad_weight[panel].view(weight.shape[1], -1)[:kept]
+                torch.mul(self.gradient_of_panel(panel, held, row_scale, unit), unit, out=grad_weight[panel])
         bias_sums *= unit
         return grad_hidden, grad_weight, bias_sums.to(weight.dtype if self.bias is None else self.bias.dtype)
 
@@ -222,10 +230,26 @@ class _Problem:
         largest = row_scale.abs().nan_to_num(0.0, 0.0, 0.0).amax()
         return largest.masked_fill(largest == 0, 1.0)
 
-    def gradient_of_panel(self, panel: slice, row_scale: Tensor, unit: Tensor) -> Tensor:
-        """The gradient over ``unit`` of a few classes' weights in float32; every row's maximum and sum are known."""
-        weight, total = self.classes(panel), None
-        for chunk in _slices(len(self.hidden), _WORKSPACE // (2 * len(weight) * self.logit_bytes)):
+    def keep(self, chunk: slice, gradient: Tensor, grad_weight: Tensor) -> None:
+        """Store a chunk's gradients panel by panel, ``[rows, classes]`` where the panel's own gradient is to be."""
+        classes, width = grad_weight.shape
+        step = self.panels[0].stop
+        whole = classes // step * step
+        panels = gradient[:, :whole].unflatten(1, (-1, step)).transpose(0, 1)
+        grad_weight[:whole].view(-1, width, step)[:, chunk] = panels
+        if whole < classes:
+            grad_weight[whole:].view(width, -1)[chunk] = gradient[:, whole:]
+
+    def gradient_of_panel(self, panel: slice, held: Tensor, row_scale: Tensor, unit: Tensor) -> Tensor:
+        """The gradient over ``unit`` of a few classes' weights in float32; every row's maximum and sum are known.
+
+        ``held`` are the logits' gradients of the first rows.
+        """
+        weight, total, kept = self.classes(panel), None, len(held)
+        if kept:
+            total = _product(held.t(), self.rows(slice(0, kept)))
+        for later in _slices(len(self.hidden) - kept, _WORKSPACE // (2 * len(weight) * self.logit_bytes)):
+            chunk = slice(kept + later.start, kept + later.stop)
             rows = self.rows(chunk)
             gradient = self.gradient(chunk, panel, _product(rows, weight.t()), row_scale, unit)
             term = _product(gradient.t(), rows)
