@@ -2,7 +2,7 @@
 #
 # Settings, as `make NAME=value`: PYTHON (which one to use), VENV (the environment's folder), TORCH and TRITON (what to
 # install) and DALLE_KERNELS_CUDA (auto, on or off: see setup.py); for `make bench` also BENCH, such as
-# BENCH='attention --rounds 3', for `make gates` UPDATE=1 and for `make tune` TUNE, such as TUNE=float16.
+# BENCH='attention --rounds 3', for `make gates` UPDATE=1 or CANDIDATES=1 and for `make tune` TUNE, such as TUNE=float16.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -57,7 +57,7 @@ emulate: build
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python tests/emulate.py $(SIMDE)
 
 gates: build
-	@$(BIN)/python tests/gates.py $(if $(UPDATE),--update)
+	@$(BIN)/python tests/gates.py $(if $(UPDATE),--update) $(if $(CANDIDATES),--candidates)
 
 tune: build
 	@$(BIN)/python bench/tune.py $(TUNE)

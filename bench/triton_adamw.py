@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from triton_cases import Case
 
-from dalle_kernels._triton_configurations import Configuration
+from dalle_kernels._triton_configurations import DEFAULT, Configuration
 from dalle_kernels.adamw import triton_kernels
 
 SIZES = [1 << 22] * 16 + [3968] * 16
@@ -30,8 +30,7 @@ CASES = [
     Case(
         "adamw16_step bfloat16, coded moments",
         partial(step, torch.bfloat16, torch.int16),
-        ("adamw16_step", "any"),
-        CANDIDATES,
+        {("adamw16_step", "any"): {DEFAULT: CANDIDATES}},
         bytes_moved=14 * sum(SIZES),
     ),
     Case("adamw16_step float16, coded moments", partial(step, torch.float16, torch.int16)),

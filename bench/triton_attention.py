@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import starmap
 
 import torch
 from triton_cases import Case
 
 from dalle_kernels import AttentionPattern, KVCache
+from dalle_kernels._triton_configurations import DEFAULT, key_blocks, query_blocks, row_blocks, sample_blocks
 from dalle_kernels.attention import triton_kernels
 from dalle_kernels.attention.pattern import KINDS
 
@@ -69,6 +71,105 @@ def odd(kind, device):
     return call
 
 
+def listed(blocks):
+    """A function that makes a list of configurations by ``blocks`` from tuples of its arguments."""
+    return lambda *cuts: list(starmap(blocks, cuts))
+
+
+queries, keys, decoded_rows, decoded_text = map(listed, (query_blocks, key_blocks, row_blocks, sample_blocks))
+
+CANDIDATES = {
+    ("sparse_attention", "16-bit 64"): {
+        DEFAULT: queries((32, 32, 32, 4, 2), (64, 32, 32, 4, 2), (64, 32, 32, 4, 3), (64, 64, 32, 4, 2),
+                         (64, 64, 64, 4, 2), (128, 32, 32, 8, 2), (128, 64, 32, 8, 2), (128, 64, 64, 8, 2)),
+        90: queries((64, 32, 32, 4, 3), (64, 64, 32, 4, 3), (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (64, 128, 32, 4, 2),
+                    (128, 64, 32, 8, 2), (128, 64, 32, 8, 3), (128, 64, 64, 8, 3), (128, 128, 32, 8, 2)),
+    },
+    ("sparse_attention", "16-bit 128"): {
+        DEFAULT: queries((32, 32, 32, 4, 2), (64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2),
+                         (128, 32, 32, 8, 2)),
+        90: queries((64, 32, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 4, 2), (64, 64, 32, 4, 3), (128, 64, 32, 8, 2),
+                    (128, 64, 64, 8, 2), (128, 128, 32, 8, 2)),
+    },
+    ("sparse_attention", "16-bit 256"): {
+        DEFAULT: queries((32, 32, 32, 8, 1), (64, 32, 32, 8, 1), (32, 32, 32, 8, 2)),
+        90: queries((64, 32, 32, 8, 1), (64, 32, 32, 8, 2), (128, 32, 32, 8, 2)),
+    },
+    ("sparse_attention", "float32 64"): {
+        DEFAULT: queries((64, 32, 32, 8, 1), (64, 32, 32, 8, 2)),
+    },
+    ("sparse_attention", "float32 128"): {
+        DEFAULT: queries((32, 16, 16, 8, 1), (16, 16, 16, 4, 1)),
+        90: queries((32, 16, 16, 8, 1), (32, 32, 32, 8, 1)),
+    },
+    ("sparse_attention", "float32 256"): {
+        DEFAULT: queries((16, 16, 16, 4, 1)),
+        90: queries((16, 16, 16, 4, 1), (32, 16, 16, 8, 1)),
+    },
+    ("sparse_attention_backward", "dq 16-bit 64"): {
+        DEFAULT: queries((32, 32, 32, 4, 2), (64, 32, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 8, 2),
+                         (128, 32, 32, 8, 2), (128, 64, 32, 8, 2)),
+        90: queries((64, 32, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 3), (64, 64, 64, 4, 2), (128, 32, 32, 8, 2),
+                    (128, 64, 32, 8, 2), (128, 64, 64, 8, 2)),
+    },
+    ("sparse_attention_backward", "dq 16-bit 128"): {
+        DEFAULT: queries((32, 32, 32, 4, 2), (32, 32, 32, 8, 1), (64, 32, 32, 8, 1), (64, 32, 32, 8, 2)),
+        90: queries((64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2), (128, 32, 32, 8, 2)),
+    },
+    ("sparse_attention_backward", "dq 16-bit 256"): {
+        DEFAULT: queries((32, 32, 32, 8, 1), (32, 16, 16, 8, 1)),
+        90: queries((32, 32, 32, 8, 2), (64, 32, 32, 8, 2)),
+    },
+    ("sparse_attention_backward", "dq float32 64"): {
+        DEFAULT: queries((32, 32, 32, 8, 1), (32, 16, 16, 8, 1), (16, 16, 16, 4, 1)),
+    },
+    ("sparse_attention_backward", "dq float32 128"): {
+        DEFAULT: queries((16, 16, 16, 8, 1)),
+    },
+    ("sparse_attention_backward", "dk 16-bit 64"): {
+        DEFAULT: keys((32, 32, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2)),
+        90: keys((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
+    },
+    ("sparse_attention_backward", "dk 16-bit 128"): {
+        DEFAULT: keys((64, 32, 8, 1), (64, 32, 8, 2)),
+        90: keys((64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2)),
+    },
+    ("sparse_attention_backward", "dk 16-bit 256"): {
+        DEFAULT: keys((16, 32, 8, 1), (32, 32, 8, 1)),
+        90: keys((32, 32, 8, 1), (32, 32, 8, 2)),
+    },
+    ("sparse_attention_backward", "dk float32 64"): {
+        DEFAULT: keys((32, 32, 8, 1), (32, 16, 8, 1), (64, 16, 8, 1)),
+    },
+    ("sparse_attention_backward", "dk float32 128"): {DEFAULT: keys((16, 16, 8, 1), (32, 16, 8, 1))},
+    ("decode_attention", "rows 16-bit 64"): {DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 1))},
+    ("decode_attention", "rows 16-bit 128"): {DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 8, 1))},
+    ("decode_attention", "rows 16-bit 256"): {DEFAULT: decoded_rows((16, 4, 1), (16, 8, 1), (32, 8, 1))},
+    ("decode_attention", "rows float32 64"): {DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 8, 1))},
+    ("decode_attention", "rows float32 128"): {DEFAULT: decoded_rows((16, 4, 1), (16, 8, 1), (32, 8, 1))},
+    ("decode_attention", "rows float32 256"): {DEFAULT: decoded_rows((16, 4, 1), (16, 8, 1))},
+    ("decode_attention", "text 16-bit 64"): {
+        DEFAULT: decoded_text((16, 32, 4, 2), (32, 32, 4, 2), (32, 64, 4, 2)),
+        90: decoded_text((16, 32, 4, 2), (16, 64, 4, 2), (32, 32, 4, 2), (32, 64, 4, 2)),
+    },
+    ("decode_attention", "text 16-bit 128"): {
+        DEFAULT: decoded_text((16, 32, 4, 2), (16, 64, 4, 2), (32, 32, 4, 2), (32, 64, 4, 2)),
+    },
+    ("decode_attention", "text 16-bit 256"): {DEFAULT: decoded_text((16, 32, 4, 1), (16, 32, 4, 2), (32, 32, 8, 2))},
+    ("decode_attention", "text float32 64"): {DEFAULT: decoded_text((16, 16, 4, 1), (16, 32, 4, 1), (32, 32, 8, 1))},
+    ("decode_attention", "text float32 128"): {DEFAULT: decoded_text((16, 16, 4, 1), (16, 16, 8, 1), (32, 16, 8, 1))},
+    ("decode_attention", "text float32 256"): {DEFAULT: decoded_text((16, 16, 8, 1))},
+}  # fmt: skip
+
+
+def tuned(op, kind, head_dim, dtype, *prefixes):
+    """What a call is to choose among: the call of kind row, of each class of shapes."""
+    if kind != "row" or dtype == torch.float16 or head_dim < 64:
+        return {}
+    shapes = f"{'float32' if dtype == torch.float32 else '16-bit'} {head_dim}"
+    return {(op, prefix + shapes): CANDIDATES[op, prefix + shapes] for prefix in prefixes}
+
+
 SHAPES = [
     ("row", 62, 64, torch.bfloat16),
     ("column", 62, 64, torch.bfloat16),
@@ -84,18 +185,24 @@ SHAPES = [
     ("row", 16, 256, torch.float32),
 ]
 STEPS = [
-    ("row", 8, 1, 62, 64, torch.bfloat16),
+    ("row", 8, 1, 62, 64, torch.bfloat16, "rows "),
     ("column", 8, 1, 62, 64, torch.bfloat16),
     ("conv", 8, 1, 62, 64, torch.bfloat16),
     ("row", 1, 1, 16, 64, torch.bfloat16),
-    ("row", 1, 32, 62, 64, torch.bfloat16),
-    ("row", 1, 32, 16, 128, torch.bfloat16),
-    ("row", 1, 32, 16, 64, torch.float32),
+    ("row", 1, 32, 62, 64, torch.bfloat16, "text "),
+    ("row", 1, 32, 16, 128, torch.bfloat16, "rows ", "text "),
+    ("row", 1, 32, 16, 256, torch.bfloat16, "rows ", "text "),
+    ("row", 1, 32, 16, 64, torch.float32, "rows ", "text "),
+    ("row", 1, 32, 16, 128, torch.float32, "rows ", "text "),
+    ("row", 1, 32, 16, 256, torch.float32, "rows ", "text "),
 ]
 CASES = [
     Case(
         f"{job.__name__} {kind} {head_dim} {str(dtype).removeprefix('torch.')}",
         partial(job, kind, heads, head_dim, dtype),
+        tuned("sparse_attention", kind, head_dim, dtype, "")
+        if job is forward
+        else tuned("sparse_attention_backward", kind, head_dim, dtype, "dq ", "dk "),
         operations=(4 if job is forward else 10) * head_dim * pattern_of(kind).pairs() * BATCH * heads,
     )
     for kind, heads, head_dim, dtype in SHAPES
@@ -106,7 +213,8 @@ CASES = [
     Case(
         f"decode {kind} {prompts}x{samples} samples, {heads} heads of {head_dim} {str(dtype).removeprefix('torch.')}",
         partial(decode, kind, prompts, samples, heads, head_dim, dtype),
+        tuned("decode_attention", kind, head_dim, dtype, *prefixes),
     )
-    for kind, prompts, samples, heads, head_dim, dtype in STEPS
+    for kind, prompts, samples, heads, head_dim, dtype, *prefixes in STEPS
 ]
 CASES += [Case(f"odd {kind}", partial(odd, kind)) for kind in KINDS]

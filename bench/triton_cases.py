@@ -7,11 +7,11 @@ gates, which launch nothing, or "cuda", so its function of ``triton_kernels.py``
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dalle_kernels._triton_configurations import Configuration
+from dalle_kernels._triton_configurations import DEFAULT, Configuration
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -20,16 +20,24 @@ FOLDER = Path(__file__).resolve().parent
 class Case:
     """One call: ``prepare(device)`` makes its inputs and returns the function that makes it.
 
-    ``row`` is the configuration that the call is to choose, if any, as the key of its table, among ``candidates``;
-    ``bytes_moved`` and ``operations`` are the least that it needs, for the figure.
+    ``rows`` are the configurations that the call is to choose, if any: for the key of each row of the table the
+    candidates by architecture, as the row itself is kept. ``bytes_moved`` and ``operations`` are the least that it
+    needs, for the figure.
     """
 
     name: str
     prepare: Callable[[str], Callable[[], object]]
-    row: tuple[str, str] | None = None
-    candidates: Sequence[Configuration] = ()
+    rows: Mapping[tuple[str, str], Mapping[int, Sequence[Configuration]]] = field(default_factory=dict)
     bytes_moved: float | None = None
     operations: float | None = None
+
+    def candidates(self, row: tuple[str, str], architecture: int) -> Sequence[Configuration]:
+        """What the row is chosen among on such a chip."""
+        return self.rows[row].get(architecture) or self.rows[row][DEFAULT]
+
+
+def described(chosen: Configuration) -> str:
+    return ", ".join(f"{name} {value}" for name, value in chosen.options.items())
 
 
 def families() -> list[str]:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from triton_cases import Case
 
-from dalle_kernels._triton_configurations import Configuration
+from dalle_kernels._triton_configurations import DEFAULT, Configuration
 from dalle_kernels.float16 import triton_kernels
 from dalle_kernels.float16.reference import FP0610, FP169
 
@@ -34,8 +34,7 @@ CASES = [
     Case(
         f"{job.__name__} {form.name} {str(dtype).removeprefix('torch.')} {layout}",
         partial(job, form, dtype, 2 if layout == "strided" else 1),
-        (job.__name__, layout) if (form, dtype) == (FP169, torch.bfloat16) else None,
-        CANDIDATES,
+        {(job.__name__, layout): {DEFAULT: CANDIDATES}} if (form, dtype) == (FP169, torch.bfloat16) else {},
         bytes_moved=COUNT * (2 + dtype.itemsize),
     )
     for job in (encode, decode)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from triton_cases import Case
 
-from dalle_kernels._triton_configurations import Configuration
+from dalle_kernels._triton_configurations import DEFAULT, Configuration
 from dalle_kernels.grad_scale import triton_kernels
 
 SIZES = (1 << 24, 1 << 22, 1 << 22, 3968 * 3, 3968, 1024)
@@ -35,8 +35,7 @@ CASES = [
     Case(
         "scale_cast_filter float32 float16",
         partial(scale, torch.float32, torch.float16),
-        ("grad_scale", "any"),
-        CANDIDATES,
+        {("grad_scale", "any"): {DEFAULT: CANDIDATES}},
         bytes_moved=6 * sum(SIZES),
     ),
     Case("scale_cast_filter float32 bfloat16", partial(scale, torch.float32, torch.bfloat16)),

@@ -5,7 +5,8 @@
 
 A row of ``dalle_kernels/_triton_configurations.py`` is decided by one case, if any yet, of
 ``bench/triton_<family>.py``: its candidates take turns, and the last lines printed are the entries to write into the
-table, with the figures that chose them. Tune what passes the tests: nothing is checked here.
+table, with the figures that chose them. Where a call launches by several rows, all but one are as the table has them.
+Tune what passes the tests: nothing is checked here. That no candidate spills ``make gates CANDIDATES=1`` checks.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
-from triton_cases import Case, cases, families
+from triton_cases import Case, cases, described, families
 
 from dalle_kernels import _triton
 from dalle_kernels._triton_configurations import Configuration, use_configuration
@@ -37,28 +38,24 @@ def milliseconds(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / CALLS
 
 
-def measure(case: Case) -> dict[int, float]:
+def measure(call: Callable[[], object], row: tuple[str, str], candidates: Sequence[Configuration]) -> dict[int, float]:
     """The median time of each candidate that runs, by its number."""
-    call, times = case.prepare("cuda"), {}
+    times = {}
 
     def run(number: int) -> float:
-        with use_configuration(*case.row, case.candidates[number]):
+        with use_configuration(*row, candidates[number]):
             return milliseconds(call)
 
-    for number in range(len(case.candidates)):
+    for number in range(len(candidates)):
         try:
             run(number)
             times[number] = []
         except Exception as error:  # too much shared memory or too many registers for this chip
-            print(f"  {describe(case.candidates[number])}: {str(error).splitlines()[0]}")
+            print(f"  {described(candidates[number])}: {str(error).splitlines()[0]}")
     for _ in range(ROUNDS):
         for number, taken in times.items():
             taken.append(run(number))
     return {number: median(taken) for number, taken in times.items()}
-
-
-def describe(chosen: Configuration) -> str:
-    return ", ".join(f"{name} {value}" for name, value in chosen.options.items())
 
 
 def rate(case: Case, took: float) -> str:
@@ -70,14 +67,14 @@ def rate(case: Case, took: float) -> str:
     return ", ".join(parts)
 
 
-def entry(case: Case, chosen: Configuration, took: float, architecture: int) -> str:
+def entry(case: Case, row: tuple[str, str], chosen: Configuration, took: float, architecture: int) -> str:
     """A line for the table."""
     parts = torch.cuda.get_device_name(), f"{took:.4f} ms", rate(case, took), time.strftime("%Y-%m-%d")
     figure = ", ".join(filter(None, parts))
     options = [repr(dict(chosen.blocks)), f"num_warps={chosen.num_warps}", f"num_stages={chosen.num_stages}"]
     options += [f"maxnreg={chosen.maxnreg}"] if chosen.maxnreg is not None else []
     options.append(f"figure={figure!r}")
-    return f"{case.row}: {{{architecture}: Configuration({', '.join(options)})}}".replace("'", '"')
+    return f"{row}: {{{architecture}: Configuration({', '.join(options)})}}".replace("'", '"')
 
 
 def main() -> None:
@@ -91,16 +88,17 @@ def main() -> None:
     entries = []
     for family in options.families or families():
         for case in cases(family):
-            if case.row is None:
-                continue
-            print(case.name, flush=True)
-            times = measure(case)
-            for number in sorted(times, key=times.get):
-                took = times[number]
-                print(f"  {describe(case.candidates[number])}: {took:.4f} ms {rate(case, took)}", flush=True)
-            if times:
-                best = min(times, key=times.get)
-                entries.append(entry(case, case.candidates[best], times[best], architecture))
+            call = case.prepare("cuda") if case.rows else None
+            for row in case.rows:
+                print(f"{case.name}: {' '.join(row)}", flush=True)
+                candidates = case.candidates(row, architecture)
+                times = measure(call, row, candidates)
+                for number in sorted(times, key=times.get):
+                    took = times[number]
+                    print(f"  {described(candidates[number])}: {took:.4f} ms {rate(case, took)}", flush=True)
+                if times:
+                    best = min(times, key=times.get)
+                    entries.append(entry(case, row, candidates[best], times[best], architecture))
     print("\nfor dalle_kernels/_triton_configurations.py:", *entries, sep="\n")
 
 

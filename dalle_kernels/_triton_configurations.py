@@ -43,22 +43,22 @@ class Configuration:
         return self.blocks[block]
 
 
-def _queries(queries: int, text: int, keys: int, warps: int, stages: int) -> Configuration:
+def query_blocks(queries: int, text: int, keys: int, warps: int, stages: int) -> Configuration:
     """Attention's kernels that own queries."""
     return Configuration({"BLOCK_QUERIES": queries, "BLOCK_TEXT": text, "BLOCK_KEYS": keys}, warps, stages)
 
 
-def _keys(keys: int, queries: int, warps: int, stages: int) -> Configuration:
+def key_blocks(keys: int, queries: int, warps: int, stages: int) -> Configuration:
     """Attention's kernel that owns keys."""
     return Configuration({"BLOCK_KEYS": keys, "BLOCK_QUERIES": queries}, warps, stages)
 
 
-def _rows(keys: int, warps: int, stages: int) -> Configuration:
+def row_blocks(keys: int, warps: int, stages: int) -> Configuration:
     """Decoding of one sample."""
     return Configuration({"BLOCK_KEYS": keys}, warps, stages)
 
 
-def _samples(samples: int, keys: int, warps: int, stages: int) -> Configuration:
+def sample_blocks(samples: int, keys: int, warps: int, stages: int) -> Configuration:
     """Decoding of samples that share text."""
     return Configuration({"BLOCK_SAMPLES": samples, "BLOCK_KEYS": keys}, warps, stages)
 
@@ -112,65 +112,65 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("grad_scale", "any"): {DEFAULT: Configuration({"BLOCK": 4096}, num_warps=8)},
     # attention
     ("sparse_attention", "16-bit 64"): {
-        DEFAULT: _queries(64, 32, 32, warps=4, stages=2),
-        90: _queries(64, 64, 32, warps=4, stages=3),
+        DEFAULT: query_blocks(64, 32, 32, warps=4, stages=2),
+        90: query_blocks(64, 64, 32, warps=4, stages=3),
     },
     ("sparse_attention", "16-bit 128"): {
-        DEFAULT: _queries(32, 32, 32, warps=4, stages=2),
-        90: _queries(64, 64, 32, warps=4, stages=2),
+        DEFAULT: query_blocks(32, 32, 32, warps=4, stages=2),
+        90: query_blocks(64, 64, 32, warps=4, stages=2),
     },
     ("sparse_attention", "16-bit 256"): {
-        DEFAULT: _queries(64, 32, 32, warps=8, stages=1),
-        90: _queries(64, 32, 32, warps=8, stages=2),
+        DEFAULT: query_blocks(64, 32, 32, warps=8, stages=1),
+        90: query_blocks(64, 32, 32, warps=8, stages=2),
     },
-    ("sparse_attention", "float32 64"): {DEFAULT: _queries(64, 32, 32, warps=8, stages=1)},
+    ("sparse_attention", "float32 64"): {DEFAULT: query_blocks(64, 32, 32, warps=8, stages=1)},
     ("sparse_attention", "float32 128"): {
-        DEFAULT: _queries(32, 16, 16, warps=8, stages=1),
-        90: _queries(32, 32, 32, warps=8, stages=1),
+        DEFAULT: query_blocks(32, 16, 16, warps=8, stages=1),
+        90: query_blocks(32, 32, 32, warps=8, stages=1),
     },
     ("sparse_attention", "float32 256"): {
-        DEFAULT: _queries(16, 16, 16, warps=4, stages=1),
-        90: _queries(32, 16, 16, warps=8, stages=1),
+        DEFAULT: query_blocks(16, 16, 16, warps=4, stages=1),
+        90: query_blocks(32, 16, 16, warps=8, stages=1),
     },
     ("sparse_attention_backward", "dq 16-bit 64"): {
-        DEFAULT: _queries(64, 32, 32, warps=4, stages=2),
-        90: _queries(64, 64, 32, warps=4, stages=2),
+        DEFAULT: query_blocks(64, 32, 32, warps=4, stages=2),
+        90: query_blocks(64, 64, 32, warps=4, stages=2),
     },
     ("sparse_attention_backward", "dq 16-bit 128"): {
-        DEFAULT: _queries(32, 32, 32, warps=8, stages=1),
-        90: _queries(64, 32, 32, warps=4, stages=2),
+        DEFAULT: query_blocks(32, 32, 32, warps=8, stages=1),
+        90: query_blocks(64, 32, 32, warps=4, stages=2),
     },
     ("sparse_attention_backward", "dq 16-bit 256"): {
-        DEFAULT: _queries(32, 32, 32, warps=8, stages=1),
-        90: _queries(64, 32, 32, warps=8, stages=2),
+        DEFAULT: query_blocks(32, 32, 32, warps=8, stages=1),
+        90: query_blocks(64, 32, 32, warps=8, stages=2),
     },
-    ("sparse_attention_backward", "dq float32 64"): {DEFAULT: _queries(32, 32, 32, warps=8, stages=1)},
-    ("sparse_attention_backward", "dq float32 128"): {DEFAULT: _queries(16, 16, 16, warps=8, stages=1)},
-    ("sparse_attention_backward", "dq float32 256"): {DEFAULT: _queries(16, 16, 16, warps=8, stages=1)},
-    ("sparse_attention_backward", "dk 16-bit 64"): {DEFAULT: _keys(64, 32, warps=4, stages=2)},
-    ("sparse_attention_backward", "dk 16-bit 128"): {DEFAULT: _keys(64, 32, warps=8, stages=2)},
+    ("sparse_attention_backward", "dq float32 64"): {DEFAULT: query_blocks(32, 32, 32, warps=8, stages=1)},
+    ("sparse_attention_backward", "dq float32 128"): {DEFAULT: query_blocks(16, 16, 16, warps=8, stages=1)},
+    ("sparse_attention_backward", "dq float32 256"): {DEFAULT: query_blocks(16, 16, 16, warps=8, stages=1)},
+    ("sparse_attention_backward", "dk 16-bit 64"): {DEFAULT: key_blocks(64, 32, warps=4, stages=2)},
+    ("sparse_attention_backward", "dk 16-bit 128"): {DEFAULT: key_blocks(64, 32, warps=8, stages=2)},
     ("sparse_attention_backward", "dk 16-bit 256"): {
-        DEFAULT: _keys(32, 32, warps=8, stages=1),
-        90: _keys(32, 32, warps=8, stages=2),
+        DEFAULT: key_blocks(32, 32, warps=8, stages=1),
+        90: key_blocks(32, 32, warps=8, stages=2),
     },
-    ("sparse_attention_backward", "dk float32 64"): {DEFAULT: _keys(32, 32, warps=8, stages=1)},
-    ("sparse_attention_backward", "dk float32 128"): {DEFAULT: _keys(32, 16, warps=8, stages=1)},
-    ("sparse_attention_backward", "dk float32 256"): {DEFAULT: _keys(16, 16, warps=8, stages=1)},
-    ("decode_attention", "rows 16-bit 64"): {DEFAULT: _rows(32, warps=4, stages=1)},
-    ("decode_attention", "rows 16-bit 128"): {DEFAULT: _rows(32, warps=4, stages=1)},
-    ("decode_attention", "rows 16-bit 256"): {DEFAULT: _rows(16, warps=4, stages=1)},
-    ("decode_attention", "rows float32 64"): {DEFAULT: _rows(32, warps=4, stages=1)},
-    ("decode_attention", "rows float32 128"): {DEFAULT: _rows(16, warps=4, stages=1)},
-    ("decode_attention", "rows float32 256"): {DEFAULT: _rows(16, warps=4, stages=1)},
+    ("sparse_attention_backward", "dk float32 64"): {DEFAULT: key_blocks(32, 32, warps=8, stages=1)},
+    ("sparse_attention_backward", "dk float32 128"): {DEFAULT: key_blocks(32, 16, warps=8, stages=1)},
+    ("sparse_attention_backward", "dk float32 256"): {DEFAULT: key_blocks(16, 16, warps=8, stages=1)},
+    ("decode_attention", "rows 16-bit 64"): {DEFAULT: row_blocks(32, warps=4, stages=1)},
+    ("decode_attention", "rows 16-bit 128"): {DEFAULT: row_blocks(32, warps=4, stages=1)},
+    ("decode_attention", "rows 16-bit 256"): {DEFAULT: row_blocks(16, warps=4, stages=1)},
+    ("decode_attention", "rows float32 64"): {DEFAULT: row_blocks(32, warps=4, stages=1)},
+    ("decode_attention", "rows float32 128"): {DEFAULT: row_blocks(16, warps=4, stages=1)},
+    ("decode_attention", "rows float32 256"): {DEFAULT: row_blocks(16, warps=4, stages=1)},
     ("decode_attention", "text 16-bit 64"): {
-        DEFAULT: _samples(16, 32, warps=4, stages=2),
-        90: _samples(16, 64, warps=4, stages=2),
+        DEFAULT: sample_blocks(16, 32, warps=4, stages=2),
+        90: sample_blocks(16, 64, warps=4, stages=2),
     },
-    ("decode_attention", "text 16-bit 128"): {DEFAULT: _samples(16, 64, warps=4, stages=2)},
-    ("decode_attention", "text 16-bit 256"): {DEFAULT: _samples(16, 32, warps=4, stages=2)},
-    ("decode_attention", "text float32 64"): {DEFAULT: _samples(16, 32, warps=4, stages=1)},
-    ("decode_attention", "text float32 128"): {DEFAULT: _samples(16, 16, warps=4, stages=1)},
-    ("decode_attention", "text float32 256"): {DEFAULT: _samples(16, 16, warps=8, stages=1)},
+    ("decode_attention", "text 16-bit 128"): {DEFAULT: sample_blocks(16, 64, warps=4, stages=2)},
+    ("decode_attention", "text 16-bit 256"): {DEFAULT: sample_blocks(16, 32, warps=4, stages=2)},
+    ("decode_attention", "text float32 64"): {DEFAULT: sample_blocks(16, 32, warps=4, stages=1)},
+    ("decode_attention", "text float32 128"): {DEFAULT: sample_blocks(16, 16, warps=4, stages=1)},
+    ("decode_attention", "text float32 256"): {DEFAULT: sample_blocks(16, 16, warps=8, stages=1)},
 }
 
 _forced: dict[tuple[str, str], Configuration] = {}

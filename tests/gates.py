@@ -1,11 +1,12 @@
 """Triton's kernels compiled for chips that need not be here, and held to what is known of their machine code.
 
-``python tests/gates.py [--update] [FAMILY ...]`` makes every call of ``bench/triton_<family>.py`` on meta tensors for
-sm_80 and sm_90, compiles each launch just as it would run there and reads its machine code. It prints a table, and
-ends with status 1 where a kernel spills registers, multiplies float32 as tf32, or differs from
+``python tests/gates.py [--update] [--candidates] [FAMILY ...]`` makes every call of ``bench/triton_<family>.py`` on
+meta tensors for sm_80 and sm_90, compiles each launch just as it would run there and reads its machine code. It prints
+a table, and ends with status 1 where a kernel spills registers, multiplies float32 as tf32, or differs from
 ``tests/gates/<family>.json``: registers and shared memory may differ by a little, the number of tensor-core
-instructions not at all. ``--update`` writes these files anew. Compiled kernels are kept in Triton's own cache, so a
-second run takes seconds.
+instructions not at all. ``--update`` writes these files anew. ``--candidates`` compiles instead what ``make tune``
+would choose among, and ends with status 1 where one spills, multiplies as tf32 or needs more shared memory than the
+chip has. Compiled kernels are kept in Triton's own cache, so a second run takes seconds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,13 +29,16 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
-from triton_cases import cases, families
+from triton_cases import cases, described, families
 
 from dalle_kernels import _triton
+from dalle_kernels._triton_configurations import use_configuration
 
 FOLDER = Path(__file__).resolve().parent / "gates"
 CHIPS = {80: 108, 90: 132}
 """Architectures, and how many multiprocessors the chip has that stands for each (A100, H100)."""
+MOST_SHARED = {80: 163 << 10, 90: 227 << 10}
+"""The shared memory that a block may have on these architectures."""
 PROCESSES = 2
 TRITON = "3.6.0"
 """Whose machine code the checked-in tables hold; of another version only spills and tf32 count."""
@@ -52,11 +57,15 @@ class Code:
     tf32: int
     spills: int
 
-    def faults(self, known: Code | None) -> Iterator[str]:
+    def own_faults(self) -> Iterator[str]:
+        """What no kernel may do."""
         if self.spills:
             yield f"{self.spills} instructions for spilled registers or other local memory"
         if self.tf32:
             yield f"{self.tf32} products in tf32"
+
+    def faults(self, known: Code | None) -> Iterator[str]:
+        yield from self.own_faults()
         if known is None:
             yield "not in the checked-in table; make gates UPDATE=1 puts it there"
             return
@@ -115,7 +124,11 @@ def examine(kernel) -> Code:
     )
 
 
-def compile_case(family: str, number: int, architecture: int) -> list[tuple[str, Code]]:
+Choice = tuple[tuple[str, str], int]
+"""A row of the table of configurations, and the number of the candidate to take for it."""
+
+
+def compile_case(family: str, number: int, architecture: int, choice: Choice | None = None) -> list[tuple[str, Code]]:
     """What the launches of the family's case compile to, by a name for each: case, kernel, architecture, form."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -139,7 +152,12 @@ def compile_case(family: str, number: int, architecture: int) -> list[tuple[str,
                     value.device_caches.clear()
     JITFunction.run = compile_only
     try:
-        with _triton.assume(architecture, CHIPS[architecture]):
+        with ExitStack() as stack:
+            stack.enter_context(_triton.assume(architecture, CHIPS[architecture]))
+            if choice is not None:
+                row, candidate = choice
+                chosen = case.candidates(row, architecture)[candidate]
+                stack.enter_context(use_configuration(*row, chosen))
             case.prepare("meta")()
     finally:
         JITFunction.run = run
@@ -197,14 +215,39 @@ def report(family: str, codes: dict[str, Code], update: bool) -> int:
     return len(faults)
 
 
+def check_candidates(families: list[str]) -> int:
+    """Print what each candidate for a row of the table compiles to; how many faults there are."""
+    faults = 0
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+        jobs = []
+        for architecture in CHIPS:
+            for family in families:
+                for number, case in enumerate(cases(family)):
+                    for row in case.rows:
+                        for candidate, chosen in enumerate(case.candidates(row, architecture)):
+                            job = pool.submit(compile_case, family, number, architecture, (row, candidate))
+                            jobs.append((f"{' '.join(row)} | {described(chosen)}", architecture, job))
+        for choice, architecture, job in jobs:
+            for name, code in job.result():
+                wrong = list(code.own_faults())
+                if code.shared > MOST_SHARED[architecture]:
+                    wrong.append(f"{code.shared} bytes of shared memory")
+                print(f"{choice} | {name}: {'; '.join(wrong) or f'{code.registers} registers'}", flush=True)
+                faults += len(wrong)
+    return faults
+
+
 def main() -> None:
     if _triton.version() is None:
         sys.exit("make gates: Triton is not installed, so there is nothing to compile; pip install 'triton>=3.6'")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("families", nargs="*", help=f"of {', '.join(families())} (default: all)")
     parser.add_argument("--update", action="store_true", help="write the checked-in tables anew")
+    parser.add_argument("--candidates", action="store_true", help="check what make tune chooses among instead")
     options = parser.parse_args()
     chosen = options.families or families()
+    if options.candidates:
+        sys.exit(1 if check_candidates(chosen) else 0)
     faults = 0
     for family, codes in compile_families(chosen).items():
         faults += report(family, codes, options.update)

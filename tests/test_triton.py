@@ -66,10 +66,16 @@ def test_every_family_has_cases_and_gates():
     for family in FAMILIES:
         cases = triton_cases.cases(family)
         assert len({case.name for case in cases}) == len(cases)
-        rows |= {case.row for case in cases if case.row}
-        assert all(case.candidates for case in cases if case.row)
+        rows |= {row for case in cases for row in case.rows}
+        for case in cases:
+            for row, lists in case.rows.items():
+                assert DEFAULT in lists, row
+                blocks = set(TABLE[row][DEFAULT].blocks)
+                assert all(set(candidate.blocks) == blocks for found in lists.values() for candidate in found), row
         assert (ROOT / "tests" / "gates" / f"{family}.json").exists()
-    assert rows <= set(TABLE), "a case tunes a row that the table does not have"
+    # Gradients of float32 heads as wide as 256 spill registers in any blocks, and are no case.
+    untuned = {("sparse_attention_backward", f"{kernel} float32 256") for kernel in ("dq", "dk")}
+    assert rows == set(TABLE) - untuned, "a row of the table that no case tunes, or the other way round"
 
 
 @needs_triton
