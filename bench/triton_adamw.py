@@ -12,8 +12,7 @@ from dalle_kernels.adamw import triton_kernels
 
 SIZES = [1 << 22] * 16 + [3968] * 16
 CANDIDATES = [
-    Configuration({"BLOCK": block}, num_warps=warps)
-    for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16))
+    Configuration({"BLOCK": block}, num_warps=warps) for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8))
 ]
 
 
