@@ -211,7 +211,8 @@ def gumbel_softmax_call(op: str, draw: random.Random) -> Call:
     else:
         forward = (logits, *noise, draw.random() < 0.3, dim)
     if not op.endswith("_backward"):
-        return Call(forward)
+        # Codes of weights that sum to 1, and ln K less an entropy: either may cancel in a call of few rows.
+        return Call(forward, terms=(largest(codebook) if "codebook" in op else 0.0, math.log(shape[dim])))
     return _backward_of(op, draw, forward, saved=() if "codebook" in op else (1,))
 
 
