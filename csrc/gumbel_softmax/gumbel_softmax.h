@@ -8,8 +8,10 @@
 // noise costs more than that: about 50 instructions a vector for Philox and the uniform number, 40 for two logarithms,
 // 20 for the softmax's exponential and 25 more for the KL. At three a cycle that is about 40 cycles for 8 elements on
 // AVX2 without the KL, 50 ms for [8192, 8192] on two cores at 3.2 GHz; copying its 268 MB takes 16 ms there.
-// Reached on two cores of an EPYC (Zen 3), AVX2, other work on the machine: 106 ms into memory that was touched before,
-// 150 ms with the page faults of a fresh y; F.gumbel_softmax takes 2210 ms.
+// Reached on two cores of an EPYC (Zen 3), AVX2, other work on the machine, into memory that was touched before: on
+// [8192, 8192] 14.7 times (bfloat16 14.4) the speed of F.gumbel_softmax, and with the KL, forward and backward along
+// dimension 1 of [8, 8192, 32, 32], 8.2 times (9.9) that of eager torch. There 70 % of the float32 backward is waiting
+// for memory: three tensors come at 17 GB/s in whole columns, at 7 GB/s in the pieces of 64 rows that tiles read.
 //
 // Scratch space is per thread: up to four tiles of 8 KiB, and where a soft sample is drawn up to 7/8 MiB of a block's
 // exponentials, the rest of which is computed again, with a maximum for each row of each tile: 32 KiB at 8192 columns

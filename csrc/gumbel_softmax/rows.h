@@ -16,7 +16,7 @@ namespace dalle::DALLE_ISA_NAMESPACE {
 
 constexpr int64_t TILE_COLUMNS = 32;  // 128 bytes of float32: whole cache lines where columns are contiguous
 constexpr int64_t MOST_ROWS = 64;     // of a block
-constexpr int64_t MOST_BLOCKS = 8;    // of a band
+constexpr int64_t MOST_BLOCKS = 16;   // of a band: a column of float32 is then a page of 4 KiB
 constexpr int64_t LEAST_ROWS = Vector::width > 8 ? Vector::width : 8;
 constexpr int64_t TILE_FLOATS = TILE_COLUMNS * MOST_ROWS;
 constexpr int64_t CACHE_LINE = 64;
