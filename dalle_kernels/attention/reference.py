@@ -144,7 +144,7 @@ def decode_attention_at(
     position = position.reshape(1).long()
     is_step = (position >= (text_len if samples > 1 else 0)) & (position < text_len + height * width)
     in_image = position >= text_len
-    own_slot, seen = slot_tensors(cached_pattern(kind, text_len, height, width, kernel_size), q.device)
+    own_slot, seen = slot_tensors(q.device, kind, text_len, height, width, kernel_size)
     token = (position - text_len).clamp(0, len(seen) - 1)
     taken = torch.stack((key, value))
     if samples == 1 and text_len > 0:

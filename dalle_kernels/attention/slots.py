@@ -63,13 +63,13 @@ def slot_table(device: torch.device, *pattern) -> list[Slots]:
 
 
 @lru_cache(maxsize=64)
-def slot_tensors(pattern: AttentionPattern, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def slot_tensors(device: torch.device, *pattern) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`slot_table` for a token that only the device knows.
 
     The slot of each image token's own key, int64 ``[tokens]``, and which slots it sees, bool ``[tokens, slots]``.
     """
-    table = slot_table(pattern, torch.device("cpu"))
-    seen = torch.zeros(len(table), slot_count(pattern), dtype=torch.bool)
+    table = slot_table(torch.device("cpu"), *pattern)
+    seen = torch.zeros(len(table), slot_count(cached_pattern(*pattern)), dtype=torch.bool)
     for row, slots in zip(seen, table):
         row[slice(slots.first, slots.first + slots.count) if slots.listed is None else slots.listed] = True
     own = torch.tensor([slots.own_slot for slots in table])
