@@ -43,7 +43,7 @@ demo: build
 	@$(BIN)/dalle demo
 
 test: build
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 bench: build $(RIVALS)/.installed
 	@PYTHONPATH=$(abspath $(RIVALS)) $(BIN)/python bench/compare.py $(BENCH)

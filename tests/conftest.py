@@ -10,6 +10,8 @@ import pytest
 
 # Before torch is imported: two threads suffice to find what threads break, and leave a small machine usable.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Threads that wait in a loop would keep the threads of another test process from the core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import interpreter
 import torch
