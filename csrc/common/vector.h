@@ -46,6 +46,7 @@ DALLE_INLINE Vector times_power_of_two(Vector x, Vector n) { return {_mm512_scal
 DALLE_INLINE Vector zero_where_less(Vector x, Vector a, Vector b) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_NLT_UQ), x.lanes)};
 }
+DALLE_INLINE bool any_less(Vector a, Vector b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_LT_OQ) != 0; }
 
 #elif defined(__AVX2__)
 
@@ -88,6 +89,9 @@ DALLE_INLINE Vector times_power_of_two(Vector x, Vector n) {
 }
 DALLE_INLINE Vector zero_where_less(Vector x, Vector a, Vector b) {
   return {_mm256_and_ps(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_NLT_UQ), x.lanes)};
+}
+DALLE_INLINE bool any_less(Vector a, Vector b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_LT_OQ)) != 0;
 }
 
 #else
@@ -144,12 +148,16 @@ DALLE_INLINE Vector times_power_of_two(Vector x, Vector n) {
 DALLE_INLINE Vector zero_where_less(Vector x, Vector a, Vector b) {
   return blend(a.lanes < b.lanes, broadcast(0.0f), x);
 }
+DALLE_INLINE bool any_less(Vector a, Vector b) {
+  const IntLanes less = a.lanes < b.lanes;
+  return (less[0] | less[1] | less[2] | less[3]) != 0;
+}
 
 #endif
 
 // maximum(a, b) and minimum(a, b) are b where either is NaN; select takes lane i of a where bit i is set, else of b;
 // times_power_of_two wants a whole n in [-126, 127]; zero_where_less(x, a, b) is 0 where a < b, else x, also where a is
-// NaN.
+// NaN; any_less(a, b) is whether a < b in any lane.
 
 // Round to nearest, ties to even; NaN stays NaN.
 DALLE_INLINE void store(BFloat16* p, Vector x) {

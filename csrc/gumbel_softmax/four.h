@@ -26,7 +26,11 @@ DALLE_INLINE Four multiply_add(const Four& a, const Four& b, const Four& c) {
 }
 #undef DALLE_FOUR
 
+DALLE_INLINE Vector largest_of(const Four& x) { return maximum(maximum(x.v[0], x.v[1]), maximum(x.v[2], x.v[3])); }
 DALLE_INLINE Vector sum_of(const Four& x) { return (x.v[0] + x.v[1]) + (x.v[2] + x.v[3]); }
+DALLE_INLINE Vector dot_of(const Four& a, const Four& b) {
+  return multiply_add(a.v[1], b.v[1], a.v[0] * b.v[0]) + multiply_add(a.v[3], b.v[3], a.v[2] * b.v[2]);
+}
 
 // A polynomial of degree 7, highest coefficient first; its even and odd powers are two chains.
 DALLE_INLINE Four polynomial(const Four& x, const Four& square, const float (&c)[8]) {

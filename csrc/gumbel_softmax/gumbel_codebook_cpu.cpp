@@ -59,7 +59,7 @@ void forward_block(const GumbelCodebook& p, const Call& call, int64_t width, int
   float *codes = turned + TILE_FLOATS, *sums = codes + TILE_COLUMNS * width;  // sums: [width][row]
   const BlockNoise noise = call.noise(block);
   RunningSoftmax softmax(noise, call.factor, pitch);
-  Posterior posterior(pitch);
+  Posterior<> posterior(pitch);
   memset(sums, 0, width * pitch * sizeof(float));
   for (int64_t t = 0; t < tiles_of(p.columns); ++t) {
     const Tile tile(t, p.columns, pitch);
@@ -67,7 +67,7 @@ void forward_block(const GumbelCodebook& p, const Call& call, int64_t width, int
     load_tile(p.dtype, logits, tile, -INFINITY_FLOAT, turned, given);
     load_codes(p.codebook, tile, width, codes);
     softmax.draw(tile, given, values, shrink);
-    posterior.add(tile, given);
+    posterior.add(tile, Columns<float>{given, pitch});
     for (int64_t d = 0; d < p.codebook.width; ++d) {
       float* row = sums + d * pitch;
       for (int64_t r = 0; r < pitch; r += Vector::width) store(row + r, load(row + r) * load(shrink + r));
@@ -91,8 +91,8 @@ void forward_block(const GumbelCodebook& p, const Call& call, int64_t width, int
 // What the second pass needs of a block's rows.
 struct BlockNumbers {
   float largest[MOST_ROWS], inverse_sum[MOST_ROWS];
-  SampleGradient sample;
-  PosteriorGradient posterior;
+  SampleGradient<> sample;
+  PosteriorGradient<> posterior;
 };
 
 struct BackwardScratch {
@@ -131,8 +131,8 @@ BlockNumbers numbers_of_block(const GumbelCodebookBackward& p, const Call& call,
   const RowBlock logits(p.logits, first, rows);
   const BlockNoise noise = call.noise(block);
   RunningSoftmax softmax(noise, call.factor, pitch);
-  Posterior posterior(pitch);
-  double dot[MOST_ROWS] = {};
+  Posterior<> posterior(pitch);
+  RowSums<MOST_ROWS> dot(pitch);
   load_grad_embedding(p, RowBlock(p.grad_embedding, first, rows), width, pitch, scratch);
   for (int64_t t = 0; t < tiles_of(p.columns); ++t) {
     const Tile tile(t, p.columns, pitch);
@@ -140,14 +140,14 @@ BlockNumbers numbers_of_block(const GumbelCodebookBackward& p, const Call& call,
     load_tile(p.dtype, logits, tile, -INFINITY_FLOAT, scratch.turned, scratch.given);
     load_codes(p.codebook, tile, width, scratch.codes);
     softmax.draw(tile, scratch.given, scratch.values, shrink);
-    posterior.add(tile, scratch.given);
     multiply_sample_gradient(tile, p.codebook, width, scratch);
-    for (int64_t r = 0; r < pitch; ++r) dot[r] *= shrink[r];
-    dot_tile(tile, scratch.values, scratch.grad, dot);
+    for (int64_t r = 0; r < pitch; ++r) dot.sum[r] *= shrink[r];
+    add_tile(tile, Columns<float>{scratch.given, pitch}, Columns<float>{scratch.values, pitch},
+             Columns<float>{scratch.grad, pitch}, dot, &posterior);
   }
-  for (int64_t r = 0; r < pitch; ++r) dot[r] /= softmax.sum[r];
-  BlockNumbers numbers{{}, {}, SampleGradient(dot, call.tau, pitch),
-                       PosteriorGradient(posterior, p.grad_kl, first, rows, pitch)};
+  for (int64_t r = 0; r < pitch; ++r) dot.sum[r] /= softmax.sum[r];
+  BlockNumbers numbers{{}, {}, SampleGradient<>(dot, call.tau, pitch),
+                       PosteriorGradient<>(posterior, p.grad_kl, first, rows, pitch)};
   for (int64_t r = 0; r < pitch; ++r) {
     numbers.largest[r] = softmax.largest[r];
     numbers.inverse_sum[r] = static_cast<float>(1.0 / softmax.sum[r]);
@@ -169,8 +169,8 @@ void backward_tile(const GumbelCodebookBackward& p, const Call& call, int64_t wi
     draw_tile(call.noise(block), tile, call.factor, s.given, own.largest, s.values);
     scale_tile(tile, s.values, own.inverse_sum, s.values);
     multiply_sample_gradient(tile, p.codebook, width, s);
-    own.sample.set(tile, s.values, s.grad);
-    own.posterior.add(tile, s.given, s.grad);
+    gradient_tile(tile, Columns<float>{s.given, pitch}, Columns<float>{s.values, pitch}, Columns<float>{s.grad, pitch},
+                  own.sample, &own.posterior, s.grad);
     store_tile(p.dtype, RowBlock(p.grad_logits, first, rows), tile, false, s.grad, s.turned);
     for (int64_t d = 0; d < width; d += 8) {
       for (int64_t r = 0; r < pitch; r += 8) {

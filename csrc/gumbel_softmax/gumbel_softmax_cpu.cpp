@@ -1,6 +1,9 @@
 // Gumbel-softmax on the CPU: block after block of rows, each swept twice, tile by tile.
 #include "gumbel_softmax/gumbel_softmax.h"
 
+#include <algorithm>
+#include <optional>
+
 #include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "gumbel_softmax/sample.h"
@@ -32,7 +35,7 @@ void forward_block(const GumbelSoftmax& p, const Call& call, int64_t block, floa
   const BlockNoise noise = call.noise(block);
   SoftSample soft(noise, call.factor, p.columns, pitch, turned + TILE_FLOATS);
   HardSample hard(noise, pitch);
-  Posterior posterior(pitch);
+  Posterior<> posterior(pitch);
   for (int64_t t = 0; t < tiles_of(p.columns); ++t) {
     const Tile tile(t, p.columns, pitch);
     load_tile(p.dtype, logits, tile, -INFINITY_FLOAT, turned, given);
@@ -41,7 +44,7 @@ void forward_block(const GumbelSoftmax& p, const Call& call, int64_t block, floa
     } else {
       soft.draw(tile, given, values);
     }
-    if (p.kl != nullptr) posterior.add(tile, given);
+    if (p.kl != nullptr) posterior.add(tile, Columns<float>{given, pitch});
   }
   for (int64_t t = 0; t < tiles_of(p.columns); ++t) {
     const Tile tile(t, p.columns, pitch);
@@ -72,96 +75,119 @@ const char* forward(const GumbelSoftmax& p) {
 
 // ---- Backward: y (grad_y - sum grad_y y) / tau, and for the KL grad_kl q (ln q - sum q ln q)
 
-// A block's part in the sweeps of its band.
+// A block and its three sweeps.
 template <bool HARD>
 class BackwardBlock {
  public:
-  BackwardBlock(const GumbelSoftmaxBackward& p, float* scratch, const Call& call, const BlockRows& at)
+  BackwardBlock(const GumbelSoftmaxBackward& p, const Call& call, int64_t block, float* scratch)
       : p_(p),
         call_(call),
-        at_(at),
+        first_(call.blocks.first(block)),
+        rows_(call.blocks.rows_of(block)),
         given_(scratch),
-        values_(given_ + TILE_FLOATS),
-        grad_(values_ + TILE_FLOATS),
-        turned_(grad_ + TILE_FLOATS),
-        logits_(p.logits, at),
-        y_(p.y, at),
-        grad_y_(p.grad_y, at),
-        grad_logits_(p.grad_logits, at),
-        noise_(call.noise_from(at.first)),
-        soft_(noise_, call.factor, p.columns, call.blocks.pitch, turned_ + TILE_FLOATS),
-        posterior_(call.blocks.pitch) {}
-
-  // Only where the sample is hard.
-  void draw(const Tile& tile) {
-    load_logits(tile);
-    soft_.draw(tile, given_, values_);
+        values_(given_ + WIDE_TILE_FLOATS),
+        grad_(values_ + WIDE_TILE_FLOATS),
+        turned_(grad_ + WIDE_TILE_FLOATS),
+        logits_(p.logits, first_, rows_),
+        y_(p.y, first_, rows_),
+        grad_y_(p.grad_y, first_, rows_),
+        grad_logits_(p.grad_logits, first_, rows_),
+        dot_(call.blocks.pitch) {
+    if (p.grad_kl.data != nullptr) posterior_.emplace(call.blocks.pitch);
+    if constexpr (HARD) {
+      noise_.emplace(call.noise(block));
+      soft_.emplace(*noise_, call.factor, p.columns, call.blocks.pitch, turned_ + WIDE_TILE_FLOATS);
+    }
   }
 
-  void add(const Tile& tile) {
-    load_sample_and_gradient(tile);
-    dot_tile(tile, values_, grad_, dot_);
-    if (p_.grad_kl.data != nullptr) load_logits(tile), posterior_.add(tile, given_);
-  }
-
-  // All tiles are added.
-  void finish() {
-    sample_gradient_.emplace(dot_, call_.tau, call_.blocks.pitch);
-    posterior_gradient_.emplace(posterior_, p_.grad_kl, at_.first, at_.count, call_.blocks.pitch);
-  }
-
-  void write_gradient(const Tile& tile) {
-    load_sample_and_gradient(tile);
-    sample_gradient_->set(tile, values_, grad_);
-    if (p_.grad_kl.data != nullptr) load_logits(tile), posterior_gradient_->add(tile, given_, grad_);
-    store_tile(p_.dtype, grad_logits_, tile, call_.stream, grad_, turned_);
+  void run() {
+    if constexpr (HARD) {
+      each_tile([&](const Tile& tile) {
+        load_logits(tile);
+        soft_->draw(tile, given_, values_);
+      });
+    }
+    Posterior<WIDE_ROWS>* const posterior = posterior_ ? &*posterior_ : nullptr;
+    each_tile([&](const Tile& tile) {
+      read(tile, [&](const auto& logits, const auto& y, const auto& grad_y) {
+        add_tile(tile, logits, y, grad_y, dot_, posterior);
+      });
+    });
+    write();
   }
 
  private:
+  template <class Visit>
+  void each_tile(const Visit& visit) {
+    for (int64_t t = 0; t < call_.blocks.tiles(); ++t) visit(call_.blocks.tile(t));
+  }
+
+  // All tiles are added.
+  void write() {
+    const int64_t pitch = call_.blocks.pitch;
+    const SampleGradient<WIDE_ROWS> sample(dot_, call_.tau, pitch);
+    std::optional<PosteriorGradient<WIDE_ROWS>> of_kl;
+    if (posterior_) of_kl.emplace(*posterior_, p_.grad_kl, first_, rows_, pitch);
+    each_tile([&](const Tile& tile) {
+      read(tile, [&](const auto& logits, const auto& y, const auto& grad_y) {
+        gradient_tile(tile, logits, y, grad_y, sample, of_kl ? &*of_kl : nullptr, grad_);
+      });
+      store_tile(p_.dtype, grad_logits_, tile, call_.stream, grad_, turned_);
+    });
+  }
+
   void load_logits(const Tile& tile) { load_tile(p_.dtype, logits_, tile, -INFINITY_FLOAT, turned_, given_); }
 
-  void load_sample_and_gradient(const Tile& tile) {
-    load_tile(p_.dtype, grad_y_, tile, 0.0f, turned_, grad_);
+  // Calls use(logits, y, grad_y) with the columns of a tile, where they lie or as copies.
+  template <class Use>
+  void read(const Tile& tile, const Use& use) {
     if constexpr (HARD) {
-      if (!soft_.keeps(tile)) load_logits(tile);
-      soft_.sample(tile, given_, values_);
+      if (posterior_ || !soft_->keeps(tile)) load_logits(tile);
+      soft_->sample(tile, given_, values_);
       for (int64_t i = tile.columns * tile.pitch; i < tile.padded() * tile.pitch; ++i) values_[i] = 0.0f;
     } else {
+      if (logits_.has_columns(tile) && y_.has_columns(tile) && grad_y_.has_columns(tile)) {
+        if (p_.dtype == Dtype::float32) return use_columns<float>(tile, use);
+        if (p_.dtype == Dtype::float16) return use_columns<Half>(tile, use);
+        return use_columns<BFloat16>(tile, use);
+      }
+      if (posterior_) load_logits(tile);
       load_tile(p_.dtype, y_, tile, 0.0f, turned_, values_);
     }
+    load_tile(p_.dtype, grad_y_, tile, 0.0f, turned_, grad_);
+    use(Columns<float>{given_, tile.pitch}, Columns<float>{values_, tile.pitch}, Columns<float>{grad_, tile.pitch});
+  }
+
+  template <class T, class Use>
+  void use_columns(const Tile& tile, const Use& use) const {
+    use(logits_.columns<T>(tile), y_.columns<T>(tile), grad_y_.columns<T>(tile));
   }
 
   const GumbelSoftmaxBackward& p_;
   const Call& call_;
-  BlockRows at_;
+  int64_t first_, rows_;
   float *given_, *values_, *grad_, *turned_;
   RowBlock logits_, y_, grad_y_, grad_logits_;
-  BlockNoise noise_;
-  SoftSample soft_;
-  Posterior posterior_;
-  double dot_[MOST_ROWS] = {};
-  std::optional<SampleGradient> sample_gradient_;
-  std::optional<PosteriorGradient> posterior_gradient_;
+  std::optional<BlockNoise> noise_;  // these two only where the sample is hard
+  std::optional<SoftSample> soft_;
+  RowSums<WIDE_ROWS> dot_;
+  std::optional<Posterior<WIDE_ROWS>> posterior_;  // only with the KL
 };
 
 template <bool HARD>
 const char* backward(const GumbelSoftmaxBackward& p) {
-  // Bands are too long for any cache; what a hard sample keeps is a third of what its sweeps share.
-  const bool bands = !HARD && p.grad_logits.column_stride != 1;
-  Blocks blocks = blocks_of(p.grad_logits, p.columns, bands ? 0 : p.columns * 12, 3 << 20, p.threads);
-  if (bands) blocks.form_bands(p.threads);
+  // What a hard sample keeps is a third of what its sweeps share. A soft one's go straight through the memory of columns.
+  const int64_t run = std::min({run_of(p.logits), run_of(p.y), run_of(p.grad_y), run_of(p.grad_logits)});
+  const bool straight = !HARD && p.grad_logits.column_stride != 1;
+  Blocks blocks = blocks_of(p.grad_logits, p.columns, straight ? 0 : p.columns * 12, 3 << 20, p.threads);
+  if (straight) blocks.widen(run, p.threads);
   const Call call(p.noise, blocks);
   const Scratch scratch(p.threads,
-                        4 * TILE_FLOATS + (HARD ? SoftSample::scratch_floats(p.columns, call.blocks.pitch) : 0));
+                        4 * WIDE_TILE_FLOATS + (HARD ? SoftSample::scratch_floats(p.columns, call.blocks.pitch) : 0));
   if (scratch.failed()) return OUT_OF_MEMORY;
   expect_writes(call, p.dtype, p.grad_logits);
-  parallel_items(call.blocks.bands(), p.threads, [&](int64_t index, int thread) {
-    using Block = BackwardBlock<HARD>;
-    Band<Block> band(call, index, p, scratch.of(thread));
-    if (HARD) band.sweep([](Block& block, const Tile& tile) { block.draw(tile); });
-    band.sweep([](Block& block, const Tile& tile) { block.add(tile); });
-    band.each([](Block& block) { block.finish(); });
-    band.sweep([](Block& block, const Tile& tile) { block.write_gradient(tile); });
+  parallel_items(call.blocks.count, p.threads, [&](int64_t block, int thread) {
+    BackwardBlock<HARD>(p, call, block, scratch.of(thread)).run();
   });
   return nullptr;
 }

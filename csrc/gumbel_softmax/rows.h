@@ -3,60 +3,88 @@
 // A tile holds up to TILE_COLUMNS columns of a block's rows as float32, [column][row]: the lanes of a Vector are rows.
 // Whatever is computed for a row then depends on nothing but the row, and is the same for every layout, split and
 // number of threads. Where rows follow each other in memory (dim = 1 of NCHW) a column of the tile is one run; where
-// columns do (dim = -1) the tile is transposed on its way, eight by eight.
+// columns do (dim = -1) the tile is transposed on its way, eight by eight. A sweep that only reads may take the rows of
+// the first kind where they lie: as Columns.
 #pragma once
 
 #include <cstdlib>
-#include <optional>
 
-#include "common/vector.h"
+#include "gumbel_softmax/four.h"
 #include "gumbel_softmax/gumbel_softmax.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 
 constexpr int64_t TILE_COLUMNS = 32;  // 128 bytes of float32: whole cache lines where columns are contiguous
+constexpr int64_t STEP_COLUMNS = 4;   // that a Four takes
 constexpr int64_t MOST_ROWS = 64;     // of a block
-constexpr int64_t MOST_BLOCKS = 16;   // of a band: a column of float32 is then a page of 4 KiB
+constexpr int64_t WIDE_ROWS = 1024;   // of a wide block: a column of float32 is then a page of 4 KiB
 constexpr int64_t LEAST_ROWS = Vector::width > 8 ? Vector::width : 8;
 constexpr int64_t TILE_FLOATS = TILE_COLUMNS * MOST_ROWS;
+constexpr int64_t WIDE_TILE_FLOATS = STEP_COLUMNS * WIDE_ROWS;
 constexpr int64_t CACHE_LINE = 64;
 
 // A tile's place in its block. Its columns are `pitch` floats apart: the block's rows rounded up to whole vectors. What
 // lies in the lanes beyond the block's rows has no meaning.
 struct Tile {
   int64_t first, columns, pitch;
+  bool ends_sum;  // the last of TILE_COLUMNS columns, or of all: sums in single precision go no further
 
-  Tile(int64_t index, int64_t total, int64_t pitch_) : first(index * TILE_COLUMNS), pitch(pitch_) {
-    columns = total - first < TILE_COLUMNS ? total - first : TILE_COLUMNS;
+  // `most`, what any but the last has, divides TILE_COLUMNS.
+  Tile(int64_t index, int64_t total, int64_t pitch_, int64_t most = TILE_COLUMNS) : first(index * most), pitch(pitch_) {
+    columns = total - first < most ? total - first : most;
+    ends_sum = (first + columns) % TILE_COLUMNS == 0 || first + columns == total;
   }
   // The columns rounded up to what one Philox counter gives.
-  int64_t padded() const { return (columns + 3) / 4 * 4; }
+  int64_t padded() const { return (columns + STEP_COLUMNS - 1) / STEP_COLUMNS * STEP_COLUMNS; }
 };
 
-// A block's rows, and the first row of the block whose tile is read next: its own where that is its next tile.
-struct BlockRows {
-  int64_t first, count, next;
+// A tile's columns, `stride` elements apart, each with the numbers of all lanes in a row.
+template <class T>
+struct Columns {
+  const T* data;
+  int64_t stride;
 };
 
-// How a call is cut into blocks of rows, and these into bands of `band` blocks. No result depends on it.
+// A step's columns of a vector of rows.
+template <class T>
+DALLE_INLINE Four load_four(const Columns<T>& from, int64_t column, int64_t lane) {
+  const T* p = from.data + column * from.stride + lane;
+  return {{load(p), load(p + from.stride), load(p + 2 * from.stride), load(p + 3 * from.stride)}};
+}
+
+// How a call is cut into blocks of rows. No result depends on it.
 struct Blocks {
-  int64_t rows, columns, pitch, count, band = 1;
+  int64_t rows, columns, pitch, count;
 
   // As many rows as leave what a block's sweeps share, `row_bytes` a row, in the cache given; fewer, where there would
   // be too few blocks for the threads. `least` is a multiple of LEAST_ROWS.
   Blocks(const RowTensor& tensor, int64_t columns_, int64_t row_bytes, int64_t cache, int64_t least, int threads)
       : rows(element_count(tensor.rows)), columns(columns_), pitch(MOST_ROWS) {
     while (pitch > least && (row_bytes * pitch > cache || rows < 2 * pitch * threads)) pitch /= 2;
-    count = (rows + pitch - 1) / pitch;
+    count_blocks();
   }
-  // As many blocks to a band as leave enough bands for the threads.
-  void form_bands(int threads) {
-    while (band < MOST_BLOCKS && count >= 4 * band * threads) band *= 2;
+  // For sweeps that read runs of `run` rows: as many rows to a block as such a run has, or as leave a block for every
+  // thread.
+  void widen(int64_t run, int threads) {
+    while (pitch < WIDE_ROWS && pitch < run && rows >= 2 * pitch * threads) pitch *= 2;
+    count_blocks();
   }
-  int64_t bands() const { return (count + band - 1) / band; }
+  // The tiles of a wide block have so few columns that these are read one after the other.
+  int64_t tile_columns() const { return pitch > MOST_ROWS ? STEP_COLUMNS : TILE_COLUMNS; }
+  int64_t tiles() const { return (columns + tile_columns() - 1) / tile_columns(); }
+  Tile tile(int64_t index) const { return Tile(index, columns, pitch, tile_columns()); }
   int64_t first(int64_t block) const { return block * pitch; }
   int64_t rows_of(int64_t block) const { return rows - first(block) < pitch ? rows - first(block) : pitch; }
+
+ private:
+  void count_blocks() { count = (rows + pitch - 1) / pitch; }
 };
+
+// How many rows follow each other in memory. `tensor.rows` must be merged.
+inline int64_t run_of(const RowTensor& tensor) {
+  const int last = tensor.rows.dims - 1;
+  return tensor.rows.strides[last] == 1 ? tensor.rows.sizes[last] : 1;
+}
 
 // The same tensor with its rows in as few dimensions as possible.
 inline RowTensor merged(const RowTensor& tensor) { return {tensor.data, merged(tensor.rows), tensor.column_stride}; }
@@ -92,30 +120,33 @@ class RowBlock {
 
   // `tensor.rows` must be merged.
   RowBlock(const RowTensor& tensor, int64_t first_row, int64_t rows_)
-      : RowBlock(tensor, BlockRows{first_row, rows_, first_row}) {}
-  RowBlock(const RowTensor& tensor, const BlockRows& at)
-      : data(tensor.data), column_stride(tensor.column_stride), rows(at.count), runs(0) {
+      : data(tensor.data), column_stride(tensor.column_stride), rows(rows_), runs(0) {
     const Strided& shape = tensor.rows;
     const int last = shape.dims - 1;
     const int64_t inner = shape.sizes[last];
-    const auto offset_of = [&](int64_t row) {
-      return row_offset(shape, row / inner) + row % inner * shape.strides[last];
-    };
     for (int64_t lane = 0; lane < rows; ++runs) {
-      const int64_t row = at.first + lane, position = row % inner;
+      const int64_t row = first_row + lane, position = row % inner;
       const int64_t left = rows - lane < inner - position ? rows - lane : inner - position;
-      run[runs] = {offset_of(row), lane, shape.strides[last] == 1 ? left : 1};
+      const int64_t offset = row_offset(shape, row / inner) + position * shape.strides[last];
+      run[runs] = {offset, lane, shape.strides[last] == 1 ? left : 1};
       lane += run[runs].count;
     }
-    ahead = offset_of(at.next) - run[0].offset + (at.next > at.first ? 0 : TILE_COLUMNS * column_stride);
   }
 
   // A column is in short pieces and a row is in one.
   bool along_columns() const { return column_stride == 1 && runs * 4 > rows; }
 
+  // Whether a tile is read where it lies: all lanes of a wide block are one run, and its columns make whole steps.
+  bool has_columns(const Tile& tile) const {
+    return tile.pitch >= WIDE_ROWS / 2 && runs == 1 && rows == tile.pitch && tile.columns % STEP_COLUMNS == 0;
+  }
+  template <class T>
+  Columns<T> columns(const Tile& tile) const {
+    return {static_cast<const T*>(data) + run[0].offset + tile.first * column_stride, column_stride};
+  }
+
   void* data;
   int64_t column_stride, rows;
-  int64_t ahead;  // from a tile's elements to those of the tile that is read next, if its runs are alike
   int64_t runs;
   Run run[MOST_ROWS];
 };
@@ -144,8 +175,8 @@ DALLE_INLINE void write_run(const float* from, int64_t count, T* to, bool stream
   int64_t i = 0;
   if (stream && reinterpret_cast<uintptr_t>(to) % CACHE_LINE == 0) {
     // Converted as a whole first: a line that was just stored in narrower pieces could not be read at once.
-    T lines[MOST_ROWS];
-    static_assert(MOST_ROWS >= TILE_COLUMNS, "a run is a column or a row of a tile");
+    T lines[WIDE_ROWS];
+    static_assert(WIDE_ROWS >= TILE_COLUMNS, "a run is a column or a row of a tile");
     const int64_t whole = count / LINE * LINE;
     for (int64_t j = 0; j < whole; j += Vector::width) store(lines + j, load(from + j));
     for (; i < whole; i += LINE) stream_line(to + i, lines + i);
@@ -176,7 +207,7 @@ DALLE_NOINLINE void load_tile(const RowBlock& block, const Tile& tile, float fil
       for (int64_t i = 0; i < block.runs; ++i) {
         const RowBlock::Run& run = block.run[i];
         // Beyond the tensor's end it does nothing.
-        const T* next = column + run.offset + block.ahead;
+        const T* next = column + run.offset + TILE_COLUMNS * block.column_stride;
         for (int64_t r = 0; r < run.count; r += CACHE_LINE / sizeof(T)) __builtin_prefetch(next + r);
         read_run(column + run.offset, run.count, to + c * pitch + run.lane);
       }

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "common/philox.h"
-#include "gumbel_softmax/four.h"
 #include "gumbel_softmax/rows.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
@@ -43,10 +42,9 @@ struct Call {
         blocks(blocks_),
         stream(blocks.rows * blocks.columns * 4 >= STREAMED_BYTES) {}
 
-  BlockNoise noise_from(int64_t row) const {
-    return BlockNoise(key, offset + static_cast<uint64_t>(row), blocks.pitch);
+  BlockNoise noise(int64_t block) const {
+    return BlockNoise(key, offset + static_cast<uint64_t>(blocks.first(block)), blocks.pitch);
   }
-  BlockNoise noise(int64_t block) const { return noise_from(blocks.first(block)); }
 };
 
 // complement_uniform of the tile. Apart from what is done with it, since each of the two loops by itself keeps the
@@ -94,7 +92,7 @@ DALLE_NOINLINE inline void score_tile(const BlockNoise& noise, const Tile& tile,
       store_four(tile, scores + i, score);
       most = maximum(most, score);
     }
-    store(largest + r, maximum(maximum(most.v[0], most.v[1]), maximum(most.v[2], most.v[3])));
+    store(largest + r, largest_of(most));
   }
 }
 
@@ -119,19 +117,6 @@ DALLE_NOINLINE inline void scale_tile(const Tile& tile, const float* from, const
     for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
       store(to + c * tile.pitch + r, load(from + c * tile.pitch + r) * load(factors + r));
     }
-  }
-}
-
-// sums[row] += sum over the tile of a * b
-DALLE_NOINLINE inline void dot_tile(const Tile& tile, const float* a, const float* b, double* sums) {
-  for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
-    Four total = four(broadcast(0.0f));
-    for (int64_t i = r; i < tile.padded() * tile.pitch; i += 4 * tile.pitch) {
-      total = multiply_add(load_four(tile, a + i), load_four(tile, b + i), total);
-    }
-    float sum[Vector::width];
-    store(sum, sum_of(total));
-    for (int64_t i = 0; i < Vector::width; ++i) sums[r + i] += sum[i];
   }
 }
 
@@ -177,42 +162,6 @@ class RunningSoftmax {
 };
 
 constexpr int64_t tiles_of(int64_t columns) { return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS; }
-
-// Blocks that are swept together, each tile of all of them before the next tile. A column of many rows is then read in
-// one go where rows follow each other in memory, a page of it at a time.
-template <class Block>
-class Band {
- public:
-  // Each Block is made of `given`, the call and its rows.
-  template <class... Given>
-  Band(const Call& call, int64_t index, const Given&... given) : call_(call) {
-    const Blocks& all = call.blocks;
-    const int64_t begin = index * all.band, end = begin + all.band < all.count ? begin + all.band : all.count;
-    count_ = end - begin;
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t next = block + 1 < end ? block + 1 : begin;
-      blocks_[block - begin].emplace(given..., call, BlockRows{all.first(block), all.rows_of(block), all.first(next)});
-    }
-  }
-
-  template <class Visit>
-  void sweep(const Visit& visit) {
-    for (int64_t t = 0; t < tiles_of(call_.blocks.columns); ++t) {
-      const Tile tile(t, call_.blocks.columns, call_.blocks.pitch);
-      for (int64_t i = 0; i < count_; ++i) visit(*blocks_[i], tile);
-    }
-  }
-
-  template <class Visit>
-  void each(const Visit& visit) {
-    for (int64_t i = 0; i < count_; ++i) visit(*blocks_[i]);
-  }
-
- private:
-  const Call& call_;
-  int64_t count_;
-  std::optional<Block> blocks_[MOST_BLOCKS];
-};
 
 // The soft sample of a block: `draw` every tile in order, and then take any tile of it by `sample`. The first tiles'
 // exponentials are kept, as many as fit, and the others' computed again, to the same bits, from the maximum they had.
@@ -317,118 +266,170 @@ class HardSample {
 DALLE_INLINE Vector log_ratio(Vector logits, Vector largest) {
   return maximum(broadcast(-1000.0f), logits - largest);
 }
+DALLE_INLINE Four log_ratio(const Four& logits, Vector largest) {
+  return maximum(four(broadcast(-1000.0f)), logits - four(largest));
+}
+
+// A number summed for every row of a block, tile after tile: over TILE_COLUMNS columns in single precision, over all of
+// them in double.
+template <int64_t ROWS>
+struct RowSums {
+  explicit RowSums(int64_t pitch) {
+    for (int64_t r = 0; r < pitch; ++r) recent[r] = 0.0f, sum[r] = 0.0;
+  }
+
+  [[gnu::always_inline]] void add(int64_t r, Vector x) { store(recent + r, load(recent + r) + x); }
+  // After the last step of a tile.
+  void close(const Tile& tile) {
+    if (!tile.ends_sum) return;
+    for (int64_t r = 0; r < tile.pitch; ++r) sum[r] += recent[r], recent[r] = 0.0f;
+  }
+
+  float recent[ROWS];
+  double sum[ROWS];
+};
 
 // q = softmax(logits) of a block and its KL to the uniform prior: `add` every tile.
+template <int64_t ROWS = MOST_ROWS>
 class Posterior {
  public:
-  explicit Posterior(int64_t pitch) : factor_(LOG2_E) {
-    for (int64_t r = 0; r < pitch; ++r) largest[r] = LOWEST, sum[r] = moment[r] = 0.0;
+  explicit Posterior(int64_t pitch) : sums_(pitch), moments_(pitch), factor_(LOG2_E) {
+    for (int64_t r = 0; r < pitch; ++r) largest[r] = LOWEST;
   }
 
-  DALLE_NOINLINE void add(const Tile& tile, const float* logits) {
-    const int64_t end = tile.padded() * tile.pitch;
-    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
-      const Vector before = load(largest + r);
-      Four each = four(before);
-      for (int64_t i = r; i < end; i += 4 * tile.pitch) each = maximum(each, load_four(tile, logits + i));
-      const Vector most = maximum(maximum(each.v[0], each.v[1]), maximum(each.v[2], each.v[3]));
-      Four sums = four(broadcast(0.0f)), moments = sums;
-      for (int64_t i = r; i < end; i += 4 * tile.pitch) {
-        Four d;
-        for (int j = 0; j < 4; ++j) d.v[j] = log_ratio(load(logits + i + j * tile.pitch), most);
-        const Four e = exponential(d, factor_);
-        sums = sums + e;
-        moments = multiply_add(e, d, moments);
-      }
-      merge(r, log_ratio(before, most), sum_of(sums), sum_of(moments));
-      store(largest + r, most);
+  template <class T>
+  DALLE_NOINLINE void add(const Tile& tile, const Columns<T>& logits) {
+    for (int64_t c = 0; c < tile.columns; c += STEP_COLUMNS) {
+      for (int64_t r = 0; r < tile.pitch; r += Vector::width) add(r, load_four(logits, c, r));
     }
+    close(tile);
   }
 
+  // One step of a tile, after the last of which it is closed.
+  [[gnu::always_inline]] void add(int64_t r, const Four& logits) {
+    const Vector before = load(largest + r), most = maximum(largest_of(logits), before);
+    if (any_less(before, most)) grow(r, most);
+    const Four d = log_ratio(logits, most), e = exponential(d, factor_);
+    sums_.add(r, sum_of(e));
+    moments_.add(r, dot_of(e, d));
+  }
+  void close(const Tile& tile) {
+    sums_.close(tile);
+    moments_.close(tile);
+  }
+
+  double sum(int64_t row) const { return sums_.sum[row]; }
+  // sum q ln(q / the largest q)
+  double mean(int64_t row) const { return moments_.sum[row] / sums_.sum[row]; }
   // In nats.
   float kl(int64_t row, int64_t columns) const {
-    const double kl = moment[row] / sum[row] - __builtin_log(sum[row]) + __builtin_log(static_cast<double>(columns));
+    const double kl = mean(row) - __builtin_log(sum(row)) + __builtin_log(static_cast<double>(columns));
     return static_cast<float>(kl < 0 ? 0.0 : kl);
   }
 
-  float largest[MOST_ROWS];
-  double sum[MOST_ROWS], moment[MOST_ROWS];  // of exp(logits - largest), and of that times its logarithm
+  float largest[ROWS];
 
  private:
-  void merge(int64_t first, Vector step, Vector tile_sum, Vector tile_moment) {
-    float steps[Vector::width], shrinks[Vector::width], sums[Vector::width], moments[Vector::width];
+  // To larger maxima, which a row rarely meets. Rows whose maximum stays keep every bit.
+  DALLE_NOINLINE void grow(int64_t first, Vector most) {
+    float steps[Vector::width], shrinks[Vector::width];
+    const Vector step = log_ratio(load(largest + first), most);
     store(steps, step);
     store(shrinks, exp2_of_product(step, factor_));
-    store(sums, tile_sum);
-    store(moments, tile_moment);
     for (int64_t i = 0; i < Vector::width; ++i) {
-      double &s = sum[first + i], &m = moment[first + i];
-      m = shrinks[i] * (m + s * steps[i]) + moments[i];
-      s = shrinks[i] * s + sums[i];
+      const int64_t r = first + i;
+      moments_.recent[r] = shrinks[i] * (moments_.recent[r] + sums_.recent[r] * steps[i]);
+      moments_.sum[r] = shrinks[i] * (moments_.sum[r] + sums_.sum[r] * steps[i]);
+      sums_.recent[r] *= shrinks[i];
+      sums_.sum[r] *= shrinks[i];
     }
+    store(largest + first, most);
   }
 
+  RowSums<ROWS> sums_, moments_;  // of exp(logits - largest), and of that times its logarithm
   Factor factor_;
 };
 
+// What a block's gradient needs of its rows: the sum of y * grad_y, and with the KL the posterior. All of a tile is
+// read at once, since memory that is waited for by itself keeps the processor idle.
+template <class T, int64_t ROWS>
+DALLE_NOINLINE void add_tile(const Tile& tile, const Columns<T>& logits, const Columns<T>& y, const Columns<T>& grad_y,
+                             RowSums<ROWS>& dot, Posterior<ROWS>* posterior) {
+  for (int64_t c = 0; c < tile.columns; c += STEP_COLUMNS) {
+    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+      if (posterior != nullptr) posterior->add(r, load_four(logits, c, r));
+      dot.add(r, dot_of(load_four(y, c, r), load_four(grad_y, c, r)));
+    }
+  }
+  dot.close(tile);
+  if (posterior != nullptr) posterior->close(tile);
+}
+
 // The gradient of the KL, grad_kl * q * (ln q - sum q ln q).
+template <int64_t ROWS = MOST_ROWS>
 class PosteriorGradient {
  public:
-  // `grad_kl` has one column of float32, for these rows of all; without data there is nothing to `add`.
-  PosteriorGradient(const Posterior& posterior, const RowTensor& grad_kl, int64_t first, int64_t rows, int64_t pitch)
+  // `grad_kl` has one column of float32, for these rows of all.
+  PosteriorGradient(const Posterior<ROWS>& posterior, const RowTensor& grad_kl, int64_t first, int64_t rows,
+                    int64_t pitch)
       : factor_(LOG2_E) {
-    if (grad_kl.data == nullptr) return;
-    const RowBlock block(grad_kl, first, rows);
     for (int64_t r = 0; r < pitch; ++r) weight_[r] = 0.0f;
-    for (int64_t i = 0; i < block.runs; ++i) {
-      read_run(static_cast<const float*>(block.data) + block.run[i].offset, block.run[i].count,
-               weight_ + block.run[i].lane);
+    for (int64_t begin = 0; begin < rows; begin += MOST_ROWS) {
+      const RowBlock block(grad_kl, first + begin, rows - begin < MOST_ROWS ? rows - begin : MOST_ROWS);
+      for (int64_t i = 0; i < block.runs; ++i) {
+        read_run(static_cast<const float*>(block.data) + block.run[i].offset, block.run[i].count,
+                 weight_ + begin + block.run[i].lane);
+      }
     }
     for (int64_t r = 0; r < pitch; ++r) {
       largest_[r] = posterior.largest[r];
-      mean_[r] = static_cast<float>(posterior.moment[r] / posterior.sum[r]);
-      weight_[r] /= static_cast<float>(posterior.sum[r]);
+      mean_[r] = static_cast<float>(posterior.mean(r));
+      weight_[r] /= static_cast<float>(posterior.sum(r));
     }
   }
 
-  DALLE_NOINLINE void add(const Tile& tile, const float* logits, float* gradient) const {
-    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
-      const Vector largest = load(largest_ + r);
-      const Four weight = four(load(weight_ + r)), mean = four(load(mean_ + r));
-      for (int64_t i = r; i < tile.padded() * tile.pitch; i += 4 * tile.pitch) {
-        Four d;
-        for (int j = 0; j < 4; ++j) d.v[j] = log_ratio(load(logits + i + j * tile.pitch), largest);
-        const Four q = exponential(d, factor_) * weight;
-        store_four(tile, gradient + i, multiply_add(q, d - mean, load_four(tile, gradient + i)));
-      }
-    }
+  // What is added to `gradient`, that of a step.
+  [[gnu::always_inline]] Four added(int64_t r, const Four& logits, const Four& gradient) const {
+    const Four d = log_ratio(logits, load(largest_ + r));
+    const Four q = exponential(d, factor_) * four(load(weight_ + r));
+    return multiply_add(q, d - four(load(mean_ + r)), gradient);
   }
 
  private:
   Factor factor_;
-  float weight_[MOST_ROWS], largest_[MOST_ROWS], mean_[MOST_ROWS];
+  float weight_[ROWS], largest_[ROWS], mean_[ROWS];
 };
 
-// The gradient of a soft sample, y * (grad_y - dot) / tau, dot[row] being the sum of grad_y * y.
+// The gradient of a soft sample, y * (grad_y - dot) / tau, dot being the sum of y * grad_y.
+template <int64_t ROWS = MOST_ROWS>
 class SampleGradient {
  public:
-  SampleGradient(const double* dot, float tau, int64_t pitch) : inverse_tau_(broadcast(1.0f / tau)) {
-    for (int64_t r = 0; r < pitch; ++r) dot_[r] = static_cast<float>(dot[r]);
+  SampleGradient(const RowSums<ROWS>& dot, float tau, int64_t pitch) : inverse_tau_(broadcast(1.0f / tau)) {
+    for (int64_t r = 0; r < pitch; ++r) dot_[r] = static_cast<float>(dot.sum[r]);
   }
 
-  // From grad_y to the gradient, in place.
-  DALLE_NOINLINE void set(const Tile& tile, const float* y, float* gradient) const {
-    for (int64_t c = 0; c < tile.padded(); ++c) {
-      for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
-        const int64_t i = c * tile.pitch + r;
-        store(gradient + i, load(y + i) * (load(gradient + i) - load(dot_ + r)) * inverse_tau_);
-      }
-    }
+  [[gnu::always_inline]] Four of(int64_t r, const Four& y, const Four& grad_y) const {
+    return y * (grad_y - four(load(dot_ + r))) * four(inverse_tau_);
   }
 
  private:
   Vector inverse_tau_;
-  float dot_[MOST_ROWS];
+  float dot_[ROWS];
 };
+
+// The gradient of a tile's logits, with that of the KL unless `posterior` is nullptr. It may be where a copy of grad_y
+// lies.
+template <class T, int64_t ROWS>
+DALLE_NOINLINE void gradient_tile(const Tile& tile, const Columns<T>& logits, const Columns<T>& y,
+                                  const Columns<T>& grad_y, const SampleGradient<ROWS>& sample,
+                                  const PosteriorGradient<ROWS>* posterior, float* gradient) {
+  for (int64_t c = 0; c < tile.columns; c += STEP_COLUMNS) {
+    for (int64_t r = 0; r < tile.pitch; r += Vector::width) {
+      Four step = sample.of(r, load_four(y, c, r), load_four(grad_y, c, r));
+      if (posterior != nullptr) step = posterior->added(r, load_four(logits, c, r), step);
+      store_four(tile, gradient + c * tile.pitch + r, step);
+    }
+  }
+}
 
 }  // namespace dalle::DALLE_ISA_NAMESPACE
