@@ -90,6 +90,31 @@ def test_threads_and_splits_do_not_change_a_bit(dim, hard, instruction_set):
         assert torch.equal(part[0], whole[0][first:]) and torch.equal(part[1], whole[1][first:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(3, 70, 24, 24), (2, 37, 25, 31), (2, 12, 32, 33)])
+def test_neither_layout_nor_threads_change_a_bit_of_the_gradient(sizes, dtype, instruction_set):
+    """Whole columns of wide blocks, read where they lie, pieces of them, and rows of contiguous codes."""
+    tensors = torch.randn(4, *sizes, generator=torch.Generator().manual_seed(5)).to(dtype)
+    grad_y, logits, y = tensors[0], 3 * tensors[1], tensors[2].softmax(1)
+    grad_kl = tensors[3, :, 0].float()
+    turned = [tensor.movedim(1, -1).contiguous().movedim(-1, 1) for tensor in (grad_y, logits, y)]
+    backward = ops.gumbel_softmax_kl_backward_op
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            for tensors in ((grad_y, logits, y), turned, (grad_y, turned[1], y)):
+                first, *rest = tensors
+                results.append(backward(first, grad_kl, *rest, SEED, ZERO, TAU, False, 1))
+            rows = [tensor.movedim(1, -1).contiguous() for tensor in (grad_y, logits, y)]
+            results.append(backward(rows[0], grad_kl, *rows[1:], SEED, ZERO, TAU, False, -1).movedim(-1, 1))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results:
+        assert torch.equal(result, results[0])
+
+
 def test_rows_too_long_to_keep_are_drawn_twice(instruction_set):
     logits = torch.randn(3, 65_537 + 40, generator=torch.Generator().manual_seed(3)).requires_grad_()
     for hard in (False, True):
