@@ -75,7 +75,7 @@ const char* forward(const GumbelSoftmax& p) {
 
 // ---- Backward: y (grad_y - sum grad_y y) / tau, and for the KL grad_kl q (ln q - sum q ln q)
 
-// A block and its three sweeps.
+// A block and its sweeps.
 template <bool HARD>
 class BackwardBlock {
  public:
@@ -176,7 +176,8 @@ class BackwardBlock {
 
 template <bool HARD>
 const char* backward(const GumbelSoftmaxBackward& p) {
-  // What a hard sample keeps is a third of what its sweeps share. A soft one's go straight through the memory of columns.
+  // What a hard sample keeps is a third of what its sweeps share. Those of a soft one share nothing where they go
+  // straight through the columns, which are longer than any cache.
   const int64_t run = std::min({run_of(p.logits), run_of(p.y), run_of(p.grad_y), run_of(p.grad_logits)});
   const bool straight = !HARD && p.grad_logits.column_stride != 1;
   Blocks blocks = blocks_of(p.grad_logits, p.columns, straight ? 0 : p.columns * 12, 3 << 20, p.threads);

@@ -18,6 +18,7 @@ constexpr int64_t TILE_COLUMNS = 32;  // 128 bytes of float32: whole cache lines
 constexpr int64_t STEP_COLUMNS = 4;   // that a Four takes
 constexpr int64_t MOST_ROWS = 64;     // of a block
 constexpr int64_t WIDE_ROWS = 1024;   // of a wide block: a column of float32 is then a page of 4 KiB
+constexpr int64_t STRAIGHT_ROWS = WIDE_ROWS / 2;  // that are read where they lie: shorter runs come sooner as copies
 constexpr int64_t LEAST_ROWS = Vector::width > 8 ? Vector::width : 8;
 constexpr int64_t TILE_FLOATS = TILE_COLUMNS * MOST_ROWS;
 constexpr int64_t WIDE_TILE_FLOATS = STEP_COLUMNS * WIDE_ROWS;
@@ -136,9 +137,9 @@ class RowBlock {
   // A column is in short pieces and a row is in one.
   bool along_columns() const { return column_stride == 1 && runs * 4 > rows; }
 
-  // Whether a tile is read where it lies: all lanes of a wide block are one run, and its columns make whole steps.
+  // Whether a tile is read where it lies: its lanes are one long run, and its columns make whole steps.
   bool has_columns(const Tile& tile) const {
-    return tile.pitch >= WIDE_ROWS / 2 && runs == 1 && rows == tile.pitch && tile.columns % STEP_COLUMNS == 0;
+    return tile.pitch >= STRAIGHT_ROWS && runs == 1 && rows == tile.pitch && tile.columns % STEP_COLUMNS == 0;
   }
   template <class T>
   Columns<T> columns(const Tile& tile) const {
