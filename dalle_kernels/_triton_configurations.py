@@ -128,10 +128,7 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
         DEFAULT: query_blocks(32, 16, 16, warps=8, stages=1),
         90: query_blocks(32, 32, 32, warps=8, stages=1),
     },
-    ("sparse_attention", "float32 256"): {
-        DEFAULT: query_blocks(16, 16, 16, warps=4, stages=1),
-        90: query_blocks(32, 16, 16, warps=8, stages=1),
-    },
+    ("sparse_attention", "float32 256"): {DEFAULT: query_blocks(16, 16, 16, warps=8, stages=1)},
     ("sparse_attention_backward", "dq 16-bit 64"): {
         DEFAULT: query_blocks(64, 32, 32, warps=4, stages=2),
         90: query_blocks(64, 64, 32, warps=4, stages=2),

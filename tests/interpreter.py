@@ -98,8 +98,9 @@ def _chained(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     So an element does not depend on the shape and layout of its matrix, as it does in a BLAS.
     """
     with np.errstate(all="ignore"):
-        for column, row in zip(a.T.astype(np.float64), b.astype(np.float64)):
-            c = (np.multiply.outer(column, row) + c).astype(np.float32)
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        for i in range(a.shape[-1]):
+            c = (a[..., :, i, None] * b[..., i, None, :] + c).astype(np.float32)
     return c
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from test_attention import check, check_draws, gradients, masked_softmax
+from test_attention import check, check_draws, gradients
 from test_decode import assert_no_step
 
 import dalle_kernels
@@ -84,17 +84,7 @@ def test_other_shapes(kind, text_len, grid, kernel_size, shape, scale, dtype, tr
 @pytest.mark.parametrize("head_dim", (64, 80, 256))
 def test_blocks_of_the_table(head_dim, triton_device):
     check_random(triton_device, AttentionPattern("conv", 5, (3, 6), 3), 0.2, 1, 1, 22, head_dim, dtype=torch.bfloat16)
-    if head_dim < 256:
-        check_random(triton_device, AttentionPattern("row", 5, (3, 6)), 0.2, 1, 1, 23, head_dim)
-
-
-def test_wide_float32_heads(triton_device):
-    """Their dot products are chains of 256 sums: the error may be beyond twice that of a BLAS that splits them."""
-    torch.manual_seed(0)
-    draw, pattern = random_inputs(triton_device, 1, 1, 23, 256), AttentionPattern("row", 5, (3, 6))
-    exact = gradients(masked_softmax, *(x.double() for x in draw), pattern, 0.2)
-    for got, wanted in zip(gradients(sparse_attention, *draw, pattern, 0.2), exact):
-        torch.testing.assert_close(got.double(), wanted, atol=2e-5, rtol=0)
+    check_random(triton_device, AttentionPattern("row", 5, (3, 6)), 0.2, 1, 1, 23, head_dim)
 
 
 def test_split_queries(split, triton_device, small_blocks):

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    dots,
     head_of,
     key_tile,
     load_real_rows,
@@ -81,17 +82,17 @@ def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v,
         key = t * BLOCK_TEXT + tl.arange(0, BLOCK_TEXT)
         keys = load_rows(k, key, k_strides[2], HEAD_DIM, BLOCK_D)
         values = load_rows(v, key, v_strides[2], HEAD_DIM, BLOCK_D)
-        scores, grad_scores = product(queries, tl.trans(keys)), product(grads, tl.trans(values))
+        scores, grad_scores = dots(queries, keys), dots(grads, values)
         gradient, total, excess, mean = _query_gradient(
             scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
         )
-    if TAIL:  # noqa: SIM102 (decided when compiling)
-        if image:
-            key = text_tiles * BLOCK_TEXT + tl.arange(0, BLOCK_TEXT)
+    if TAIL:
+        for t in tl.range(text_tiles, text_tiles + tl.where(image, 1, 0), num_stages=1):
+            key = t * BLOCK_TEXT + tl.arange(0, BLOCK_TEXT)
             keys = load_real_rows(k, key, key < text_len, k_strides[2], HEAD_DIM, BLOCK_D)
             values = load_real_rows(v, key, key < text_len, v_strides[2], HEAD_DIM, BLOCK_D)
-            scores = tl.where((key < text_len)[None, :], product(queries, tl.trans(keys)), -float("inf"))
-            grad_scores = product(grads, tl.trans(values))
+            scores = tl.where((key < text_len)[None, :], dots(queries, keys), -float("inf"))
+            grad_scores = dots(grads, values)
             gradient, total, excess, mean = _query_gradient(
                 scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
             )
@@ -100,7 +101,7 @@ def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v,
             key = tokens_of(begin + t * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS), True, text_len, rows, width, KIND)
             keys = load_rows(k, key, k_strides[2], HEAD_DIM, BLOCK_D)
             values = load_rows(v, key, v_strides[2], HEAD_DIM, BLOCK_D)
-            scores, grad_scores = product(queries, tl.trans(keys)), product(grads, tl.trans(values))
+            scores, grad_scores = dots(queries, keys), dots(grads, values)
             gradient, total, excess, mean = _query_gradient(
                 scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
             )
@@ -113,8 +114,8 @@ def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v,
         keys = load_real_rows(k, key, exists, k_strides[2], HEAD_DIM, BLOCK_D)
         values = load_real_rows(v, key, exists, v_strides[2], HEAD_DIM, BLOCK_D)
         visible = sees(place[:, None], key_place[None, :], image, rows, width, kernel_size, KIND)
-        scores = tl.where(visible, product(queries, tl.trans(keys)), -float("inf"))
-        grad_scores = product(grads, tl.trans(values))
+        scores = tl.where(visible, dots(queries, keys), -float("inf"))
+        grad_scores = dots(grads, values)
         gradient, total, excess, mean = _query_gradient(
             scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
         )
@@ -195,8 +196,8 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
         delta = tl.load(deltas + statistics + query, mask=exists, other=0.0)
         total = tl.load(totals + statistics + query, mask=exists, other=1.0) if EXACT else delta
         visible = sees(query_place[None, :], place[:, None], image, rows, width, kernel_size, KIND)
-        scores = tl.where(visible, product(signed_keys, tl.trans(queries)), -float("inf"))
-        grad_scores = product(values, tl.trans(grads))
+        scores = tl.where(visible, dots(signed_keys, queries), -float("inf"))
+        grad_scores = dots(values, grads)
         key_gradient, value_gradient = _key_gradients(
             scores, grad_scores, queries, grads, key_gradient, value_gradient, shift, delta, total, exponent, EXACT
         )
@@ -211,8 +212,8 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
         shift = tl.load(lse + statistics + query, mask=exists, other=0.0) * _LOG2E
         delta = tl.load(deltas + statistics + query, mask=exists, other=0.0)
         total = tl.load(totals + statistics + query, mask=exists, other=1.0) if EXACT else delta
-        scores = product(signed_keys, tl.trans(queries))
-        grad_scores = product(values, tl.trans(grads))
+        scores = dots(signed_keys, queries)
+        grad_scores = dots(values, grads)
         key_gradient, value_gradient = _key_gradients(
             scores, grad_scores, queries, grads, key_gradient, value_gradient, shift, delta, total, exponent, EXACT
         )

@@ -12,11 +12,11 @@ import triton.language as tl
 
 from .triton_tiles import (
     LOWEST,
+    dots,
     head_of,
     load_real_rows,
     load_rows,
     meet,
-    product,
     query_tile,
     sees,
     signed,
@@ -51,20 +51,21 @@ def forward_kernel(q, q_strides, k, k_strides, v, v_strides, out, out_strides, l
 
     for t in range(text_tiles):
         key = t * BLOCK_TEXT + tl.arange(0, BLOCK_TEXT)
-        scores = product(queries, tl.trans(load_rows(k, key, k_strides[2], HEAD_DIM, BLOCK_D)))
+        scores = dots(queries, load_rows(k, key, k_strides[2], HEAD_DIM, BLOCK_D))
         values = load_rows(v, key, v_strides[2], HEAD_DIM, BLOCK_D)
         maximum, total, weighted = meet(scores, values, maximum, total, weighted, exponent)
-    if TAIL:  # noqa: SIM102 (decided when compiling)
-        if image:
-            key = text_tiles * BLOCK_TEXT + tl.arange(0, BLOCK_TEXT)
-            scores = product(queries, tl.trans(load_real_rows(k, key, key < text_len, k_strides[2], HEAD_DIM, BLOCK_D)))
+    if TAIL:
+        # A loop of one round or none: as straight code it would spill registers in wide float32 heads.
+        for t in tl.range(text_tiles, text_tiles + tl.where(image, 1, 0), num_stages=1):
+            key = t * BLOCK_TEXT + tl.arange(0, BLOCK_TEXT)
+            scores = dots(queries, load_real_rows(k, key, key < text_len, k_strides[2], HEAD_DIM, BLOCK_D))
             scores = tl.where((key < text_len)[None, :], scores, -float("inf"))
             values = load_real_rows(v, key, key < text_len, v_strides[2], HEAD_DIM, BLOCK_D)
             maximum, total, weighted = meet(scores, values, maximum, total, weighted, exponent)
     if FULL:
         for t in range(ahead, ahead + full):
             key = tokens_of(begin + t * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS), True, text_len, rows, width, KIND)
-            scores = product(queries, tl.trans(load_rows(k, key, k_strides[2], HEAD_DIM, BLOCK_D)))
+            scores = dots(queries, load_rows(k, key, k_strides[2], HEAD_DIM, BLOCK_D))
             values = load_rows(v, key, v_strides[2], HEAD_DIM, BLOCK_D)
             maximum, total, weighted = meet(scores, values, maximum, total, weighted, exponent)
     else:
@@ -74,7 +75,7 @@ def forward_kernel(q, q_strides, k, k_strides, v, v_strides, out, out_strides, l
         key = tokens_of(key_place, image, text_len, rows, width, KIND)
         # A place at the end may be without a token: no query that has one sees it.
         exists = (key_place < tl.where(image, places, text_len)) & (key < seq)
-        scores = product(queries, tl.trans(load_real_rows(k, key, exists, k_strides[2], HEAD_DIM, BLOCK_D)))
+        scores = dots(queries, load_real_rows(k, key, exists, k_strides[2], HEAD_DIM, BLOCK_D))
         visible = sees(place[:, None], key_place[None, :], image, rows, width, kernel_size, KIND)
         scores = tl.where(visible, scores, -float("inf"))
         values = load_real_rows(v, key, exists, v_strides[2], HEAD_DIM, BLOCK_D)

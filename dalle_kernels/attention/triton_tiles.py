@@ -17,6 +17,9 @@ key_tile = _compiled(tiles.key_tile)
 # Where a running maximum starts: finite, so that a row that has met no visible key needs no care.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
+# How many columns of float32 heads wider than 128 are multiplied in one chain of sums.
+_PART = tl.constexpr(64)
+
 
 @triton.jit
 def tokens_of(place, image, text_len, rows, width, KIND: tl.constexpr):
@@ -90,6 +93,24 @@ def store_rows(start, token, real, token_stride, rows, HEAD_DIM: tl.constexpr, B
 def product(a, b):
     """``a @ b`` in float32 sums: of float32 operands without the rounding to tf32."""
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def dots(a, b):
+    """The dot products of each row of ``a`` with each of ``b``.
+
+    Those of wide float32 heads are sums over parts of the columns: one chain of all of them would err twice as much as
+    a BLAS, and its operands would not fit the registers.
+    """
+    if a.dtype == tl.float32 and a.shape[1] > 128:
+        return tl.sum(product(_parted(a), tl.permute(_parted(b), [0, 2, 1])), axis=0)
+    return product(a, tl.trans(b))
+
+
+@triton.jit
+def _parted(rows):
+    """Rows as ``[parts, rows, columns of a part]``."""
+    return tl.permute(tl.reshape(rows, [rows.shape[0], rows.shape[1] // _PART, _PART]), [1, 0, 2])
 
 
 @triton.jit
