@@ -54,11 +54,11 @@ def decode(kind, prompts, samples, heads, head_dim, dtype, device):
     return partial(triton_kernels.decode_attention, *token, cache.text, cache.image, pattern.seq_len - 1, *options)
 
 
-def odd(kind, device):
+def odd(kind, head_dim, dtype, device):
     """What is compiled for texts that end within a tile, padded heads, a negative scale, few heads and wide grids."""
     pattern = AttentionPattern(kind, 257, (24, 200) if kind != "column" else (200, 24))
-    q, k, v, grad_out = torch.randn(4, 1, 2, pattern.seq_len, 80, dtype=torch.bfloat16, device=device).unbind()
-    cache = KVCache(pattern, 1, 2, 80, torch.bfloat16, device)
+    q, k, v, grad_out = torch.randn(4, 1, 2, pattern.seq_len, head_dim, dtype=dtype, device=device).unbind()
+    cache = KVCache(pattern, 1, 2, head_dim, dtype, device)
     position = torch.full((1,), pattern.seq_len - 1, dtype=torch.int32, device=device)
     options = *cache.pattern_arguments, -0.1
 
@@ -126,7 +126,7 @@ CANDIDATES = {
         DEFAULT: queries((16, 16, 16, 8, 1)),
     },
     ("sparse_attention_backward", "dq float32 256"): {
-        DEFAULT: queries((16, 16, 16, 8, 1)),
+        DEFAULT: queries((8, 16, 16, 8, 1)),
     },
     ("sparse_attention_backward", "dk 16-bit 64"): {
         DEFAULT: keys((32, 32, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2)),
@@ -144,7 +144,7 @@ CANDIDATES = {
         DEFAULT: keys((32, 32, 8, 1), (32, 16, 8, 1), (64, 16, 8, 1)),
     },
     ("sparse_attention_backward", "dk float32 128"): {DEFAULT: keys((16, 16, 8, 1), (32, 16, 8, 1))},
-    ("sparse_attention_backward", "dk float32 256"): {DEFAULT: keys((16, 16, 8, 1))},
+    ("sparse_attention_backward", "dk float32 256"): {DEFAULT: keys((8, 16, 8, 1))},
     ("decode_attention", "rows 16-bit 64"): {DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 1))},
     ("decode_attention", "rows 16-bit 128"): {DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 8, 1))},
     ("decode_attention", "rows 16-bit 256"): {DEFAULT: decoded_rows((16, 4, 1), (16, 8, 1), (32, 8, 1))},
@@ -218,4 +218,5 @@ CASES = [
     )
     for kind, prompts, samples, heads, head_dim, dtype, *prefixes in STEPS
 ]
-CASES += [Case(f"odd {kind}", partial(odd, kind)) for kind in KINDS]
+CASES += [Case(f"odd {kind}", partial(odd, kind, 80, torch.bfloat16)) for kind in KINDS]
+CASES += [Case("odd column 200 float32", partial(odd, "column", 200, torch.float32))]

@@ -143,7 +143,7 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     },
     ("sparse_attention_backward", "dq float32 64"): {DEFAULT: query_blocks(32, 32, 32, warps=8, stages=1)},
     ("sparse_attention_backward", "dq float32 128"): {DEFAULT: query_blocks(16, 16, 16, warps=8, stages=1)},
-    ("sparse_attention_backward", "dq float32 256"): {DEFAULT: query_blocks(16, 16, 16, warps=8, stages=1)},
+    ("sparse_attention_backward", "dq float32 256"): {DEFAULT: query_blocks(8, 16, 16, warps=8, stages=1)},
     ("sparse_attention_backward", "dk 16-bit 64"): {DEFAULT: key_blocks(64, 32, warps=4, stages=2)},
     ("sparse_attention_backward", "dk 16-bit 128"): {DEFAULT: key_blocks(64, 32, warps=8, stages=2)},
     ("sparse_attention_backward", "dk 16-bit 256"): {
@@ -152,7 +152,7 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     },
     ("sparse_attention_backward", "dk float32 64"): {DEFAULT: key_blocks(32, 32, warps=8, stages=1)},
     ("sparse_attention_backward", "dk float32 128"): {DEFAULT: key_blocks(32, 16, warps=8, stages=1)},
-    ("sparse_attention_backward", "dk float32 256"): {DEFAULT: key_blocks(16, 16, warps=8, stages=1)},
+    ("sparse_attention_backward", "dk float32 256"): {DEFAULT: key_blocks(8, 16, warps=8, stages=1)},
     ("decode_attention", "rows 16-bit 64"): {DEFAULT: row_blocks(32, warps=4, stages=1)},
     ("decode_attention", "rows 16-bit 128"): {DEFAULT: row_blocks(32, warps=4, stages=1)},
     ("decode_attention", "rows 16-bit 256"): {DEFAULT: row_blocks(16, warps=4, stages=1)},

@@ -81,7 +81,7 @@ def test_other_shapes(kind, text_len, grid, kernel_size, shape, scale, dtype, tr
     check_random(triton_device, AttentionPattern(kind, text_len, grid, kernel_size), scale, *shape, dtype=dtype)
 
 
-@pytest.mark.parametrize("head_dim", (64, 80, 256))
+@pytest.mark.parametrize("head_dim", (64, 80, 200, 256))
 def test_blocks_of_the_table(head_dim, triton_device):
     check_random(triton_device, AttentionPattern("conv", 5, (3, 6), 3), 0.2, 1, 1, 22, head_dim, dtype=torch.bfloat16)
     check_random(triton_device, AttentionPattern("row", 5, (3, 6)), 0.2, 1, 1, 23, head_dim)
@@ -209,7 +209,7 @@ def check_decode(device, pattern, prompts, samples, heads, head_dim, dtype, give
     assert_accurate(actual, plain, exact, f"{pattern}, {samples} samples")
 
 
-@pytest.mark.parametrize("samples", (1, 3))
+@pytest.mark.parametrize("samples", (1, 2))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_step_equals_the_last_row(kind, samples, triton_device, small_blocks):
     pattern = AttentionPattern(kind, 5, (3, 5), 3)
@@ -238,9 +238,9 @@ def test_split_keys(samples, split, triton_device, small_blocks):
     check_decode(triton_device, AttentionPattern("column", 37, (20, 2)), 2, samples, 1, 8, torch.float32, 74)
 
 
-@pytest.mark.parametrize(("samples", "dtype"), [(1, torch.int32), (3, torch.int64)])
+@pytest.mark.parametrize(("samples", "dtype"), [(1, torch.int32), (2, torch.int64)])
 def test_a_position_on_the_device(samples, dtype, split, triton_device, small_blocks):
-    pattern, given = AttentionPattern("conv", 3, (3, 4), 3), 0 if samples == 1 else 3
+    pattern, given = AttentionPattern("conv", 3, (2, 4), 3), 0 if samples == 1 else 3
     q, k, v = decode_inputs(triton_device, pattern, 1, samples, 1, 8, torch.float32)
     expected = decode_all(pattern, q, k, v, samples, given, 0.3)
     cache = KVCache(pattern, 1, 1, 8, device=triton_device, samples_per_prompt=samples)
