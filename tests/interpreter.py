@@ -97,11 +97,12 @@ def _chained(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
     So an element does not depend on the shape and layout of its matrix, as it does in a BLAS.
     """
+    total = c.copy()
     with np.errstate(all="ignore"):
-        a, b = a.astype(np.float64), b.astype(np.float64)
+        products = a.astype(np.float64)[..., None] * b.astype(np.float64)[..., None, :, :]  # exact
         for i in range(a.shape[-1]):
-            c = (a[..., :, i, None] * b[..., i, None, :] + c).astype(np.float32)
-    return c
+            np.add(products[..., i, :], total, out=total)
+    return total
 
 
 def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
