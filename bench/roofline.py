@@ -36,12 +36,12 @@ def _name(case: dict) -> str:
 
 
 def draw_roofs(axes: Axes, cases: list[dict], peaks: dict[str, float]) -> None:
-    low, high = 0.2, 1000.0
+    low, high = 0.2, max([1000.0, *(2 * case["operations"] / case["bytes_moved"] for case in cases)])
     products = peaks["gemm_float32_per_s"] / 1e9
-    for name, label, style in (("copy", "memory", "-"), ("cache", "cache", "--")):
+    for name, label, style, place in (("copy", "memory", "-", 0.5), ("cache", "cache", "--", 0.25)):
         bandwidth = peaks[f"{name}_bytes_per_s"] / 1e9
         axes.plot([low, products / bandwidth, high], [low * bandwidth, products, products], style, color="black")
-        corner = 0.5 * products / bandwidth
+        corner = place * products / bandwidth
         axes.annotate(
             f"{label}, {bandwidth:.0f} GB/s",
             (corner, corner * bandwidth),
@@ -67,7 +67,7 @@ def draw_roofs(axes: Axes, cases: list[dict], peaks: dict[str, float]) -> None:
         axes.plot([], [], MARKERS.get(work, "D"), color="grey", label=work)
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations a byte (ideal)", ylabel="GFLOP/s (ideal)")
     axes.grid(which="both", linewidth=0.3, alpha=0.5)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower center")
     axes.set_title("Full markers fp32, open ones bf16; dashes: the best rival of the same function", fontsize=9)
 
 
