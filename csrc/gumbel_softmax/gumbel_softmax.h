@@ -9,9 +9,10 @@
 // 20 for the softmax's exponential and 25 more for the KL. At three a cycle that is about 40 cycles for 8 elements on
 // AVX2 without the KL, 50 ms for [8192, 8192] on two cores at 3.2 GHz; copying its 268 MB takes 16 ms there.
 // Reached on two cores of an EPYC (Zen 3), AVX2, other work on the machine, into memory that was touched before: on
-// [8192, 8192] 14.7 times (bfloat16 14.4) the speed of F.gumbel_softmax, and with the KL, forward and backward along
-// dimension 1 of [8, 8192, 32, 32], 10.8 times (11.6) that of eager torch. There the float32 backward waits for memory,
-// and therefore reads whole columns of 1024 rows: by tiles of 64 rows it takes 1.45 times as long (bfloat16 1.13).
+// [8192, 8192] 14.7 to 18.6 times (bfloat16 14.4 to 18.7) the speed of F.gumbel_softmax, and with the KL, forward and
+// backward along dimension 1 of [8, 8192, 32, 32], 9.9 to 10.8 times (9.5 to 11.6) that of eager torch. There the float32
+// backward waits for memory, and therefore reads whole columns of 1024 rows: by tiles of 64 rows it takes 1.45 times as
+// long (bfloat16 1.13).
 //
 // Scratch space is per thread: up to four tiles of 16 KiB, nearly as much for the sums of their rows, and where a soft
 // sample is drawn up to 7/8 MiB of a block's exponentials, the rest of which is computed again, with a maximum for each
