@@ -211,8 +211,8 @@ def gumbel_softmax_call(op: str, draw: random.Random) -> Call:
     else:
         forward = (logits, *noise, draw.random() < 0.3, dim)
     if not op.endswith("_backward"):
-        # A weight hangs on a difference of logits plus noise, some 4 each, over tau, by a slope of 1/4 at most; the codes
-        # of weights that sum to 1 may cancel, and ln K less an entropy.
+        # A weight hangs on a difference of logits plus noise, some 4 each, over tau, by a slope of at most 1/4.
+        # Codes of weights that sum to 1 may cancel, and ln K less an entropy.
         weight = max(1.0, (largest(logits) + 4) / (4 * noise[2].item()))
         return Call(forward, terms=(weight * (largest(codebook) if "codebook" in op else 1.0), math.log(shape[dim])))
     return _backward_of(op, draw, forward, saved=() if "codebook" in op else (1,))
