@@ -96,28 +96,50 @@ def decode_attention(
     ``q``, ``k_new`` and ``v_new`` are ``[prompts * samples, heads, 1, head_dim]``; the cache is ``text`` ``[2, prompts,
     heads, text_len, head_dim]`` and ``image`` ``[2, prompts, heads, samples, slots, head_dim]``, keys before values.
     """
-    _, prompts, heads, samples, _, head_dim = image.shape
-    query, key, value = (x.reshape(prompts, samples, heads, head_dim).transpose(1, 2) for x in (q, k_new, v_new))
+    query, key, value = _of_prompts(image, q, k_new, v_new)
     if position < text_len:
         text[0, :, :, position], text[1, :, :, position] = key[:, :, 0], value[:, :, 0]
-    text_keys, text_values = text[:, :, :, : position + 1]
-    scores = query @ text_keys.transpose(-2, -1)
-    if position < text_len:
-        weights = (scores.to(_statistics_dtype(q.dtype)) * scale).softmax(dim=-1).to(q.dtype)
-        out = weights @ text_values
+        seen = image[:, :, :, :, :0]
     else:
         slots = slot_table(q.device, kind, text_len, height, width, kernel_size)[position - text_len]
         image[0, :, :, :, slots.own_slot], image[1, :, :, :, slots.own_slot] = key, value
         if slots.listed is None:
-            image_keys, image_values = image[:, :, :, :, slots.first : slots.first + slots.count]
+            seen = image[:, :, :, :, slots.first : slots.first + slots.count]
         else:
-            image_keys, image_values = image.index_select(4, slots.listed)
-        image_scores = (image_keys @ query.unsqueeze(-1)).squeeze(-1)
-        joint = torch.cat((scores, image_scores), dim=-1).to(_statistics_dtype(q.dtype)) * scale
-        weights = joint.softmax(dim=-1).to(q.dtype)
-        out = weights[..., :text_len] @ text_values
-        out += (weights[..., None, text_len:] @ image_values).squeeze(-2)
-    return out.transpose(1, 2).reshape(q.shape).contiguous()
+            seen = image.index_select(4, slots.listed)
+    text = text[:, :, :, : position + 1]
+    weights = _weights(query, text[0], seen[0], scale)
+    return _weighted(weights, text[1], seen[1]).reshape(q.shape).contiguous()
+
+
+def _of_prompts(image: torch.Tensor, *tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Tokens as ``[prompts, heads, samples, head_dim]``, for a cache's ``image``."""
+    _, prompts, heads, samples, _, head_dim = image.shape
+    return [x.reshape(prompts, samples, heads, head_dim).transpose(1, 2) for x in tokens]
+
+
+def _weights(
+    query: torch.Tensor,
+    text_keys: torch.Tensor,
+    image_keys: torch.Tensor,
+    scale: float,
+    hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The softmax over a cache's keys, the text's first, but for the ``hidden`` of them."""
+    image_scores = (image_keys @ query.unsqueeze(-1)).squeeze(-1)
+    scores = torch.cat((query @ text_keys.transpose(-2, -1), image_scores), dim=-1)
+    scores = scores.to(_statistics_dtype(query.dtype)) * scale
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return scores.softmax(dim=-1).to(query.dtype)
+
+
+def _weighted(weights: torch.Tensor, text_values: torch.Tensor, image_values: torch.Tensor) -> torch.Tensor:
+    """A cache's values by their weights, as ``[prompts, samples, heads, head_dim]``."""
+    text_keys = text_values.shape[-2]
+    out = weights[..., :text_keys] @ text_values
+    out += (weights[..., None, text_keys:] @ image_values).squeeze(-2)
+    return out.transpose(1, 2)
 
 
 def decode_attention_at(
@@ -139,8 +161,8 @@ def decode_attention_at(
     A position at which there is no step gives NaN and changes nothing: one outside the stream, and one of the text that
     several samples share.
     """
-    _, prompts, heads, samples, _, head_dim = image.shape
-    query, key, value = (x.reshape(prompts, samples, heads, head_dim).transpose(1, 2) for x in (q, k_new, v_new))
+    samples = image.shape[3]
+    query, key, value = _of_prompts(image, q, k_new, v_new)
     position = position.reshape(1).long()
     is_step = (position >= (text_len if samples > 1 else 0)) & (position < text_len + height * width)
     in_image = position >= text_len
@@ -155,12 +177,7 @@ def decode_attention_at(
 
     text_seen = torch.arange(text_len, device=q.device) <= position
     image_seen = seen[token[0]] & in_image
-    image_scores = (image[0] @ query.unsqueeze(-1)).squeeze(-1)
-    joint = torch.cat((query @ text[0].transpose(-2, -1), image_scores), dim=-1).to(_statistics_dtype(q.dtype)) * scale
-    hidden = ~torch.cat((text_seen, image_seen))
-    weights = joint.masked_fill(hidden, -torch.inf).softmax(dim=-1).to(q.dtype)
+    weights = _weights(query, text[0], image[0], scale, hidden=~torch.cat((text_seen, image_seen)))
     # Of what was never written a weight of zero would make NaN.
     values = text[1].masked_fill(~text_seen[:, None], 0), image[1].masked_fill(~image_seen[:, None], 0)
-    out = weights[..., :text_len] @ values[0]
-    out += (weights[..., None, text_len:] @ values[1]).squeeze(-2)
-    return torch.where(is_step, out, torch.nan).transpose(1, 2).reshape(q.shape).contiguous()
+    return torch.where(is_step, _weighted(weights, *values), torch.nan).reshape(q.shape).contiguous()
