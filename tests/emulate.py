@@ -34,8 +34,8 @@ def build(folder: Path, headers: Path) -> None:
 
 
 def families() -> dict[str, list[str]]:
-    """The ops of each family that tests/fuzz.py draws calls of."""
-    from fuzz import SAMPLERS
+    """The ops of each family that tests/fuzz_calls.py draws calls of."""
+    from fuzz_calls import SAMPLERS
 
     found: dict[str, list[str]] = {}
     for op, sampler in SAMPLERS.items():
@@ -47,7 +47,7 @@ def fingerprint(arguments: list[str]) -> str:
     """Of all that the outcome depends on."""
     digest = hashlib.sha256(repr(arguments).encode())
     sources = (FOLDER / "dalle_kernels").rglob("*.py"), (FOLDER / "dalle_kernels").glob("_cpu*.so")
-    for path in (ROOT / "tests" / "fuzz.py", *sorted(path for paths in sources for path in paths)):
+    for path in (*sorted((ROOT / "tests").glob("fuzz*.py")), *sorted(path for paths in sources for path in paths)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

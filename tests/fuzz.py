@@ -5,8 +5,8 @@ its own, which is printed) under the instruction set that the environment gives,
 rule is broken, an output's bits depend on the number of threads, an input is changed or an output is not written whole.
 ``--provider triton`` tries Triton's kernels: on the GPU where there is one, else by the interpreter.
 
-Each family has one function in :data:`SAMPLERS` that draws a call of its ops. An op with a native provider and no
-sampler is an error, so a new family cannot be forgotten.
+Each family has one function in tests/fuzz_calls.py that draws a call of its ops. An op with a native provider and none
+there is an error, so a new family cannot be forgotten.
 """
 
 from __future__ import annotations
@@ -18,319 +18,16 @@ import random
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import interpreter
 import torch
+from fuzz_calls import SAMPLERS, as_tuple, is_list, largest
 from torch import Tensor
 
 import dalle_kernels
-from dalle_kernels import AttentionPattern, KVCache, _native
-from dalle_kernels.attention.pattern import KINDS
-from dalle_kernels.testing import ODD_SIZES, ErrorReport, measure_errors, poisoned_allocations, strided_views
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SMALL = tuple(size for size in ODD_SIZES if size <= 33)
-
-
-@dataclass
-class Call:
-    """One call of an op: its arguments, and those of the float64 reference (by default the same in float64).
-
-    ``bits``: the outputs must equal the reference's bit for bit instead of keeping the error rule. ``products``: there
-    are matrix products of torch's inside, whose last bits depend on the number of threads.
-
-    ``terms``: for each output the size of the terms that it is a sum of, where all of a small output may cancel; none
-    where that cannot be. Errors are judged beside the largest number of an output, or beside its terms if they are
-    larger. Terms are known to some units of their last place, however little is left of them. Beside what is left, an
-    output of one or two elements would once in some hundred calls be worse by orders of magnitude than all others are.
-    The largest error of all calls would then be that call's alone, ours as the plain expression's, and of two errors of
-    one size, drawn once each, one is more than twice the other in six cases of ten. More calls would not help, for they
-    bring worse ones. Beside the terms all calls err alike, and the largest error is one of many.
-    """
-
-    args: tuple
-    exact: tuple | None = None
-    bits: bool = False
-    products: bool = False
-    terms: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.exact is None:
-            self.exact = doubled(self.args)
-
-
-def doubled(args: tuple) -> tuple:
-    """The arguments with floating-point tensors in float64."""
-    return tuple(
-        arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else doubled(arg) if _is_list(arg) else arg
-        for arg in args
-    )
-
-
-def largest(tensor: Tensor) -> float:
-    """The largest magnitude; 0 of an empty tensor."""
-    return tensor.abs().max().item() if tensor.numel() else 0.0
-
-
-def _is_list(arg: object) -> bool:
-    return isinstance(arg, (list, tuple))
-
-
-def reference(op: str, *args) -> tuple:
-    """The op by its reference, always as a tuple."""
-    with dalle_kernels.use("reference"):
-        return _as_tuple(dalle_kernels.ops()[op](*args))
-
-
-def _as_tuple(output: object) -> tuple:
-    return tuple(output) if _is_list(output) else (output,)
-
-
-def laid_out(draw: random.Random, tensor: Tensor, unit_last: bool = False) -> Tensor:
-    """The tensor, or equal values in another memory layout."""
-    views = [view for _, view in strided_views(tensor) if not unit_last or view.dim() == 0 or view.stride(-1) == 1]
-    return draw.choice([tensor, *views])
-
-
-def shape_of(draw: random.Random, lowest: int, highest: int, elements: int = 1 << 15) -> list[int]:
-    """Sizes of ``lowest`` to ``highest`` dimensions, now and then an empty one, ``elements`` in all at most."""
-    sizes: list[int] = []
-    for _ in range(draw.randint(lowest, highest)):
-        room = [size for size in ODD_SIZES if size <= elements]
-        sizes.append(draw.choice(room) if draw.random() > 0.03 else 0)
-        elements //= max(1, sizes[-1])
-    return sizes
-
-
-# ---- One sampler a family
-
-
-def float16_call(op: str, draw: random.Random) -> Call:
-    shape = shape_of(draw, 0, 5)
-    dtype = draw.choice((*FLOATS, torch.float64))
-    if op.startswith("decode"):
-        return Call((laid_out(draw, torch.randint(-(2**15), 2**15, shape).short()), dtype), bits=True)
-    values = (torch.randn(shape) * torch.exp2(torch.empty(shape).uniform_(-70, 8))).to(dtype)
-    if draw.random() < 0.3:
-        values[torch.rand(shape) < 0.1] = draw.choice((torch.nan, torch.inf, -torch.inf))
-    return Call((laid_out(draw, values),), bits=True)
-
-
-def attention_call(op: str, draw: random.Random) -> Call:
-    pattern = AttentionPattern(
-        draw.choice(KINDS), draw.randint(0, 40), (draw.randint(1, 12), draw.randint(1, 12)), draw.choice((1, 3, 5, 11))
-    )
-    batch, heads, seq = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, pattern.seq_len)
-    shape, dtype = (batch, heads, seq, draw.choice((1, 3, 8, 16, 20, 33, 64, 80, 128))), draw.choice(FLOATS)
-    scale = draw.choice((shape[-1] ** -0.5, draw.uniform(-2, 2)))
-    settings = (pattern.kind, pattern.text_len, *pattern.grid, pattern.kernel_size, scale)
-    tensors = [laid_out(draw, torch.randn(shape).to(dtype), unit_last=True) for _ in range(4)]
-    if op == "sparse_attention":
-        return Call((*tensors[:3], *settings))
-    *inputs, grad_out = tensors
-    saved = reference("sparse_attention", *inputs, *settings)
-    exact = reference("sparse_attention", *doubled(tuple(inputs)), *settings)
-    return Call((grad_out, *inputs, *saved, *settings), (grad_out.double(), *doubled(tuple(inputs)), *exact, *settings))
-
-
-def decode_call(op: str, draw: random.Random) -> Call:
-    pattern = AttentionPattern(
-        draw.choice(KINDS),
-        draw.choice((0, 1, 7, 40, 300)),
-        (draw.randint(1, 12), draw.randint(1, 12)),
-        draw.choice((3, 5)),
-    )
-    prompts, heads, samples = draw.randint(1, 3), draw.randint(1, 3), draw.choice((1, 1, 2, 5, 33))
-    head_dim, dtype = draw.choice((1, 3, 8, 16, 20, 33, 64, 80, 128)), draw.choice(FLOATS)
-    cache = KVCache(pattern, prompts, heads, head_dim, dtype, samples_per_prompt=samples)
-    tokens = [laid_out(draw, torch.randn(prompts * samples, heads, 1, head_dim).to(dtype)) for _ in range(3)]
-    held = [torch.randn(tensor.shape).to(dtype) for tensor in (cache.text, cache.image)]
-    position = draw.randrange(0 if samples == 1 else pattern.text_len, pattern.seq_len)
-    if op == "decode_attention_at":
-        position = torch.tensor(position, dtype=draw.choice((torch.int32, torch.int64)))
-    return Call(
-        (*tokens, *held, position, *cache.pattern_arguments, draw.choice((head_dim**-0.5, draw.uniform(-2, 2))))
-    )
-
-
-def linear_call(op: str, draw: random.Random) -> Call:
-    rows, inputs, outputs = draw.choice((0, *ODD_SIZES)), draw.choice((*ODD_SIZES, 1100)), draw.choice(ODD_SIZES)
-    dtype = draw.choice(FLOATS)
-    x, weight = (laid_out(draw, torch.randn(n, inputs).to(dtype), unit_last=True) for n in (rows, outputs))
-    tensors = (x, weight, torch.randn(outputs).to(dtype) if draw.random() < 0.7 else None)
-    return Call((*tensors, draw.choice((dtype, torch.float32))), (*doubled(tensors), torch.float64))
-
-
-def mlp_call(op: str, draw: random.Random) -> Call:
-    dim, width, outputs = (draw.choice((*ODD_SIZES, 300)) for _ in range(3))
-    shape, dtype = (*shape_of(draw, 0, 2, 300), dim), draw.choice(FLOATS)
-    x = laid_out(draw, torch.randn(shape).to(dtype))
-    expansion, contraction = (torch.randn(n, m) * m**-0.5 for n, m in ((width, dim), (outputs, width)))
-    weights = [tensor.to(dtype) for tensor in (expansion, torch.randn(width), contraction, torch.randn(outputs))]
-    if op == "mlp":
-        return Call((x, *weights), products=True)
-    grad_out = laid_out(draw, torch.randn(*shape[:-1], outputs).to(dtype))
-    _, hidden = reference("mlp", x, *weights)
-    return Call((grad_out, x, hidden, *weights[:3]), products=True)
-
-
-def decode_layers_call(op: str, draw: random.Random) -> Call:
-    dim, heads, head_dim, hidden = (draw.choice((1, 8, 13, 33, 64)) for _ in range(4))
-    heads = min(heads, 8)
-    text_len, grid, dtype = draw.randint(0, 20), (draw.randint(1, 5), draw.randint(1, 5)), draw.choice(FLOATS)
-    prompts, samples, kinds = draw.randint(1, 3), draw.choice((1, 2, 5)), [draw.choice(KINDS) for _ in range(2)]
-    outputs = {"query_key_value": (3 * heads * head_dim, dim), "projection": (dim, heads * head_dim)}
-    outputs |= {"expansion": (hidden, dim), "contraction": (dim, hidden)}
-    weights, held = [], []
-    for kind in kinds:
-        for name in ("attention_norm", "query_key_value", "projection", "mlp_norm", "expansion", "contraction"):
-            rows, inputs = outputs.get(name, (dim, None))
-            weights.append(torch.randn(rows) if inputs is None else torch.randn(rows, inputs) * inputs**-0.5)
-            weights.append(torch.randn(rows))
-        pattern = AttentionPattern(kind, text_len, grid, 3)
-        cache = KVCache(pattern, prompts, heads, head_dim, dtype, samples_per_prompt=samples)
-        held += [torch.randn(tensor.shape).to(dtype) for tensor in (cache.text, cache.image)]
-    x = laid_out(draw, torch.randn(prompts * samples, dim).to(dtype))
-    position = draw.randrange(0 if samples == 1 else text_len, pattern.seq_len)
-    settings = (",".join(kinds), *cache.pattern_arguments[1:], head_dim**-0.5, draw.choice((1e-5, 0.1)))
-    return Call((x, [weight.to(dtype) for weight in weights], held, position, *settings))
-
-
-def gumbel_softmax_call(op: str, draw: random.Random) -> Call:
-    shape, dtype = shape_of(draw, 1, 4), draw.choice(FLOATS)
-    dim = draw.randrange(-len(shape), len(shape))
-    shape[dim] = draw.choice(ODD_SIZES[1:])
-    logits = laid_out(draw, (torch.randn(shape) * draw.choice((0.1, 1, 10))).to(dtype))
-    seed, offset = torch.tensor(draw.getrandbits(62)), torch.tensor(draw.choice((0, 3, 2**40)))
-    noise = (seed, offset, torch.tensor(draw.choice((0.07, 0.5, 1.0, 1.7))))
-    if "codebook" in op:
-        codebook = torch.randn(shape[dim], draw.choice(SMALL)).to(draw.choice((dtype, torch.float32)))
-        forward = (logits, laid_out(draw, codebook), *noise, dim)
-    else:
-        forward = (logits, *noise, draw.random() < 0.3, dim)
-    if not op.endswith("_backward"):
-        # A weight hangs on a difference of logits plus noise, some 4 each, over tau, by a slope of at most 1/4.
-        # Codes of weights that sum to 1 may cancel, and ln K less an entropy.
-        weight = max(1.0, (largest(logits) + 4) / (4 * noise[2].item()))
-        return Call(forward, terms=(weight * (largest(codebook) if "codebook" in op else 1.0), math.log(shape[dim])))
-    return _backward_of(op, draw, forward, saved=() if "codebook" in op else (1,))
-
-
-def _backward_of(op: str, draw: random.Random, forward: tuple, saved: tuple[int, ...]) -> Call:
-    """Gradients of the forward's outputs, the forward's arguments, and its first output after the logits if saved."""
-    name = op.removesuffix("_backward")
-    outputs, exact = reference(name, *forward), reference(name, *doubled(forward))
-    gradients = tuple(laid_out(draw, torch.randn(output.shape).to(output.dtype)) for output in outputs)
-
-    def arguments(inputs: tuple, results: tuple) -> tuple:
-        return (*inputs[:1], *results[: len(saved)], *inputs[1:])
-
-    args = (*gradients, *arguments(forward, outputs))
-    return Call(args, (*doubled(gradients), *arguments(doubled(forward), exact)))
-
-
-def cross_entropy_call(op: str, draw: random.Random) -> Call:
-    rows, width, classes = draw.choice((0, *ODD_SIZES)), draw.choice(ODD_SIZES), draw.choice((*ODD_SIZES, 1000))
-    dtype = draw.choice(FLOATS)
-    if op.endswith("_scaled_gradient"):
-        return Call((laid_out(draw, torch.randn(rows, width).to(dtype)), torch.randn(())))
-    hidden = laid_out(draw, torch.randn(rows, width).to(dtype))
-    weight = laid_out(draw, (torch.randn(classes, width) * width**-0.5).to(draw.choice((dtype, torch.float32))))
-    bias = laid_out(draw, torch.randn(classes).to(dtype)) if draw.random() < 0.5 else None
-    target = torch.randint(classes, (rows,))
-    target[torch.rand(rows) < draw.choice((0, 0.2))] = -100
-    inputs = (hidden, weight, laid_out(draw, target), bias, -100)
-    wanted = [draw.random() < 0.7, draw.random() < 0.7, bias is not None and draw.random() < 0.7]
-    logits = largest(torch.nn.functional.linear(*doubled((hidden, weight, bias))))
-    if op.endswith("_backward"):
-        grad_loss = laid_out(draw, torch.randn(rows))
-        reaching = largest(grad_loss[target != -100])
-        terms = (reaching * largest(weight), reaching * largest(hidden), reaching)
-        return Call((grad_loss, *inputs, wanted), products=True, terms=terms)
-    if op.endswith(("_with_gradient", "_reduced")):
-        reduction, kept = draw.choice(("mean", "sum")), int((target != -100).sum())
-        reaching = 1 / max(kept, 1) if reduction == "mean" else 1.0
-        terms = (reaching * logits, reaching * largest(weight), reaching * largest(hidden), reaching)
-        if op.endswith("_reduced"):
-            return Call((*inputs, reduction), products=True, terms=terms[:1])
-        return Call((*inputs, reduction, wanted), products=True, terms=terms)
-    return Call(inputs, products=True, terms=(logits,))
-
-
-def logit_laplace_call(op: str, draw: random.Random) -> Call:
-    shape, dtype = shape_of(draw, 0, 4), draw.choice(FLOATS)
-    x = torch.empty(shape).uniform_(0.1, 0.9).to(draw.choice((dtype, torch.float32)))
-    tensors = [laid_out(draw, t) for t in (x, torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))]
-    reduction = draw.choice(("none", "mean", "sum"))
-    if not op.endswith("_backward"):
-        return Call((*tensors, reduction), terms=(2.0,))
-    grad = laid_out(draw, torch.randn(shape)) if reduction == "none" else torch.randn(())
-    terms = (0.0, largest(grad) / (max(1, x.numel()) if reduction == "mean" else 1))  # of grad * (1 - |d| / b)
-    return Call((grad, *tensors, reduction), terms=terms)
-
-
-def adamw_call(op: str, draw: random.Random) -> Call:
-    shapes = [shape_of(draw, 0, 3, 1 << 12) for _ in range(draw.randint(1, 5))]
-    dtype, grad_dtype = draw.choice(FLOATS), draw.choice(FLOATS)
-    coded = draw.random() < 0.7, draw.random() < 0.7
-    rows = []
-    for shape in shapes:
-        sizes = torch.exp2(torch.empty(3, *shape).uniform_(-30, 3))
-        first, second = torch.randn(shape) * sizes[1], (torch.randn(shape) * sizes[2]).square().clamp(max=5)
-        row = (
-            torch.randn(shape).to(dtype),
-            (torch.randn(shape) * sizes[0]).to(grad_dtype),
-            dalle_kernels.encode_fp169(first) if coded[0] else first,
-            dalle_kernels.encode_fp0610(second) if coded[1] else second,
-        )
-        if draw.random() < 0.1:
-            row = tuple(laid_out(draw, tensor) for tensor in row)
-        rows.append((*row, torch.tensor(float(draw.choice((0, 1, 100, 10**6))))))
-    settings = (draw.choice((0.0, 1e-3, 0.5)), draw.choice((0.0, 0.9)), draw.choice((0.96, 0.999)), 1e-8)
-    settings += (draw.choice((0.0, 0.1)), draw.choice((5.0, 0.01, torch.inf)))
-    scale = torch.tensor(draw.choice((1.3, 2.0**17))) if draw.random() < 0.5 else None
-    found = torch.tensor(draw.random() < 0.2) if draw.random() < 0.5 else None
-    return Call((*map(list, zip(*rows)), *settings, scale, found), bits=True)
-
-
-def grad_scale_call(op: str, draw: random.Random) -> Call:
-    dtype = draw.choice(FLOATS)
-    tensors = []
-    for _ in range(draw.randint(1, 5)):
-        shape = shape_of(draw, 0, 3, 1 << 12)
-        tensor = (torch.randn(shape) * torch.exp2(torch.empty(shape).uniform_(-30, 16))).to(dtype)
-        if draw.random() < 0.3:
-            tensor[torch.rand(shape) < 0.05] = draw.choice((torch.nan, torch.inf, -torch.inf))
-        tensors.append(laid_out(draw, tensor) if draw.random() < 0.1 else tensor)
-    scale = torch.tensor(draw.choice((1.0, 1.3 * 2**13)))
-    dtypes = (draw.choice(FLOATS),) if op == "scale_cast_filter" else ()
-    return Call((tensors, scale, *dtypes), bits=True)
-
-
-SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
-    **dict.fromkeys([f"{job}_{form}" for job in ("encode", "decode") for form in ("fp169", "fp0610")], float16_call),
-    **dict.fromkeys(["sparse_attention", "sparse_attention_backward"], attention_call),
-    **dict.fromkeys(["decode_attention", "decode_attention_at"], decode_call),
-    "decode_layers": decode_layers_call,
-    "linear": linear_call,
-    **dict.fromkeys(["mlp", "mlp_backward"], mlp_call),
-    **dict.fromkeys(
-        [f"gumbel_{name}{way}" for name in ("softmax", "softmax_kl", "codebook") for way in ("", "_backward")],
-        gumbel_softmax_call,
-    ),
-    **dict.fromkeys(
-        [f"linear_cross_entropy{name}" for name in ("", "_backward", "_with_gradient", "_reduced", "_scaled_gradient")],
-        cross_entropy_call,
-    ),
-    **dict.fromkeys(["logit_laplace_loss", "logit_laplace_loss_backward"], logit_laplace_call),
-    "adamw16_step": adamw_call,
-    **dict.fromkeys(["scale_cast_filter", "filter_cast_unscale"], grad_scale_call),
-}
-
-
-# ---- Running and judging
+from dalle_kernels import _native
+from dalle_kernels.testing import ErrorReport, measure_errors, poisoned_allocations
 
 
 def ops_of(provider: str, device: str) -> list[str]:
@@ -369,7 +66,7 @@ class Findings:
 def copied(args: tuple, device: str | None = None) -> tuple:
     """Copies in the same layout, NaN between rows included, so that a call can be made again with the same inputs."""
     return tuple(
-        copied(arg, device) if _is_list(arg) else _copy(arg, device) if isinstance(arg, Tensor) else arg for arg in args
+        copied(arg, device) if is_list(arg) else _copy(arg, device) if isinstance(arg, Tensor) else arg for arg in args
     )
 
 
@@ -380,7 +77,7 @@ def _copy(tensor: Tensor, device: str | None) -> Tensor:
 
 
 def flat(args: tuple) -> list[Tensor]:
-    return [t for arg in args for t in (flat(arg) if _is_list(arg) else [arg] if isinstance(arg, Tensor) else [])]
+    return [t for arg in args for t in (flat(arg) if is_list(arg) else [arg] if isinstance(arg, Tensor) else [])]
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -398,7 +95,7 @@ def run(op: dalle_kernels._dispatch.Op, provider: str, args: tuple, device: str 
     args = copied(args, device)
     before = copied(args)
     with dalle_kernels.use(provider), poisoned_allocations():
-        output = _as_tuple(op(*args))
+        output = as_tuple(op(*args))
     for written, argument, earlier in zip(writes, args, before, strict=True):
         for now, then in zip(flat((argument,)), flat((earlier,))):
             if not written and not same_bits(now, then):
@@ -494,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = 0
     for name in args.ops or ops_of(args.provider, device):
         if name not in SAMPLERS:
-            print(f"{name}: FAILED, no function in tests/fuzz.py draws its arguments")
+            print(f"{name}: FAILED, no function in tests/fuzz_calls.py draws its arguments")
             failed += 1
             continue
         found = fuzz(name, args.count, args.seed, args.provider, device)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fuzz
+import fuzz_calls
 import pytest
 import torch
 
@@ -86,8 +87,8 @@ def test_the_fuzz_finds_mistakes(kernel, finding, monkeypatch):
     op.provide("native", kernel)
     op.provide("reference", tripled)
 
-    def call(_op: str, draw: random.Random) -> fuzz.Call:
-        return fuzz.Call((fuzz.laid_out(draw, torch.randn(fuzz.shape_of(draw, 1, 3))),))
+    def call(_op: str, draw: random.Random) -> fuzz_calls.Call:
+        return fuzz_calls.Call((fuzz_calls.laid_out(draw, torch.randn(fuzz_calls.shape_of(draw, 1, 3))),))
 
     monkeypatch.setitem(fuzz.SAMPLERS, op.name, call)
     try:
