@@ -6,15 +6,19 @@
 A row of ``dalle_kernels/_triton_configurations.py`` is decided by one case, if any yet, of
 ``bench/triton_<family>.py``: its candidates take turns, and the last lines printed are the entries to write into the
 table, with the figures that chose them. Where a call launches by several rows, all but one are as the table has them.
+Everything is compiled beforehand, in as many processes as there are cores, into Triton's cache.
 Tune what passes the tests: nothing is checked here. That no candidate spills ``make gates CANDIDATES=1`` checks.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 
 import torch
@@ -58,6 +62,29 @@ def measure(call: Callable[[], object], row: tuple[str, str], candidates: Sequen
     return {number: median(taken) for number, taken in times.items()}
 
 
+def compile_candidate(family: str, name: str, row: tuple[str, str], number: int, architecture: int) -> None:
+    """Run one candidate once, for what Triton then has in its cache; one that fails is reported when it is measured."""
+    (case,) = (case for case in cases(family) if case.name == name)
+    try:
+        with use_configuration(*row, case.candidates(row, architecture)[number]):
+            case.prepare("cuda")()
+    except Exception:
+        torch.cuda.empty_cache()
+
+
+def compile_all(chosen: Sequence[str], architecture: int) -> None:
+    jobs = [
+        (family, case.name, row, number, architecture)
+        for family in chosen
+        for case in cases(family)
+        for row in case.rows
+        for number in range(len(case.candidates(row, architecture)))
+    ]
+    print(f"compiling {len(jobs)} candidates", flush=True)
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as processes:
+        list(processes.map(compile_candidate, *zip(*jobs)))
+
+
 def rate(case: Case, took: float) -> str:
     parts = []
     if case.bytes_moved:
@@ -85,8 +112,10 @@ def main() -> None:
     if reason is not None:
         sys.exit(f"make tune: {reason}, so there is nothing to measure; stopping.")
     architecture = _triton.architecture(torch.device("cuda", torch.cuda.current_device()))
+    chosen = options.families or families()
+    compile_all(chosen, architecture)
     entries = []
-    for family in options.families or families():
+    for family in chosen:
         for case in cases(family):
             call = case.prepare("cuda") if case.rows else None
             for row in case.rows:
