@@ -22,24 +22,13 @@ from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 
 import torch
+from harness import device_seconds
 from triton_cases import Case, cases, described, families
 
 from dalle_kernels import _triton
 from dalle_kernels._triton_configurations import Configuration, use_configuration
 
 ROUNDS = 15
-CALLS = 5
-"""Calls timed at once, so that a launch's own time is hidden behind the one before."""
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(CALLS):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / CALLS
 
 
 def measure(call: Callable[[], object], row: tuple[str, str], candidates: Sequence[Configuration]) -> dict[int, float]:
@@ -48,7 +37,7 @@ def measure(call: Callable[[], object], row: tuple[str, str], candidates: Sequen
 
     def run(number: int) -> float:
         with use_configuration(*row, candidates[number]):
-            return milliseconds(call)
+            return 1e3 * device_seconds(call)
 
     for number in range(len(candidates)):
         try:
