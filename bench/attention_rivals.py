@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dalle_kernels import AttentionPattern
@@ -14,11 +15,25 @@ from dalle_kernels import AttentionPattern
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 DENSE_CAUSAL = "SDPA, dense causal"
+BACKENDS = {
+    "cuDNN's SDPA, dense causal": SDPBackend.CUDNN_ATTENTION,
+    "FlashAttention-2 of SDPA, dense causal": SDPBackend.FLASH_ATTENTION,
+}
 MASKED = "SDPA, boolean mask"
 
 
 def dense_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def of_backend(name: str) -> Attention:
+    """Dense causal SDPA by one of BACKENDS."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(BACKENDS[name]):
+            return dense_causal(q, k, v)
+
+    return attend
 
 
 def masked(pattern: AttentionPattern, seq: int, device: str) -> Attention:

@@ -9,22 +9,29 @@ import attention_rivals as rivals
 import dalle_pytorch_rival
 import pytest
 import torch
-from harness import BEST_RIVAL, OURS, Candidate, Case, Goal, Unavailable, compiles
+from harness import BEST_RIVAL, OURS, Candidate, Case, Goal, Unavailable, compiles, runs
 
 import dalle_kernels
 from dalle_kernels import AttentionPattern, KVCache, decode_attention, sparse_attention
 from dalle_kernels.testing import assert_accurate, measure_errors
 
 KINDS = ("row", "column", "conv")
-DTYPES = (torch.float32, torch.bfloat16)
-BATCH, HEADS = 4, 8
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+LAYOUTS = {"cpu": ((4, 8),), "cuda": ((8, 62), (32, 16))}
+"""Batch and heads."""
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 # Multiplications and additions for each allowed pair and head dimension.
 OPERATIONS = {FORWARD: 4, BACKWARD: 10, BOTH: 14}
 DALLE_PYTORCH_KIND = {"row": "axial_row", "column": "column", "conv": "conv_corner"}
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
 each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def pytest_generate_tests(metafunc):
+    device = metafunc.config.getoption("--device")
+    for name, values in (("dtype", DTYPES), ("layout", LAYOUTS)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values[device], ids=lambda value: str(value).removeprefix("torch."))
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +43,19 @@ def fresh_compiler():
 class Problem:
     """Random q, k, v of one pattern, the exact result, and what each candidate must do with them."""
 
-    def __init__(self, pattern: AttentionPattern, seq: int, head_dim: int, dtype: torch.dtype, work: str, device: str):
+    def __init__(
+        self,
+        pattern: AttentionPattern,
+        seq: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        work: str,
+        device: str,
+        layout: tuple[int, int],
+    ):
         self.pattern, self.seq, self.dtype, self.work, self.device = pattern, seq, dtype, work, device
-        shape = (BATCH, HEADS, seq, head_dim)
+        batch, heads = layout
+        shape = (batch, heads, seq, head_dim)
         self.inputs = tuple(
             torch.randn(shape, device=device).to(dtype).requires_grad_(work != FORWARD) for _ in range(3)
         )
@@ -48,9 +65,9 @@ class Problem:
             "grid": "x".join(map(str, pattern.grid)),
             "seq": seq,
             "head dim": head_dim,
-            "batch x heads": f"{BATCH} x {HEADS}",
+            "batch x heads": f"{batch} x {heads}",
         }
-        self.operations = OPERATIONS[work] * head_dim * pattern.pairs(seq) * BATCH * HEADS
+        self.operations = OPERATIONS[work] * head_dim * pattern.pairs(seq) * batch * heads
         tensors = {FORWARD: 4, BACKWARD: 8, BOTH: 12}[work]
         self.bytes_moved = tensors * self.inputs[0].nbytes
         self._checks: list[tuple[str, Callable[[], tuple], AttentionPattern]] = []
@@ -169,7 +186,27 @@ def _split(joined: torch.Tensor, heads: int) -> torch.Tensor:
     return joined.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def goals(work: str, dtype: torch.dtype, kind: str) -> list[Goal]:
+# On a GPU: bounds for row, column and conv, by work and rival.
+GPU_GOALS = {
+    FORWARD: {
+        "FlashAttention-2 of SDPA, dense causal": (2.5, 2.6, 1.9),
+        "cuDNN's SDPA, dense causal": (2.0, 2.1, 1.5),
+        "FlexAttention, blocks of 128": (1.4, 2.4, 1.25),
+        BEST_RIVAL: (1.1, 1.05, 1.05),
+        rivals.MASKED: (5.0, 5.0, 4.0),
+    },
+    BACKWARD: {
+        "cuDNN's SDPA, dense causal": (1.4, 1.5, 1.05),
+        "FlexAttention, blocks of 128": (1.4, 2.4, 1.25),
+        BEST_RIVAL: (1.1, 1.05, 1.05),
+    },
+}
+
+
+def goals(work: str, dtype: torch.dtype, kind: str, device: str) -> list[Goal]:
+    if device == "cuda":
+        column = KINDS.index(kind)
+        return [Goal("speed", bounds[column], against) for against, bounds in GPU_GOALS.get(work, {}).items()]
     wide = dtype == torch.float32
     if work == FORWARD:
         best, dense, share = (1.5, 2.5, 0.55) if wide else (2.0, 3.5, 0.35)
@@ -199,33 +236,44 @@ def flex_rivals(problem: Problem) -> list[Candidate | Unavailable]:
     return found
 
 
+def dense_rivals(problem: Problem) -> list[Candidate | Unavailable]:
+    """Dense causal attention, which computes more pairs: SDPA's choice on a CPU, each of its fast ways on a GPU."""
+    ways = {name: rivals.of_backend(name) for name in rivals.BACKENDS}
+    if problem.device == "cpu":
+        ways = {rivals.DENSE_CAUSAL: rivals.dense_causal}
+    return [runs(problem.candidate(name, attend, same_function=False)) for name, attend in ways.items()]
+
+
 @pytest.mark.parametrize("work", (FORWARD, BOTH))
-@each_dtype
 @each_kind
-def test_main_shape(side_by_side, device, kind, dtype, work):
+def test_main_shape(side_by_side, device, kind, dtype, layout, work):
     pattern = AttentionPattern(kind, 256, (32, 32))
-    problem = Problem(pattern, pattern.seq_len, 64, dtype, work, device)
+    problem = Problem(pattern, pattern.seq_len, 64, dtype, work, device, layout)
     others = [
-        problem.candidate(rivals.DENSE_CAUSAL, rivals.dense_causal, same_function=False),
+        *dense_rivals(problem),
         problem.candidate(rivals.MASKED, rivals.masked(pattern, problem.seq, device)),
         *flex_rivals(problem),
-        problem.candidate("SDPA on gathered windows", rivals.gathered(pattern, device)),
-        problem.dalle_pytorch(),
     ]
-    side_by_side(problem.case(problem.ours(), others, goals(work, dtype, kind)))
+    if device == "cpu":
+        gathered = problem.candidate("SDPA on gathered windows", rivals.gathered(pattern, device))
+        others += [gathered, problem.dalle_pytorch()]
+    side_by_side(problem.case(problem.ours(), others, goals(work, dtype, kind, device)))
 
 
-@each_dtype
 @each_kind
-def test_backward_alone(side_by_side, device, kind, dtype):
+def test_backward_alone(side_by_side, device, kind, dtype, layout):
     pattern = AttentionPattern(kind, 256, (32, 32))
-    problem = Problem(pattern, pattern.seq_len, 64, dtype, BACKWARD, device)
-    others = [problem.candidate(rivals.DENSE_CAUSAL, rivals.dense_causal, same_function=False)]
+    problem = Problem(pattern, pattern.seq_len, 64, dtype, BACKWARD, device, layout)
+    others = dense_rivals(problem)
+    if device == "cuda":
+        others += flex_rivals(problem)
     # What backward computes is checked with the forward before it, in one go.
     ours = problem.ours()
     attend = partial(sparse_attention, pattern=pattern)
     problem._checks = [(OURS, partial(_work, attend, problem.inputs, BOTH), pattern)]
-    side_by_side(problem.case(ours, others, seconds=5))
+    side_by_side(
+        problem.case(ours, others, goals(BACKWARD, dtype, kind, device) if device == "cuda" else (), seconds=5)
+    )
 
 
 OTHER_SHAPES = {
@@ -238,36 +286,46 @@ OTHER_SHAPES = {
 }
 
 
-@each_dtype
 @each_kind
 @pytest.mark.parametrize("shape", OTHER_SHAPES)
 def test_other_shapes(side_by_side, device, shape, kind, dtype):
     row, seq, head_dim = OTHER_SHAPES[shape]
     pattern = AttentionPattern(kind, row.text_len, row.grid)
-    problem = Problem(pattern, seq, head_dim, dtype, FORWARD, device)
+    problem = Problem(pattern, seq, head_dim, dtype, FORWARD, device, LAYOUTS[device][0])
     others = [problem.candidate(rivals.MASKED, rivals.masked(pattern, seq, device))]
     side_by_side(problem.case(problem.ours(), others, seconds=1, memory=False))
 
 
-@each_dtype
+# Prompts, samples of each and heads.
+STEPS = {"cpu": ((4, 1, 8),), "cuda": ((8, 1, 62), (1, 32, 62))}
+
+
+@pytest.mark.parametrize("step", range(2))
 @each_kind
-def test_decode_at_the_last_token(side_by_side, device, kind, dtype):
-    pattern = AttentionPattern(kind, 256, (32, 32))
-    last, head_dim = pattern.seq_len - 1, 64
-    q, k, v = (torch.randn(BATCH, HEADS, pattern.seq_len, head_dim, device=device).to(dtype) for _ in range(3))
-    step = tuple(x[:, :, last:].contiguous() for x in (q, k, v))
-    cache = KVCache(pattern, BATCH, HEADS, head_dim, dtype, device)
-    cache.prefill(k[:, :, :last], v[:, :, :last])
+def test_decode_at_the_last_token(side_by_side, device, kind, dtype, step):
+    if step >= len(STEPS[device]):
+        pytest.skip("measured on a GPU only")
+    prompts, samples, heads = STEPS[device][step]
+    pattern, head_dim = AttentionPattern(kind, 256, (32, 32)), 64
+    last, rows = pattern.seq_len - 1, prompts * samples
+    q, k, v = (torch.randn(rows, heads, pattern.seq_len, head_dim, device=device).to(dtype) for _ in range(3))
+    for x in (k, v):  # the samples of a prompt have its text
+        x[:, :, :256] = x[::samples, :, :256].repeat_interleave(samples, 0)
+    token = tuple(x[:, :, last:].contiguous() for x in (q, k, v))
+    cache = KVCache(pattern, prompts, heads, head_dim, dtype, device, samples_per_prompt=samples)
+    cache.prefill(*(x[::samples, :, :256] for x in (k, v)))
+    for position in range(256, last):
+        decode_attention(*(x[:, :, position : position + 1].contiguous() for x in (q, k, v)), cache)
     whole_k, whole_v = k.clone(), v.clone()
     row = pattern.mask()[last:].to(device)
 
     def ours() -> torch.Tensor:
         cache.length = last
-        return decode_attention(*step, cache)
+        return decode_attention(*token, cache)
 
     def full_cache(mask: torch.Tensor | None) -> torch.Tensor:
-        whole_k[:, :, last:], whole_v[:, :, last:] = step[1:]
-        return torch.nn.functional.scaled_dot_product_attention(step[0], whole_k, whole_v, attn_mask=mask)
+        whole_k[:, :, last:], whole_v[:, :, last:] = token[1:]
+        return torch.nn.functional.scaled_dot_product_attention(token[0], whole_k, whole_v, attn_mask=mask)
 
     def check() -> None:
         with dalle_kernels.use("reference"):
@@ -275,25 +333,34 @@ def test_decode_at_the_last_token(side_by_side, device, kind, dtype):
         exact = rivals.masked(pattern, pattern.seq_len, device)(q.double(), k.double(), v.double())[:, :, last:]
         assert_accurate(ours(), plain, exact, name=f"decode, {kind}, {dtype}")
 
-    seen = int(row.sum())
+    image_keys = int(row.sum()) - 256
     with torch.no_grad():
         side_by_side(
             Case(
                 family="attention",
                 work="decode step",
                 dtype=dtype,
-                settings={"pattern": kind, "text": 256, "grid": "32x32", "head dim": 64, "batch x heads": "4 x 8"},
+                settings={
+                    "pattern": kind,
+                    "text": 256,
+                    "grid": "32x32",
+                    "head dim": 64,
+                    "batch x heads": f"{rows} x {heads}",
+                    **({"samples of a prompt": samples} if samples > 1 else {}),
+                },
                 ours=Candidate(OURS, ours),
                 rivals=[
                     Candidate("SDPA on the full cache", partial(full_cache, None), same_function=False),
                     Candidate("SDPA on the full cache, boolean mask", partial(full_cache, row)),
                 ],
                 check=check,
-                goals=[Goal("speed", 3.0, "SDPA on the full cache")],
-                operations=4 * head_dim * seen * BATCH * HEADS,
-                bytes_moved=2 * head_dim * seen * BATCH * HEADS * q.element_size(),
+                goals=[
+                    Goal("speed", 10.0 if samples > 1 else 3.3 if device == "cuda" else 3.0, "SDPA on the full cache")
+                ],
+                operations=4 * head_dim * (256 + image_keys) * rows * heads,
+                bytes_moved=2 * head_dim * (256 * prompts + image_keys * rows) * heads * q.element_size(),
                 in_cache=device == "cpu",  # one layer's keys and values, a few MiB, stay there
-                calls=20,
+                calls=20 if device == "cpu" else 1,
                 memory=False,
                 seconds=2,
             )
