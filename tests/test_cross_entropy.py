@@ -58,7 +58,7 @@ def _run(function, inputs, dtype: torch.dtype, reduction: str) -> list[Tensor]:
     hidden, weight, bias = (tensor.to(dtype).requires_grad_() for tensor in floating)
     loss = function(hidden, weight, target, bias, IGNORE, reduction)
     grad = torch.full((), 0.3) if loss.dim() == 0 else torch.linspace(0.5, 1, loss.numel())
-    return [loss, *torch.autograd.grad(loss, (hidden, weight, bias), grad.to(loss.dtype))]
+    return [loss, *torch.autograd.grad(loss, (hidden, weight, bias), grad.to(loss))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

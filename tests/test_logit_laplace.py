@@ -43,7 +43,7 @@ def _run(function, inputs, dtype: torch.dtype, reduction: str) -> list[Tensor]:
     leaves = [mu.requires_grad_(), log_b.requires_grad_()]
     loss = function(x, *leaves, reduction)
     weight = torch.ones_like(loss) if loss.dim() == 0 else torch.linspace(-1, 1, loss.numel()).view(loss.shape)
-    return [loss, *torch.autograd.grad(loss, leaves, weight.to(loss.dtype))]
+    return [loss, *torch.autograd.grad(loss, leaves, weight.to(loss))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

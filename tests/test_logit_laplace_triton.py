@@ -32,7 +32,8 @@ def test_a_mean_s_gradient_is_divided_in_one_rounding(triton_device):
         x, log_b = torch.full((count,), 0.5, device=triton_device), torch.zeros(count, device=triton_device)
         mu = torch.ones(count, device=triton_device, requires_grad=True)
         (gradient,) = torch.autograd.grad(logit_laplace_loss(x, mu, log_b), mu, upstream)
-        assert torch.equal(gradient, (upstream / count).expand(count))
+        # On the CPU: a GPU's torch divides by a number through its inverse, in two roundings.
+        assert torch.equal(gradient.cpu(), (upstream.cpu() / count).expand(count))
 
 
 def test_strides_are_read_in_place(triton_device):
