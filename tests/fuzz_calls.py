@@ -33,6 +33,10 @@ class Call:
     The largest error of all calls would then be that call's alone, ours as the plain expression's, and of two errors of
     one size, drawn once each, one is more than twice the other in six cases of ten. More calls would not help, for they
     bring worse ones. Beside the terms all calls err alike, and the largest error is one of many.
+
+    ``plain`` computes the outputs on a device by a plain expression of torch's in the inputs' dtype, where the
+    reference computes in float32 inside. Kernels for tensor cores are held to that: like it, they round the factors of
+    16-bit products to 16 bits.
     """
 
     args: tuple
@@ -40,6 +44,7 @@ class Call:
     bits: bool = False
     products: bool = False
     terms: tuple[float, ...] = ()
+    plain: Callable[[str], tuple[Tensor, ...]] | None = None
 
     def __post_init__(self) -> None:
         if self.exact is None:
@@ -112,9 +117,18 @@ def attention_call(op: str, draw: random.Random) -> Call:
     if op == "sparse_attention":
         return Call((*tensors[:3], *settings))
     *inputs, grad_out = tensors
+
+    def plain(device: str) -> tuple[Tensor, ...]:
+        leaves = [tensor.to(device).requires_grad_() for tensor in inputs]
+        q, k, v = leaves
+        hidden = ~pattern.mask(seq, device)
+        out = ((q @ k.transpose(-2, -1)) * scale).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        return torch.autograd.grad(out, leaves, grad_out.to(device))
+
     saved = reference("sparse_attention", *inputs, *settings)
     exact = reference("sparse_attention", *doubled(tuple(inputs)), *settings)
-    return Call((grad_out, *inputs, *saved, *settings), (grad_out.double(), *doubled(tuple(inputs)), *exact, *settings))
+    doubles = (grad_out.double(), *doubled(tuple(inputs)), *exact)
+    return Call((grad_out, *inputs, *saved, *settings), (*doubles, *settings), plain=plain)
 
 
 def decode_call(op: str, draw: random.Random) -> Call:
@@ -230,7 +244,18 @@ def cross_entropy_call(op: str, draw: random.Random) -> Call:
         grad_loss = laid_out(draw, torch.randn(rows))
         reaching = largest(grad_loss[target != -100])
         terms = (reaching * largest(weight), reaching * largest(hidden), reaching)
-        return Call((grad_loss, *inputs, wanted), products=True, terms=terms)
+
+        def plain(device: str) -> tuple[Tensor, ...]:
+            """By logits in the inputs' dtype; empty where no gradient is wanted."""
+            leaves = [None if x is None else x.to(device).requires_grad_() for x in (hidden, weight, bias)]
+            losses = torch.nn.functional.cross_entropy(
+                torch.nn.functional.linear(*leaves), target.to(device), reduction="none"
+            )
+            found = torch.autograd.grad(losses, leaves[: 2 + (bias is not None)], grad_loss.to(losses))
+            return tuple(x if want else x.new_empty(0) for x, want in zip((*found, *found[:1]), wanted))
+
+        one_dtype = hidden.dtype == weight.dtype
+        return Call((grad_loss, *inputs, wanted), products=True, terms=terms, plain=plain if one_dtype else None)
     if op.endswith(("_with_gradient", "_reduced")):
         reduction, kept = draw.choice(("mean", "sum")), int((target != -100).sum())
         reaching = 1 / max(kept, 1) if reduction == "mean" else 1.0
