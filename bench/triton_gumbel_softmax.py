@@ -12,6 +12,8 @@ from dalle_kernels.gumbel_softmax import reference, triton_kernels
 
 LAST, FIRST = ((8192, 8192), -1), ((8, 8192, 32, 32), 1)
 SHORT, LONG, LONGER = ((16384, 512), -1), ((8192, 16384), -1), ((1024, 40000), -1)
+SINGLE = (64, 1), -1
+"""Triton compiles for a number that is 1 as a constant."""
 WIDTH = 128
 SHORT_ROWS = [Configuration({"ELEMENTS": 1024 * warps}, num_warps=warps) for warps in (1, 2, 4, 8)]
 ROWS = [Configuration({"ELEMENTS": 8192}, num_warps=warps) for warps in (4, 8, 16)]
@@ -109,6 +111,7 @@ CASES = [
         (SHORT, torch.bfloat16, False, (op, "short rows"), SHORT_ROWS),
         (LONG, torch.float32, False, *tuning_of_long),
         (LONGER, torch.float32, False, (op, "blocks of rows"), BLOCKS_OF_ROWS),
+        (SINGLE, torch.float32, False),
     )
 ] + [
     Case(

@@ -48,6 +48,9 @@ from dalle_kernels.gumbel_softmax.triton_tile import (
 )
 from dalle_kernels.triton_philox import LOG2_E
 
+_RUN = tl.constexpr(16)
+"""Tiles of rows whose products are added in one chain."""
+
 
 @triton.jit
 def _flat(tile, AXIS: tl.constexpr):
@@ -191,21 +194,25 @@ def _backward_of_codebook(grad_embedding, logits, grad_codebook, row_largest, ro
     first, width_first = tl.program_id(0) * 4 * GROUPS, tl.program_id(1) * WIDTH
     seed_value, first_row, scale = tl.load(seed), tl.load(offset), tl.div_rn(LOG2_E, tl.load(tau))
     sums = tl.zeros([4 * GROUPS, WIDTH], tl.float32)
-    for start_row in range(0, rows, ROWS):
-        row, read = row_numbers(start_row, rows, ROWS, AXIS)
-        place = places(read, inner, logits_strides)
-        x = load_tile(logits, place, first, columns, logits_strides[2], NONE, GROUPS, AXIS, EVEN)
-        scores = noisy_scores(x, seed_value, first_row + row, first, GROUPS, AXIS)
-        sample = exponentials(scores, tl.load(row_largest + read), scale) * of_each(tl.load(row_inverse + read))
-        sample = _flat(sample, AXIS).to(grad_embedding.dtype.element_ty)
-        grad = _load_embedding(
-            grad_embedding, places(read, inner, grad_strides), row < rows, width_first, width, grad_strides[2],
-            WIDTH, AXIS,
-        )  # fmt: skip
-        if AXIS == 1:
-            sums = tl.dot(tl.trans(sample), grad, sums, input_precision="ieee")
-        else:
-            sums = tl.dot(sample, tl.trans(grad), sums, input_precision="ieee")
+    # Sums of sums: one chain of additions over all rows would err several times as much as a BLAS.
+    for run in range(0, rows, _RUN * ROWS):
+        part = tl.zeros([4 * GROUPS, WIDTH], tl.float32)
+        for start_row in range(run, tl.minimum(run + _RUN * ROWS, rows), ROWS):
+            row, read = row_numbers(start_row, rows, ROWS, AXIS)
+            place = places(read, inner, logits_strides)
+            x = load_tile(logits, place, first, columns, logits_strides[2], NONE, GROUPS, AXIS, EVEN)
+            scores = noisy_scores(x, seed_value, first_row + read, first, GROUPS, AXIS)
+            sample = exponentials(scores, tl.load(row_largest + read), scale) * of_each(tl.load(row_inverse + read))
+            sample = _flat(sample, AXIS).to(grad_embedding.dtype.element_ty)
+            grad = _load_embedding(
+                grad_embedding, places(read, inner, grad_strides), row < rows, width_first, width, grad_strides[2],
+                WIDTH, AXIS,
+            )  # fmt: skip
+            if AXIS == 1:
+                part = tl.dot(tl.trans(sample), grad, part, input_precision="ieee")
+            else:
+                part = tl.dot(sample, tl.trans(grad), part, input_precision="ieee")
+        sums += part
     column, at = first + tl.arange(0, 4 * GROUPS), width_first + tl.arange(0, WIDTH)
     place = (
         column.to(tl.int64)[:, None] * grad_codebook_strides[0] + at.to(tl.int64)[None, :] * grad_codebook_strides[1]

@@ -49,9 +49,9 @@ def places(row, inner, strides):
 
 @triton.jit
 def start(seed, offset, tau, rows, ROWS: tl.constexpr, AXIS: tl.constexpr):
-    """Seed and scale, the program's rows, those of them that may be read, and their global numbers."""
+    """Seed and scale, the program's rows, those of them that may be read, and the global numbers of these."""
     row, read = row_numbers(tl.program_id(0) * ROWS, rows, ROWS, AXIS)
-    return tl.load(seed), tl.div_rn(LOG2_E, tl.load(tau)), row, read, tl.load(offset) + row
+    return tl.load(seed), tl.div_rn(LOG2_E, tl.load(tau)), row, read, tl.load(offset) + read
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def merged_posterior(largest, total, moment, AXIS: tl.constexpr):
 @triton.jit
 def divergence(total, moment, columns):
     """The KL to the uniform prior in nats; of total / columns, since that is near 1 where the KL is near 0."""
-    kl = (tl.div_rn(moment, total) - tl.log2(tl.div_rn(total, columns.to(tl.float32)))) * LN_2
+    kl = (tl.div_rn(moment, total) - tl.log2(tl.div_rn(total, tl.cast(columns, tl.float32)))) * LN_2
     return tl.where(kl < 0, 0.0, kl)
 
 
@@ -253,6 +253,8 @@ def view_of(dim: int, with_columns: list[Tensor], without: list[Tensor] = ()) ->
     sizes = list(with_columns[0].shape)
     columns = sizes.pop(axis)
     tensors = [*with_columns, *without]
+    if 0 in sizes:  # strides of empty tensors need not merge
+        return View(0, 1, columns, tensors, [(0, 0, 0)] * len(tensors))
     strides = [list(tensor.stride()) for tensor in tensors]
     column_strides = [stride.pop(axis) for stride in strides[: len(with_columns)]] + [0] * len(without)
     kept, steps = merged(sizes, *strides)
