@@ -71,6 +71,22 @@ def odd(kind, head_dim, dtype, device):
     return call
 
 
+def one_head(kind, device):
+    """Numbers that Triton compiles for as constants where they are 1, and a text cut into segments."""
+    pattern = AttentionPattern(kind, 17, (4, 8), 3)
+    q, k, v, grad_out = torch.randn(4, 1, 1, pattern.seq_len, 16, dtype=torch.bfloat16, device=device).unbind()
+    cache = KVCache(pattern, 1, 1, 16, torch.bfloat16, device)
+    options = *cache.pattern_arguments, 0.25
+
+    def call():
+        out, lse = triton_kernels.sparse_attention(q, k, v, *options)
+        triton_kernels.sparse_attention_backward(grad_out, q, k, v, out, lse, *options)
+        token = (x[:, :, -1:] for x in (q, k, v))
+        triton_kernels.decode_attention(*token, cache.text, cache.image, pattern.seq_len - 1, *options)
+
+    return call
+
+
 def listed(blocks):
     """A function that makes a list of configurations by ``blocks`` from tuples of its arguments."""
     return lambda *cuts: list(starmap(blocks, cuts))
@@ -219,4 +235,5 @@ CASES = [
     for kind, prompts, samples, heads, head_dim, dtype, *prefixes in STEPS
 ]
 CASES += [Case(f"odd {kind}", partial(odd, kind, 80, torch.bfloat16)) for kind in KINDS]
+CASES += [Case(f"one head {kind}", partial(one_head, kind)) for kind in ("conv", "column")]
 CASES += [Case("odd column 200 float32", partial(odd, "column", 200, torch.float32))]

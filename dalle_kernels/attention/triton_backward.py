@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_math import exponential
 from .triton_tiles import (
     dots,
     head_of,
@@ -33,9 +34,24 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _probabilities(scores, exponent, shift, EXACT: tl.constexpr):
+    """From scores and the logarithms of their sums, in units of ``exponent``'s kind; see ``meet``."""
+    exponents = tl.fma(scores, exponent, -shift)
+    if EXACT:
+        return exponential(exponents)
+    else:
+        return tl.exp2(exponents)
+
+
+@triton.jit
+def _shift_of(lse, EXACT: tl.constexpr):
+    return lse if EXACT else lse * _LOG2E
+
+
+@triton.jit
 def _query_gradient(scores, grad_scores, keys, shift, delta, dq, total, excess, mean, exponent, EXACT: tl.constexpr):
     """Take one tile of keys into dq; ``grad_scores`` are grad_out . v."""
-    weights = tl.exp2(tl.fma(scores, exponent, -shift[:, None]))
+    weights = _probabilities(scores, exponent, shift[:, None], EXACT)
     score_gradients = weights * (grad_scores - delta[:, None])
     if EXACT:
         total += tl.sum(weights, axis=1)
@@ -65,7 +81,7 @@ def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v,
     token = tokens_of(place, image, text_len, rows, width, KIND)
     real = (place < tl.where(image, places, text_len)) & (token < seq)
     statistic = head.to(tl.int64) * seq + token
-    shift = tl.load(lse + statistic, mask=real, other=0.0) * _LOG2E
+    shift = _shift_of(tl.load(lse + statistic, mask=real, other=0.0), EXACT)
     grads = load_real_rows(
         head_of(grad_out, head, heads, grad_strides), token, real, grad_strides[2], HEAD_DIM, BLOCK_D
     )
@@ -134,7 +150,7 @@ def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v,
 @triton.jit
 def _key_gradients(scores, grad_scores, queries, grads, dk, dv, shift, delta, total, exponent, EXACT: tl.constexpr):
     """Take one tile of queries into dk and dv; scores and grad_out . v have a key a row."""
-    weights = tl.exp2(tl.fma(scores, exponent, -shift[None, :]))
+    weights = _probabilities(scores, exponent, shift[None, :], EXACT)
     if EXACT:
         weights /= total[None, :]
     dv += product(weights.to(grads.dtype), grads)
@@ -192,7 +208,7 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
         exists = (query_place < tl.where(image, places, seq)) & (query < seq)
         queries = load_real_rows(q, query, exists, q_strides[2], HEAD_DIM, BLOCK_D)
         grads = load_real_rows(grad_out, query, exists, grad_strides[2], HEAD_DIM, BLOCK_D)
-        shift = tl.load(lse + statistics + query, mask=exists, other=0.0) * _LOG2E
+        shift = _shift_of(tl.load(lse + statistics + query, mask=exists, other=0.0), EXACT)
         delta = tl.load(deltas + statistics + query, mask=exists, other=0.0)
         total = tl.load(totals + statistics + query, mask=exists, other=1.0) if EXACT else delta
         visible = sees(query_place[None, :], place[:, None], image, rows, width, kernel_size, KIND)
@@ -209,7 +225,7 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
         # Queries that do not exist have neither rows nor gradients, and add nothing.
         queries = load_real_rows(q, query, exists, q_strides[2], HEAD_DIM, BLOCK_D)
         grads = load_real_rows(grad_out, query, exists, grad_strides[2], HEAD_DIM, BLOCK_D)
-        shift = tl.load(lse + statistics + query, mask=exists, other=0.0) * _LOG2E
+        shift = _shift_of(tl.load(lse + statistics + query, mask=exists, other=0.0), EXACT)
         delta = tl.load(deltas + statistics + query, mask=exists, other=0.0)
         total = tl.load(totals + statistics + query, mask=exists, other=1.0) if EXACT else delta
         scores = dots(signed_keys, queries)
@@ -231,7 +247,7 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
     store_rows(dv, token, real, dv_strides[2], value_gradient, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["text_len", "segments"])
+@triton.jit(do_not_specialize=["all_heads", "text_len", "segments"])
 def add_parts_kernel(parts, dk, dk_strides, dv, dv_strides, all_heads, heads, text_len, segments, scale,
                      HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KEYS: tl.constexpr):  # fmt: skip
     """dk and dv of the text: the sums of its segments, added in their order."""

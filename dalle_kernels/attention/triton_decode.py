@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import LOWEST, load_real_rows, load_rows, meet, product, signed
+from .triton_tiles import LOWEST, load_real_rows, load_rows, meet, power, product, signed
 
 
 @triton.jit
@@ -64,12 +64,19 @@ def _load_token(start, row, head, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
+def _scores(products, AXIS: tl.constexpr, exponent, EXACT: tl.constexpr):
+    sums = tl.sum(products, axis=AXIS)
+    return sums if EXACT else sums * exponent
+
+
+@triton.jit
 def _meet_row(query, keys, values, visible, maximum, total, weighted, exponent):
-    """Take a block of keys into the softmaxes of its rows."""
-    scores = tl.sum(keys.to(tl.float32) * query[None, :], axis=1) * exponent
+    """Take a block of keys into the softmaxes of its rows; their maxima are in the units of ``meet``."""
+    EXACT: tl.constexpr = values.dtype == tl.float32
+    scores = _scores(keys.to(tl.float32) * query[None, :], 1, exponent, EXACT)
     scores = tl.where(visible, scores, -float("inf"))
     largest = tl.maximum(maximum, scores)
-    shrink, weights = tl.exp2(maximum - largest), tl.exp2(scores - largest)
+    shrink, weights = power(maximum - largest, exponent, EXACT), power(scores - largest, exponent, EXACT)
     weighted = weighted * shrink[:, None] + weights[:, None] * values.to(tl.float32)
     return largest, total * shrink + weights, weighted
 
@@ -91,6 +98,7 @@ def decode_rows_kernel(q, q_strides, k_new, k_strides, v_new, v_strides, text, i
         position = tl.load(position)
         is_step = (position >= (0 if TEXT else text_len)) & (position < text_len + height * width)
         position = tl.where(is_step, position, -1).to(tl.int32)
+    EXACT: tl.constexpr = image.dtype.element_ty == tl.float32
     program, part = tl.program_id(0), tl.program_id(1)
     row, head = program // heads, program % heads
     prompt_head = (row // samples * heads + head).to(tl.int64)
@@ -109,7 +117,7 @@ def decode_rows_kernel(q, q_strides, k_new, k_strides, v_new, v_strides, text, i
         _load_token(v_new, row, head, v_strides, HEAD_DIM, BLOCK_D),
     )
     own = (lane == 0) & (part == 0)
-    maximum = tl.where(own, tl.sum(query * key, axis=0) * exponent, LOWEST)
+    maximum = tl.where(own, _scores(query * key, 0, exponent, EXACT), LOWEST)
     # A position at which there is no step makes the output NaN, and writes and reads no cache.
     total = tl.where(own, tl.where(position < 0, float("nan"), 1.0), 0.0)
     weighted = tl.where(own[:, None], value[None, :], 0.0)
@@ -144,13 +152,13 @@ def decode_rows_kernel(q, q_strides, k_new, k_strides, v_new, v_strides, text, i
         maximum, total, weighted = _meet_row(query, keys, values, visible, maximum, total, weighted, exponent)
 
     largest = tl.max(maximum, axis=0)
-    share = tl.exp2(maximum - largest)
+    share = power(maximum - largest, exponent, EXACT)
     total = tl.sum(total * share, axis=0)
     result = tl.sum(weighted * share[:, None], axis=0)
     if SPLIT:
         place = program.to(tl.int64) * parts + first_part + part
         tl.store(sums + place * HEAD_DIM + column, result, mask=column < HEAD_DIM)
-        tl.store(statistics + place * 2, largest)
+        tl.store(statistics + place * 2, largest * exponent if EXACT else largest)
         tl.store(statistics + place * 2 + 1, total)
     else:
         result = (result / total).to(out.dtype.element_ty)
@@ -187,6 +195,8 @@ def decode_text_kernel(q, q_strides, text, sums, statistics, prompts, samples, h
         maximum, total, weighted = meet(scores, values, maximum, total, weighted, exponent)
     place = (row * heads + head) * parts + part
     tl.store(sums + place[:, None] * HEAD_DIM + column[None, :], weighted, mask=mask)
+    if text.dtype.element_ty == tl.float32:
+        maximum *= exponent
     tl.store(statistics + place * 2, maximum, mask=sample < samples)
     tl.store(statistics + place * 2 + 1, total, mask=sample < samples)
 
@@ -200,7 +210,7 @@ def join_parts_kernel(sums, statistics, out, parts, HEAD_DIM: tl.constexpr, BLOC
     real, in_head = part < parts, column < HEAD_DIM
     place = program * parts + part
     maximum = tl.load(statistics + place * 2, mask=real, other=LOWEST)
-    share = tl.exp2(maximum - tl.max(maximum, axis=0))
+    share = power(maximum - tl.max(maximum, axis=0), 1.0, out.dtype.element_ty == tl.float32)
     total = tl.sum(tl.load(statistics + place * 2 + 1, mask=real, other=0.0) * share, axis=0)
     pointers = sums + place[:, None] * HEAD_DIM + column[None, :]
     rows = tl.load(pointers, mask=real[:, None] & in_head[None, :], other=0.0)

@@ -16,6 +16,7 @@ from .triton_tiles import (
     head_of,
     load_real_rows,
     load_rows,
+    log_sum,
     meet,
     query_tile,
     sees,
@@ -23,8 +24,6 @@ from .triton_tiles import (
     store_rows,
     tokens_of,
 )
-
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["seq", "text_len", "places", "rows", "width", "kernel_size", "tiles"])
@@ -83,4 +82,5 @@ def forward_kernel(q, q_strides, k, k_strides, v, v_strides, out, out_strides, l
 
     out = head_of(out, head, heads, out_strides)
     store_rows(out, token, real, out_strides[2], weighted / total[:, None], HEAD_DIM, BLOCK_D)
-    tl.store(lse + head.to(tl.int64) * seq + token, (maximum + tl.log2(total)) * _LN2, mask=real)
+    logarithm = log_sum(maximum, total, exponent, v.dtype.element_ty == tl.float32)
+    tl.store(lse + head.to(tl.int64) * seq + token, logarithm, mask=real)

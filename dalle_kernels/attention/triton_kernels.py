@@ -44,13 +44,15 @@ def block_of_head(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _scale_arguments(scale: float) -> tuple[float, int]:
-    """The factor on scores in exponents of 2, and the sign of the scale, which enters with the queries or keys.
+def _scale_arguments(scale: float, dtype: torch.dtype) -> tuple[float, int]:
+    """The factor on scores in exponents of 2, or of e for float32, and the sign of the scale.
 
+    The sign enters with the queries or keys.
     The factor is positive, so that a hidden score of minus infinity stays that: a scale of zero is in the sign alone.
     """
     sign = (scale > 0) - (scale < 0)
-    return (max(abs(scale) * math.log2(math.e), 1e-36) if sign else 1.0), sign
+    unit = 1.0 if dtype == torch.float32 else math.log2(math.e)
+    return (max(abs(scale) * unit, 1e-36) if sign else 1.0), sign
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -75,7 +77,7 @@ def sparse_attention(q, k, v, kind, text_len, height, width, kernel_size, scale)
         return out, lse
     part = stream(kind, seq, text_len, width, kernel_size)
     blocks = configuration("sparse_attention", shape_class(q), q.device)
-    exponent, sign = _scale_arguments(scale)
+    exponent, sign = _scale_arguments(scale, q.dtype)
     tiles = part.tiles(blocks["BLOCK_QUERIES"])
     forward_kernel[(batch * heads * tiles,)](
         q, _strides(q), k, _strides(k), v, _strides(v), out, _strides(out), lse, heads, seq, *part[1:], tiles, exponent,
@@ -93,7 +95,7 @@ def sparse_attention_backward(grad_out, q, k, v, out, lse, kind, text_len, heigh
     exact = q.dtype == torch.float32
     deltas = torch.empty_like(lse)
     totals = torch.empty_like(lse) if exact else deltas
-    exponent, sign = _scale_arguments(scale)
+    exponent, sign = _scale_arguments(scale, q.dtype)
     common = {"SIGN": sign, "EXACT": exact, "HEAD_DIM": head_dim, "BLOCK_D": block_of_head(head_dim)}
 
     blocks = configuration("sparse_attention_backward", f"dq {shape_class(q)}", q.device)
@@ -136,7 +138,7 @@ def decode_attention(q, k_new, v_new, text, image, position, kind, text_len, hei
     _, prompts, heads, samples, slots, head_dim = image.shape
     rows = prompts * samples
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    exponent, sign = _scale_arguments(scale)
+    exponent, sign = _scale_arguments(scale, q.dtype)
     common = {"SIGN": sign, "HEAD_DIM": head_dim, "BLOCK_D": block_of_head(head_dim)}
     shared = samples > 1 and text_len > 0
     blocks = configuration("decode_attention", f"rows {shape_class(q)}", q.device)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .. import _triton
+from ..triton_math import exponential, natural_log
 from . import tiles
 
 # The interpreter wants a jitted function's module to know triton.language; it calls plain functions just as well.
@@ -17,7 +18,9 @@ key_tile = _compiled(tiles.key_tile)
 # Where a running maximum starts: finite, so that a row that has met no visible key needs no care.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
-# How many columns of float32 heads wider than 128 are multiplied in one chain of sums.
+_LN2 = tl.constexpr(0.6931471805599453)
+
+# How many columns of wide float32 heads are multiplied in one chain of sums.
 _PART = tl.constexpr(64)
 
 
@@ -99,10 +102,10 @@ def product(a, b):
 def dots(a, b):
     """The dot products of each row of ``a`` with each of ``b``.
 
-    Those of wide float32 heads are sums over parts of the columns: one chain of all of them would err twice as much as
-    a BLAS, and its operands would not fit the registers.
+    Those of wide float32 heads are sums over parts of the columns: one chain of all of them may err twice as much as a
+    BLAS, and from 256 columns on its operands would not fit the registers.
     """
-    if a.dtype == tl.float32 and a.shape[1] > 128:
+    if a.dtype == tl.float32 and a.shape[1] > _PART:
         return tl.sum(product(_parted(a), tl.permute(_parted(b), [0, 2, 1])), axis=0)
     return product(a, tl.trans(b))
 
@@ -122,11 +125,39 @@ def signed(rows, SIGN: tl.constexpr):
 
 
 @triton.jit
+def power(difference, exponent, EXACT: tl.constexpr):
+    """The weight of scores less their maximum, in the units of the maximum: see :func:`meet`."""
+    if EXACT:
+        return exponential(difference * exponent)
+    else:
+        return tl.exp2(difference)
+
+
+@triton.jit
+def log_sum(maximum, total, exponent, EXACT: tl.constexpr):
+    """The natural logarithm of the sum that :func:`meet` has gathered."""
+    if EXACT:
+        return tl.fma(maximum, exponent, natural_log(total))
+    else:
+        return (maximum + tl.log2(total)) * _LN2
+
+
+@triton.jit
 def meet(scores, values, maximum, total, weighted, exponent):
-    """Take one tile of keys into the running softmax; statistics are of powers of 2."""
-    largest = tl.maximum(maximum, tl.max(scores, axis=1) * exponent)
-    shrink = tl.exp2(maximum - largest)
-    weights = tl.exp2(tl.fma(scores, exponent, -largest[:, None]))
+    """Take one tile of keys into the running softmax.
+
+    For 16-bit values the maximum is in exponents of 2, and ``exponent`` the factor that makes such of scores: one
+    operation a score. For float32 the maximum is a score, and the factor makes exponents of e: the key with the
+    largest score weighs 1 exactly, however large the scores, and exponentials are as exact as the products.
+    """
+    EXACT: tl.constexpr = values.dtype == tl.float32
+    if EXACT:
+        largest = tl.maximum(maximum, tl.max(scores, axis=1))
+        weights = power(scores - largest[:, None], exponent, EXACT)
+    else:
+        largest = tl.maximum(maximum, tl.max(scores, axis=1) * exponent)
+        weights = tl.exp2(tl.fma(scores, exponent, -largest[:, None]))
+    shrink = power(maximum - largest, exponent, EXACT)
     total = total * shrink + tl.sum(weights, axis=1)
     weighted = weighted * shrink[:, None] + product(weights.to(values.dtype), values)
     return largest, total, weighted
