@@ -82,7 +82,11 @@ def flex(rule: Callable, seq: int, block: int, device: str) -> Attention:
     """FlexAttention compiled, with the block mask made beforehand."""
     blocks = create_block_mask(rule, None, None, seq, seq, device=device, BLOCK_SIZE=block)
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-    return partial(compiled, block_mask=blocks)
+    options = None
+    if device == "cuda" and block < 128:  # its kernels' own tiles must divide the mask's
+        backward = {f"BLOCK_{side}{number}": block for side in "MN" for number in (1, 2)}
+        options = {"BLOCK_M": block, "BLOCK_N": block, **backward}
+    return partial(compiled, block_mask=blocks, kernel_options=options)
 
 
 def gathered(pattern: AttentionPattern, device: str) -> Attention:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import OURS, Candidate, Case, Goal
+from harness import OURS, Candidate, Case, Goal, by_provider
 
 import dalle_kernels
 from dalle_kernels import AdamW16
 
-PARAMETERS = 1 << 25
+PARAMETERS = {"cpu": 1 << 25, "cuda": 1 << 28}
+GOALS = {"cpu": 1.2, "cuda": 1.45}
 FUSED = "torch, fused, float32"
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.96), "weight_decay": 4.5e-2}
 
 
 def parameters(count: int, dtype: torch.dtype, device: str) -> list[torch.nn.Parameter]:
-    params = [torch.nn.Parameter(torch.randn(PARAMETERS // count, device=device).to(dtype)) for _ in range(count)]
+    params = [
+        torch.nn.Parameter(torch.randn(PARAMETERS[device] // count, device=device).to(dtype)) for _ in range(count)
+    ]
     for param in params:
         param.grad = (torch.randn(param.shape, device=device) / 64).to(dtype)
     return params
@@ -40,7 +43,7 @@ def check(dtype: torch.dtype, device: str) -> None:
 def test_step(side_by_side, device, dtype, count):
     fused = torch.optim.AdamW(parameters(count, torch.float32, device), fused=True, **SETTINGS)
     ours = AdamW16(parameters(count, dtype, device), **SETTINGS)
-    half = 7 * PARAMETERS
+    half = 7 * PARAMETERS[device]
     source = torch.randint(0, 256, (half,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     side_by_side(
@@ -48,14 +51,15 @@ def test_step(side_by_side, device, dtype, count):
             family="adamw",
             work="step",
             dtype=dtype,
-            settings={"parameters": PARAMETERS, "tensors": count},
+            settings={"parameters": PARAMETERS[device], "tensors": count},
             ours=Candidate(OURS, ours.step, note="14 bytes a parameter"),
             rivals=[
                 Candidate(FUSED, fused.step, note="28 bytes a parameter"),
                 Candidate("copy of 14 bytes a parameter", lambda: target.copy_(source), same_function=False),
+                *([by_provider("triton", ours.step)] if device == "cuda" else []),
             ],
             check=lambda: check(dtype, device),
-            goals=[Goal("speed", 1.2, FUSED)],
+            goals=[Goal("speed", GOALS[device], FUSED)],
             bytes_moved=2 * half,
             memory=False,
             seconds=5,

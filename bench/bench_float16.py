@@ -17,21 +17,22 @@ import dalle_kernels
 from dalle_kernels import _native
 from dalle_kernels.float16.reference import FP0610, FP169
 
-ELEMENTS = 1 << 24
+ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 @pytest.mark.parametrize("work", ("encode", "decode"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("form", (FP169, FP0610), ids=lambda form: form.name)
 def test_codec(side_by_side, device, form, dtype, work):
-    x = torch.randn(ELEMENTS, device=device).exp().sub_(1).to(dtype)
-    codes = torch.empty(ELEMENTS, dtype=torch.int16, device=device)
+    elements = ELEMENTS[device]
+    x = torch.randn(elements, device=device).exp().sub_(1).to(dtype)
+    codes = torch.empty(elements, dtype=torch.int16, device=device)
     nonfinite = torch.empty((), dtype=torch.bool, device=device)
     values = torch.empty_like(x)
     half = (x.nbytes + codes.nbytes) // 2
     source = torch.randint(0, 256, (half,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    common = {"sizes": [ELEMENTS], "strides": [1], "dtype": _native.DTYPES[dtype], "format": form.number}
+    common = {"sizes": [elements], "strides": [1], "dtype": _native.DTYPES[dtype], "format": form.number}
     addresses = {"input": x.data_ptr(), "codes": codes.data_ptr(), "nonfinite": nonfinite.data_ptr()}
     calls = {
         "encode": partial(_native.call, "float16_encode", x.device, **addresses, **common),
@@ -69,7 +70,7 @@ def test_codec(side_by_side, device, form, dtype, work):
             family="float16",
             work=work,
             dtype=dtype,
-            settings={"format": form.name, "elements": ELEMENTS},
+            settings={"format": form.name, "elements": elements},
             ours=Candidate(OURS, calls[work]),
             rivals=rivals,
             check=check,

@@ -6,14 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from harness import OURS, Candidate, Case, compiled
+from harness import OURS, Candidate, Case, Goal, by_provider, compiled
 from torch import Tensor
 
 import dalle_kernels
 from dalle_kernels import filter_cast_unscale, scale_cast_filter
 
-ELEMENTS = 1 << 24
+ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 TENSORS = 16
+EAGER = "torch, eager"
 
 
 def plain_scale(tensors: list[Tensor], scale: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
@@ -34,7 +35,7 @@ def plain_unscale(tensors: list[Tensor], scale: Tensor) -> tuple[list[Tensor], T
 @pytest.mark.parametrize("work", ("scale, cast, filter", "filter, cast, unscale"))
 def test_grad_scale(side_by_side, device, work, dtype):
     scale = torch.tensor(1.37 * 2**13, device=device)
-    tensors = [torch.randn(ELEMENTS // TENSORS, device=device) for _ in range(TENSORS)]
+    tensors = [torch.randn(ELEMENTS[device] // TENSORS, device=device) for _ in range(TENSORS)]
     if work == "scale, cast, filter":
         ours, plain, args = scale_cast_filter, plain_scale, (tensors, scale, dtype)
     else:
@@ -46,7 +47,7 @@ def test_grad_scale(side_by_side, device, work, dtype):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)) and torch.equal(found, wanted)
         assert device != "cpu" or dalle_kernels.explain(ours.__name__, *args).runs == "native"
 
-    half = ELEMENTS * 6 // 2
+    half = ELEMENTS[device] * 6 // 2
     source = torch.randint(0, 256, (half,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     side_by_side(
@@ -54,14 +55,16 @@ def test_grad_scale(side_by_side, device, work, dtype):
             family="grad_scale",
             work=work,
             dtype=dtype,
-            settings={"elements": ELEMENTS, "tensors": TENSORS},
+            settings={"elements": ELEMENTS[device], "tensors": TENSORS},
             ours=Candidate(OURS, partial(ours, *args)),
             rivals=[
-                Candidate("torch, eager", partial(plain, *args)),
+                Candidate(EAGER, partial(plain, *args)),
                 compiled("torch, compiled", plain, lambda function: function(*args)),
                 Candidate("copy of as many bytes", lambda: target.copy_(source), same_function=False),
+                *([by_provider("triton", partial(ours, *args))] if device == "cuda" else []),
             ],
             check=check,
+            goals=[Goal("speed", 3, EAGER)] if device == "cuda" else [],
             bytes_moved=2 * half,
             seconds=5,
         )

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import OURS, Candidate, Case, Goal, compiled
+from harness import OURS, Candidate, Case, Goal, by_provider, compiled
 from torch import Tensor
 
 from dalle_kernels import gumbel_softmax, gumbel_softmax_kl
@@ -57,6 +57,17 @@ def with_gradient(function: Callable[[Tensor], tuple[Tensor, Tensor]], logits: T
     return y.detach(), kl.detach(), grad
 
 
+def speed_goals(cpu: float, eager: float, device: str) -> list[Goal]:
+    """Over eager torch on a CPU; on a GPU over that and over compiled torch."""
+    if device == "cpu":
+        return [Goal("speed", cpu, EAGER)]
+    return [Goal("speed", eager, EAGER), Goal("speed", 1.3, COMPILED)]
+
+
+def triton(device: str, run: Callable[[], object]) -> list[Candidate]:
+    return [by_provider("triton", run)] if device == "cuda" else []
+
+
 @each_dtype
 def test_forward(side_by_side, device, dtype):
     rows = 8 * 1024
@@ -83,20 +94,25 @@ def test_forward(side_by_side, device, dtype):
                 rivals=[
                     Candidate(EAGER, lambda: F.gumbel_softmax(logits)),
                     compiled(COMPILED, F.gumbel_softmax, lambda function: function(logits)),
+                    *triton(device, lambda: gumbel_softmax(logits)),
                 ],
                 check=check,
-                goals=[Goal("speed", 12, EAGER), Goal("extra bytes", 4 * rows + EXTRA_BYTES)],
+                goals=[*speed_goals(12, 6, device), Goal("extra bytes", 4 * rows + EXTRA_BYTES)],
                 bytes_moved=2 * logits.nbytes,
             )
         )
 
 
 @each_dtype
-def test_with_kl_and_backward(side_by_side, device, dtype):
+@pytest.mark.parametrize("layout", ("channels first", "channels last"))
+def test_with_kl_and_backward(side_by_side, device, dtype, layout):
+    if device == "cpu" and layout == "channels last":
+        pytest.skip("measured on a GPU only")
     batch, side = 8, 32
     shape = (batch, CODES, side, side)
-    logits = (2 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
-    grad_y = torch.randn(shape, device=device).to(dtype)
+    memory = torch.contiguous_format if layout == "channels first" else torch.channels_last
+    logits = (2 * torch.randn(shape, device=device)).to(dtype, memory_format=memory).requires_grad_()
+    grad_y = torch.randn(shape, device=device).to(dtype, memory_format=memory)
 
     def check() -> None:
         few = (slice(1), slice(None), slice(4))
@@ -119,16 +135,21 @@ def test_with_kl_and_backward(side_by_side, device, dtype):
             family="gumbel_softmax",
             work="with KL, forward + backward",
             dtype=dtype,
-            settings={"shape": "x".join(map(str, shape)), "dim": 1},
+            settings={
+                "shape": "x".join(map(str, shape)),
+                "dim": 1,
+                **({"memory": layout} if layout == "channels last" else {}),
+            },
             ours=Candidate(OURS, partial(with_gradient, ours, logits, grad_y)),
             rivals=[
                 Candidate(EAGER, partial(with_gradient, eager_kl, logits, grad_y)),
                 compiled_rival,
                 Candidate("as DALLE-pytorch writes it", partial(with_gradient, dalle_pytorch_kl, logits, grad_y)),
+                *triton(device, partial(with_gradient, ours, logits, grad_y)),
             ],
             check=check,
             goals=[
-                Goal("speed", 12 if dtype == torch.float32 else 10, EAGER),
+                *speed_goals(12 if dtype == torch.float32 else 10, 4, device),
                 Goal("extra bytes", 4 * batch * side * side + EXTRA_BYTES),
             ],
             # Forward reads the logits and writes y; backward reads both and y's gradient and writes the logits'.

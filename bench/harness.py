@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+import dalle_kernels
+
 OURS = "dalle_kernels"
 BEST_RIVAL = "the best rival of the same function"
 LEAST_ROUNDS = 5
@@ -49,6 +51,16 @@ class Candidate:
     same_function: bool = True
     note: str = ""
     seconds: Callable[[], float] | None = None
+
+
+def by_provider(provider: str, run: Callable[[], object]) -> Candidate:
+    """Our own work by one of the providers, whichever a call would choose."""
+
+    def forced() -> object:
+        with dalle_kernels.use(provider):
+            return run()
+
+    return Candidate(f"{OURS}, {provider}", forced)
 
 
 @dataclass(frozen=True)
