@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
@@ -18,7 +19,7 @@ from dalle_kernels import philox
 if TYPE_CHECKING:
     from dalle.dvae import DVAE
     from dalle.tokenizer import Tokenizer
-    from dalle.transformer import DALLE
+    from dalle.transformer import DALLE, Decoding
 
 PROMPT_ROWS = 2**32
 """Sample s of prompt p draws its noise from Philox row ``p * PROMPT_ROWS + s``, whatever else is drawn with it."""
@@ -180,11 +181,14 @@ def _draw_batch(
     ``noise`` is ``[P * samples, H*W]``; ``advance`` is called after every token.
     """
     logits, decoding = model.prefill(text, samples, prime)
+    step = partial(model.decode_step, decoding=decoding)
+    if text.is_cuda and decoding.layers is not None and prime.shape[1] < model.config.image_len - 1:
+        step = GraphedStep(model, decoding)
     finite = torch.ones((), dtype=torch.bool, device=text.device)
     drawn: list[torch.Tensor] = []
     for position in range(prime.shape[1], model.config.image_len):
         if drawn:
-            logits = model.decode_step(drawn[-1], decoding)
+            logits = step(drawn[-1])
         finite &= logits.isfinite().all()
         drawn.append(sampler.draw(logits, noise[:, position]))
         advance()
@@ -194,6 +198,36 @@ def _draw_batch(
             f"its weights are damaged, or too large for {model.start.dtype}"
         )
     return torch.stack(drawn, dim=-1).unflatten(0, (len(text), samples))
+
+
+class GraphedStep:
+    """``model.decode_step`` as a CUDA graph: captured once, replayed for every token, with no work for the host.
+
+    A step of a small model is hundreds of short kernels, which a host launches more slowly than a GPU runs them.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: DALLE, decoding: Decoding):
+        caches = decoding.caches
+        rows, device = caches[0].step_shape[0], caches[0].device
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.position = torch.full((1,), decoding.position, device=device)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            # Compiles and warms up. What it puts into the caches is where the first token's keys and values go.
+            model.decode_step_at(self.tokens, self.position, decoding)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.logits = model.decode_step_at(self.tokens, self.position, decoding)
+            self.position += 1
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The logits after the next tokens, int64 ``[rows]``; valid until the next call."""
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
 
 
 def _noise(seed: int, prompts: range, samples: range, columns: int, device: torch.device) -> torch.Tensor:

@@ -323,6 +323,18 @@ class DALLE(nn.Module):
         decoding.position += 1
         return self._unembed(self.norm(x), self.image_unembedding)
 
+    @torch.no_grad()
+    def decode_step_at(self, tokens: torch.Tensor, position: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+        """:meth:`decode_step` at the place that ``position``, int64 ``[1]`` on the device, holds when this runs.
+
+        It counts image tokens; the caller counts it on, and ``decoding``, whose ``layers`` must be there, stays as it
+        is. So one CUDA graph serves every step.
+        """
+        x = self.image_embedding(tokens) + decoding.image_positions[position]
+        place = position + (self.config.text_len + 1)
+        x = decode_layers(x, decoding.layers, decoding.caches, epsilon=NORM_EPSILON, position=place)
+        return self._unembed(self.norm(x), self.image_unembedding)
+
     def _decode_by_modules(self, x: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
         """As ``decode_layers``, by the layers' own modules."""
         x = x[:, None]

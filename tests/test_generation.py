@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy
 import pytest
@@ -201,3 +202,23 @@ def test_results_can_be_trained_on(model, dvae, tokenizer):
     text = tokenizer.encode_batch(PROMPTS, 20)
     model(text, tokens.flatten(1)).loss.backward()
     model.zero_grad()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [0, 5])
+def test_a_captured_step_draws_what_steps_one_by_one_draw(given, dtype, monkeypatch):
+    config = DALLEConfig(
+        text_len=5, text_vocab_size=40, grid=(4, 4), image_vocab_size=64, dim=64, heads=2, head_dim=32, layers=5,
+        kernel_size=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DALLE(config).to("cuda", dtype).eval()
+    text, prime = torch.randint(1, 40, (2, 5)), torch.randint(0, 64, (given,))
+    graphed = draw_tokens(model, text, 3, seed=4, prime=prime if given else None)
+    monkeypatch.setattr(
+        "dalle.generation.GraphedStep", lambda model, decoding: partial(model.decode_step, decoding=decoding)
+    )
+    assert torch.equal(draw_tokens(model, text, 3, seed=4, prime=prime if given else None), graphed)
+    assert (graphed[..., 0, 0] != graphed[..., 3, 3]).any()

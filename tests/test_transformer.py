@@ -249,6 +249,20 @@ def test_decoding_equals_the_full_forward_at_every_position(samples_per_prompt, 
             model.decode_step(image[:, -1], decoding)
 
 
+@pytest.mark.parametrize("samples_per_prompt", [1, 3])
+def test_a_step_finds_its_place_in_a_tensor(samples_per_prompt):
+    model, (text, _) = build(), draw()
+    image = draw(batch=len(text) * samples_per_prompt)[1]
+    with torch.inference_mode():
+        (_, counted), (_, placed) = (model.prefill(text, samples_per_prompt) for _ in range(2))
+        position = torch.zeros(1, dtype=torch.int64)
+        for tokens in image[:, :-1].unbind(1):
+            expected = model.decode_step(tokens, counted)
+            torch.testing.assert_close(model.decode_step_at(tokens, position, placed), expected)
+            position += 1
+    assert placed.position == 0 and all(cache.length == model.config.text_len + 1 for cache in placed.caches)
+
+
 @pytest.mark.parametrize("length", [0, 1, 6, 11])
 def test_given_image_tokens_continue_as_if_they_had_been_drawn(length):
     model, (text, image) = build(), draw()

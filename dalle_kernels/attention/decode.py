@@ -112,14 +112,15 @@ def decode_attention(
     if position is None:
         cache.check_step()
     else:
-        _check_position(position, cache)
+        check_position(position, cache)
     if torch.is_grad_enabled():
         with torch.no_grad():
             return _step(q, k_new, v_new, cache, scale, position)
     return _step(q, k_new, v_new, cache, scale, position)
 
 
-def _check_position(position: torch.Tensor, cache: KVCache) -> None:
+def check_position(position: torch.Tensor, cache: KVCache) -> None:
+    """Raise one clear sentence unless it is a place that a step reads on the cache's device."""
     if not isinstance(position, torch.Tensor) or position.dtype not in (torch.int32, torch.int64):
         got = position.dtype if isinstance(position, torch.Tensor) else type(position).__name__
         raise TypeError(f"expected position as a tensor of int32 or int64, or None, got {got}")

@@ -8,5 +8,13 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``x @ weight.T + bias``, with everything converted to ``dtype`` beforehand."""
+    """``x @ weight.T + bias``, with everything converted to ``dtype`` beforehand.
+
+    Where a GPU's library sums a 16-bit product in float32 and can return that, no weight is copied.
+    """
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    narrow = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
+    if narrow and x.numel() and not differentiable:
+        product = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=dtype).unflatten(0, x.shape[:-1])
+        return product if bias is None else product + bias.to(dtype)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

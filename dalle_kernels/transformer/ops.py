@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dalle_kernels import _native
+from dalle_kernels import _native, _triton
 from dalle_kernels._dispatch import Op
 from dalle_kernels.attention.cache import KVCache
+from dalle_kernels.attention.decode import check_position, decode_attention
 from dalle_kernels.attention.ops import checked_scale
 from dalle_kernels.attention.slots import visible_keys
 from dalle_kernels.linear.ops import FEW_ROWS
@@ -63,10 +65,30 @@ def _native_unsupported(x, weights, caches, *_settings) -> str | None:
     return None
 
 
+def _decode_triton(x, weights, caches, position, kinds, text_len, height, width, kernel_size, scale, epsilon):
+    """Attention by Triton's kernels, products by the library."""
+    step = (position, text_len, height, width, kernel_size, scale)
+    return reference.by_attention(_attend_triton, x, weights, caches, kinds, step, epsilon)
+
+
+_attend_triton = _triton.launcher("attention", "decode_attention")
+
+
+def _triton_unsupported(x, weights, caches, position, kinds, text_len, *_settings) -> str | None:
+    if x.dtype not in _triton.DTYPES:
+        return f"the Triton kernel takes float32, bfloat16 and float16, got {x.dtype}"
+    if len(x) == 0 or not all(cache.is_contiguous() for cache in caches):
+        return "the Triton kernel takes contiguous caches of at least one row"
+    if position < text_len and caches[1].shape[3] > 1:
+        return "the Triton kernel takes text tokens of one sample a prompt"
+    return None
+
+
 _decode = Op(
     f"decode_layers(Tensor x, Tensor[] weights, Tensor(a!)[] caches, SymInt position, {_SETTINGS}) -> Tensor", _fake
 )
 _decode.provide("native", _decode_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported)
+_decode.provide("triton", _decode_triton, unavailable=_triton.unavailable, unsupported=_triton_unsupported)
 _decode.provide("reference", reference.decode_layers)
 
 
@@ -83,6 +105,7 @@ def decode_layers(
     caches: Sequence[KVCache],
     scale: float | None = None,
     epsilon: float = 1e-5,
+    position: Tensor | None = None,
 ) -> Tensor:
     """One decode step through a stack of pre-norm transformer layers, in one call.
 
@@ -96,6 +119,8 @@ def decode_layers(
             alone; each grows by one token.
         scale: factor on the dot products, by default ``head_dim ** -0.5``.
         epsilon: of the layer normalizations.
+        position: None, or the token's place in the stream as a tensor, as :func:`decode_attention` takes it. Then the
+            caches stay as long as they are, and one CUDA graph serves every step.
 
     Returns:
         ``[rows, dim]``.
@@ -106,7 +131,10 @@ def decode_layers(
     if not layers or len(layers) != len(caches):
         raise ValueError(f"expected one cache a layer, got {len(layers)} layers and {len(caches)} caches")
     first = caches[0]
-    first.check_step()
+    if position is None:
+        first.check_step()
+    else:
+        check_position(position, first)
     if x.dim() != 2 or len(x) != first.step_shape[0]:
         raise ValueError(f"expected x of shape [{first.step_shape[0]}, dim], got {list(x.shape)}")
     for cache in caches:
@@ -130,6 +158,12 @@ def decode_layers(
     kinds = ",".join(cache.pattern.kind for cache in caches)
     with torch.no_grad():
         scale = checked_scale(scale, first.head_dim)
+        if position is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                for layer, cache in zip(layers, caches):
+                    attend = partial(decode_attention, cache=cache, scale=scale, position=position)
+                    x = reference.decode_layer(x, layer, attend, cache.heads, epsilon)
+            return x
         out = _decode(x, weights, held, first.length, kinds, *first.pattern_arguments[1:], scale, epsilon)
     for cache in caches:
         cache.length += 1

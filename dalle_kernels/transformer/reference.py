@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -48,17 +49,37 @@ def decode_layers(
     ``weights`` are the tensors of each layer's :class:`LayerWeights`, ``caches`` its cache's text and image, and
     ``kinds`` their patterns' kinds, joined by commas.
     """
+    step = (position, text_len, height, width, kernel_size, scale)
+    return by_attention(decode_attention, x, weights, caches, kinds, step, epsilon)
+
+
+def by_attention(
+    decode: Callable[..., Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    caches: list[Tensor],
+    kinds: str,
+    step: tuple,
+    epsilon: float,
+) -> Tensor:
+    """The layers by any provider's ``decode_attention``; ``step`` are its arguments after the cache but the kind."""
+    position, *settings = step
     layers = zip(*[iter(weights)] * len(LayerWeights._fields), strict=True)
     for layer, text, image, kind in zip(layers, caches[::2], caches[1::2], kinds.split(","), strict=True):
-        layer = LayerWeights(*layer)
-        heads, head_dim = image.shape[2], image.shape[-1]
-        normed = F.layer_norm(x, x.shape[-1:], layer.attention_norm_weight, layer.attention_norm_bias, epsilon)
-        joint = F.linear(normed, layer.query_key_value_weight, layer.query_key_value_bias)
-        tokens = joint.view(len(x), 3, heads, 1, head_dim).unbind(1)
-        pattern = (kind, text_len, height, width, kernel_size)
-        out = decode_attention(*tokens, text, image, position, *pattern, scale).flatten(1)
-        x = x + F.linear(out, layer.projection_weight, layer.projection_bias)
-        normed = F.layer_norm(x, x.shape[-1:], layer.mlp_norm_weight, layer.mlp_norm_bias, epsilon)
-        expanded = F.gelu(F.linear(normed, layer.expansion_weight, layer.expansion_bias))
-        x = x + F.linear(expanded, layer.contraction_weight, layer.contraction_bias)
+
+        def attend(*tokens: Tensor, text=text, image=image, kind=kind) -> Tensor:
+            return decode(*tokens, text, image, position, kind, *settings)
+
+        x = decode_layer(x, LayerWeights(*layer), attend, image.shape[2], epsilon)
     return x
+
+
+def decode_layer(x: Tensor, layer: LayerWeights, attend: Callable[..., Tensor], heads: int, epsilon: float) -> Tensor:
+    """One layer; ``attend`` takes q, k and v ``[rows, heads, 1, head_dim]`` of the token."""
+    normed = F.layer_norm(x, x.shape[-1:], layer.attention_norm_weight, layer.attention_norm_bias, epsilon)
+    joint = F.linear(normed, layer.query_key_value_weight, layer.query_key_value_bias)
+    out = attend(*joint.view(len(x), 3, heads, 1, -1).unbind(1)).flatten(1)
+    x = x + F.linear(out, layer.projection_weight, layer.projection_bias)
+    normed = F.layer_norm(x, x.shape[-1:], layer.mlp_norm_weight, layer.mlp_norm_bias, epsilon)
+    expanded = F.gelu(F.linear(normed, layer.expansion_weight, layer.expansion_bias))
+    return x + F.linear(expanded, layer.contraction_weight, layer.contraction_bias)
