@@ -169,7 +169,10 @@ def mlp_call(op: str, draw: random.Random) -> Call:
         return Call((x, *weights), products=True)
     grad_out = laid_out(draw, torch.randn(*shape[:-1], outputs).to(dtype))
     _, hidden = reference("mlp", x, *weights)
-    return Call((grad_out, x, hidden, *weights[:3]), products=True)
+    # GELU's derivative is a sum of two terms, which cancel near -0.75.
+    reaching = largest(grad_out.double().reshape(-1, outputs) @ contraction.double())
+    terms = (reaching * largest(expansion), reaching * largest(x), reaching, 0.0, 0.0)
+    return Call((grad_out, x, hidden, *weights[:3]), products=True, terms=terms)
 
 
 def decode_layers_call(op: str, draw: random.Random) -> Call:
