@@ -2,7 +2,9 @@
 #
 # Settings, as `make NAME=value`: PYTHON (which one to use), VENV (the environment's folder), TORCH and TRITON (what to
 # install) and DALLE_KERNELS_CUDA (auto, on or off: see setup.py); for `make bench` also BENCH, such as
-# BENCH='attention --rounds 3', for `make gates` UPDATE=1 or CANDIDATES=1 and for `make tune` TUNE, such as TUNE=float16.
+# BENCH='attention --rounds 3', for `make gates` UPDATE=1 or CANDIDATES=1, for `make tune` TUNE, such as TUNE=float16, and
+# for `make gpu` GPU, such as GPU='tests sanitizers'. Without a network `make gpu VENV=...` builds into an environment
+# that holds torch; what else that lacks pip finds by PIP_NO_INDEX=1 and PIP_FIND_LINKS=folder of wheels.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -71,7 +73,9 @@ ifeq ($(NVIDIA_DRIVER),)
 	@echo 'make gpu: no NVIDIA driver is loaded here, so there is nothing to build for, check on or measure; stopping.'
 else
 	@$(MAKE) --no-print-directory build DALLE_KERNELS_CUDA=on
-	@$(BIN)/python bench/gpu.py
+	@$(BIN)/python -m pip install -q --no-deps --upgrade --target $(RIVALS) -r bench/rivals.txt 2>/dev/null \
+	  || echo 'make gpu: the rivals of bench/rivals.txt are not all to be had here; going on without'
+	@PYTHONPATH=$(abspath $(RIVALS)) $(BIN)/python bench/gpu.py $(GPU)
 endif
 
 build: $(VENV)/.built

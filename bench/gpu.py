@@ -1,13 +1,21 @@
 """Check and measure on an NVIDIA GPU: what ``make gpu`` runs once the CUDA library is built. It needs no network.
 
-The tests that need a GPU come first, Triton's and those of captured graphs among them, under NVIDIA's memory checker
-as well where it is installed; then the benchmarks, a family at a time until the time is over, whose JSON is under
-``bench/results/``. The last lines are a table of what was measured.
+    python bench/gpu.py                 all of it
+    python bench/gpu.py tests           a part: tests, sanitizers, benchmarks
+    python bench/gpu.py benchmarks --families attention float16 --seconds 240
+
+The tests that need a GPU come first, Triton's and those of captured graphs among them, in as many processes as there
+are cores, since most of their time is Triton's compiler's. Then NVIDIA's sanitizers, where they are installed, over
+short tests of the CUDA kernels. Then the benchmarks: all at once for one round, which leaves what they compile in
+caches, and one after another for their figures, until the time is over; the JSON is under ``bench/results/``. The last
+lines are a table of what was measured.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,43 +28,84 @@ import torch
 from dalle_kernels import _native, _triton
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("tests", "sanitizers", "benchmarks")
 SECONDS = 8 * 60
-SECONDS_OF_CHECKER = 60
-CHECKED = ("tests/test_float16_triton.py", "-k", "odd_sizes")
-"""What the memory checker runs: it slows everything down, so the kernels' shortest test."""
-FAMILIES = ("attention", "gumbel_softmax", "cross_entropy", "adamw", "grad_scale", "logit_laplace", "float16", "linear")
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+SECONDS_OF_SANITIZER = 40
+SANITIZED = ("tests/test_float16.py", "-m", "gpu", "-k", "odd_sizes")
+"""What the sanitizers run: they slow everything down, so short tests of compiled kernels."""
+FAMILIES = ("attention", "gumbel_softmax", "cross_entropy", "adamw", "grad_scale", "logit_laplace", "float16", "model")
 """In the order in which their figures matter; any others follow."""
+CPU_ONLY = ("linear", "mlp", "overhead")
 
 begin = time.perf_counter()
 
 
-def left() -> float:
-    return max(1.0, SECONDS - (time.perf_counter() - begin))
+class Budget:
+    """What is left of the time, and commands that get no more of it."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    @property
+    def left(self) -> float:
+        return max(1.0, self.seconds - (time.perf_counter() - begin))
+
+    def run(self, *command: str, seconds: float | None = None) -> bool:
+        """Whether the command succeeded, in the time that is left or in ``seconds``."""
+        print("+", " ".join(command), flush=True)
+        limit = min(seconds or self.left, self.left)
+        try:
+            return subprocess.run(command, cwd=ROOT, check=False, timeout=limit).returncode == 0
+        except subprocess.TimeoutExpired:
+            print("stopped: the time is over", flush=True)
+            return False
 
 
-def run(*command: str, seconds: float | None = None) -> bool:
-    """Whether the command succeeded, in the time that is left or in ``seconds``."""
-    print("+", " ".join(command), flush=True)
-    try:
-        return subprocess.run(command, cwd=ROOT, check=False, timeout=min(seconds or left(), left())).returncode == 0
-    except subprocess.TimeoutExpired:
-        print("stopped: the time is over", flush=True)
-        return False
+def processes() -> int:
+    return max(1, (os.cpu_count() or 1) - 1)
 
 
-def check_memory() -> bool:
-    checker = shutil.which("compute-sanitizer")
-    if checker is None:
-        print("compute-sanitizer is not installed: accesses out of bounds are not checked")
-        return True
-    pytest = (sys.executable, "-m", "pytest", "-q", *CHECKED)
-    return run(checker, "--error-exitcode=1", *pytest, seconds=SECONDS_OF_CHECKER)
+def test(budget: Budget) -> list[str]:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each process
+    failed = [] if budget.run(sys.executable, "-m", "dalle_kernels") else ["python -m dalle_kernels"]
+    if not budget.run(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", str(processes())):
+        failed.append("tests")
+    return failed
 
 
-def measure() -> list[str]:
+def sanitize(budget: Budget) -> list[str]:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        print("compute-sanitizer is not installed: accesses out of bounds, races and barriers are not checked")
+        return []
+    pytest = (sys.executable, "-m", "pytest", "-q", *SANITIZED)
+    return [
+        tool
+        for tool in SANITIZERS
+        if not budget.run(sanitizer, "--tool", tool, "--error-exitcode=1", *pytest, seconds=SECONDS_OF_SANITIZER)
+    ]
+
+
+def warm_caches(budget: Budget, families: list[str]) -> None:
+    """One round of every family side by side, for what Triton and torch compile; times and failures do not count."""
+    command = [sys.executable, "bench/compare.py", "--device=cuda", "--rounds=1", "--dry"]
+    jobs = [
+        subprocess.Popen([*command, family], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for family in families
+    ]
+    for job in jobs:
+        try:
+            job.wait(budget.left / 3)
+        except subprocess.TimeoutExpired:
+            job.kill()
+
+
+def measure(budget: Budget, families: list[str]) -> list[str]:
     """Run the benchmarks; the families that failed or for which no time was left."""
-    families = sorted(compare.families(), key=lambda name: (*FAMILIES, name).index(name))
-    return [name for name in families if not run(sys.executable, "bench/compare.py", name, "--device=cuda")]
+    warm_caches(budget, families)
+    print(f"{budget.left:.0f} s are left for the figures", flush=True)
+    return [name for name in families if not budget.run(sys.executable, "bench/compare.py", name, "--device=cuda")]
 
 
 def table() -> str:
@@ -76,20 +125,28 @@ def table() -> str:
 
 
 def main() -> None:
+    known = [family for family in compare.families() if family not in CPU_ONLY]
+    known.sort(key=lambda name: (*FAMILIES, name).index(name))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--families", nargs="+", default=known, choices=known, help="to measure (default: all)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
+    options = parser.parse_args()
+    if not set(options.parts) <= set(PARTS):
+        parser.error(f"expected parts among {', '.join(PARTS)}, got {' '.join(options.parts)}")
     if not torch.cuda.is_available():
         print("make gpu: torch finds no CUDA GPU here, so there is nothing to check on or measure; stopping.")
         return
     reason = _native.unavailable("cuda") or _triton.unavailable("cuda")
     if reason is not None:
         sys.exit(f"make gpu: {reason}")
-    failed = []
-    if not run(sys.executable, "-m", "dalle_kernels"):
-        failed.append("python -m dalle_kernels")
-    if not run(sys.executable, "-m", "pytest", "-q", "-m", "gpu"):
-        failed.append("tests")
-    if not check_memory():
-        failed.append("memory checker")
-    failed += measure()
+    budget, failed = Budget(options.seconds), []
+    if "tests" in options.parts:
+        failed += test(budget)
+    if "sanitizers" in options.parts:
+        failed += sanitize(budget)
+    if "benchmarks" in options.parts:
+        failed += measure(budget, options.families)
     print(table())
     if failed:
         sys.exit(f"failed or not finished: {', '.join(failed)}")

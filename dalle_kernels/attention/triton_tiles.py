@@ -20,7 +20,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
-# How many columns of wide float32 heads are multiplied in one chain of sums.
+# How many columns of float32 heads wider than 128 are multiplied in one chain of sums.
 _PART = tl.constexpr(64)
 
 
@@ -103,9 +103,9 @@ def dots(a, b):
     """The dot products of each row of ``a`` with each of ``b``.
 
     Those of wide float32 heads are sums over parts of the columns: one chain of all of them may err twice as much as a
-    BLAS, and from 256 columns on its operands would not fit the registers.
+    BLAS, and its operands would not fit the registers.
     """
-    if a.dtype == tl.float32 and a.shape[1] > _PART:
+    if a.dtype == tl.float32 and a.shape[1] > 128:
         return tl.sum(product(_parted(a), tl.permute(_parted(b), [0, 2, 1])), axis=0)
     return product(a, tl.trans(b))
 

@@ -217,6 +217,9 @@ _CLASSES = {
 }
 
 
+_LEAST_GROUPS = 8
+
+
 def cut(op: str, view: View) -> tuple[bool, int, int, int]:
     """Whether a tile holds whole rows, how many, of how many groups, and the warps that work on it."""
     device, columns = view.tensors[0].device, view.columns
@@ -225,7 +228,9 @@ def cut(op: str, view: View) -> tuple[bool, int, int, int]:
             if columns <= most:
                 chosen = configuration(op, shape_class, device)
                 groups = triton.next_power_of_2(triton.cdiv(columns, 4))
-                return True, max(1, chosen["ELEMENTS"] // (4 * groups)), groups, chosen.num_warps
+                # A row has numbers of its own, for which very many short ones would leave no registers.
+                rows = chosen["ELEMENTS"] // (4 * max(groups, _LEAST_GROUPS))
+                return True, max(1, rows), groups, chosen.num_warps
     chosen = configuration(op, "columns apart" if view.axis == 0 else "blocks of rows", device)
     return columns <= 4 * chosen["GROUPS"], chosen["ROWS"], chosen["GROUPS"], chosen.num_warps
 
