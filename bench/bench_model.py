@@ -8,8 +8,9 @@ which ``generate_images`` never passes on; and with that one line repaired.
 On a GPU there is one size, of a billion parameters, under autocast to bfloat16 in training and in bfloat16 in
 generation, held to what the GPU could do at most: DALLE-pytorch is not run there.
 
-A training step is loss, gradients and torch's fused AdamW, on a GPU AdamW16. Generation is timed for one token of every image: ours over
-whole images, prompt included, DALLE-pytorch's over a few tokens in the middle of the image, prompt excluded.
+A training step is loss, gradients and torch's fused AdamW, on a GPU AdamW16. Generation is timed for one token of every
+image: ours over whole images, prompt included, DALLE-pytorch's over a few tokens in the middle of the image, prompt
+excluded.
 """
 
 from __future__ import annotations
