@@ -35,9 +35,10 @@ def _name(case: dict) -> str:
     return case["settings"].get("pattern", case["family"])
 
 
-def draw_roofs(axes: Axes, cases: list[dict], peaks: dict[str, float]) -> None:
+def draw_roofs(axes: Axes, cases: list[dict], peaks: dict[str, float], on_gpu: bool) -> None:
     low, high = 0.2, max([1000.0, *(2 * case["operations"] / case["bytes_moved"] for case in cases)])
-    products = peaks["gemm_float32_per_s"] / 1e9
+    dtype = "bfloat16" if on_gpu else "float32"
+    products = peaks[f"gemm_{dtype}_per_s"] / 1e9
     for name, label, style, place in (("copy", "memory", "-", 0.5), ("cache", "cache", "--", 0.25)):
         bandwidth = peaks[f"{name}_bytes_per_s"] / 1e9
         axes.plot([low, products / bandwidth, high], [low * bandwidth, products, products], style, color="black")
@@ -49,7 +50,7 @@ def draw_roofs(axes: Axes, cases: list[dict], peaks: dict[str, float]) -> None:
             textcoords="offset points",
             fontsize=8,
         )
-    axes.text(high, products * 1.06, f"fp32 GEMM, {products:.0f} GFLOP/s", ha="right", fontsize=8)
+    axes.text(high, products * 1.06, f"{dtype} GEMM, {products:.0f} GFLOP/s", ha="right", fontsize=8)
     for case in cases:
         intensity = case["operations"] / case["bytes_moved"]
         colour = COLOURS.get(_name(case), "black")
@@ -98,7 +99,7 @@ def draw(contents: list[dict], path: Path) -> None:
     cases = [case for content in contents for case in content["cases"] if case.get("bytes_moved") and shown(case)]
     figure = Figure(figsize=(13, 6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    draw_roofs(left, [case for case in cases if case["operations"]], found["peaks"])
+    draw_roofs(left, [case for case in cases if case["operations"]], found["peaks"], "gpu" in found)
     draw_shares(right, [case for case in cases if not case["operations"]])
     where = found.get("gpu") or f"{found['processor']}, {found['threads']} threads, {found['instruction_set']}"
     figure.suptitle(f"{where}, torch {found['torch']}", fontsize=10)

@@ -116,6 +116,49 @@ def attention(cases: list[dict]) -> str:
     return text + ("\n\n" + _other_shapes(others) if others else "")
 
 
+GPU_RIVALS = {
+    "cuDNN's SDPA, dense causal": "cuDNN, dense causal",
+    "FlashAttention-2 of SDPA, dense causal": "FlashAttention-2, dense causal",
+    "SDPA, boolean mask": "SDPA, boolean mask",
+    "FlexAttention, blocks of 128": "FlexAttention",
+}
+
+
+def attention_on_a_gpu(cases: list[dict]) -> str:
+    """As :func:`attention`, with the rivals of a GPU; FlexAttention's best form, where it is another, in a column."""
+    header = ["pattern", "work", "batch × heads", "ours", "of the floor", *GPU_RIVALS.values(), "FlexAttention, tuned"]
+    rows = []
+    for case in (case for case in cases if case["work"] in ("forward", "backward") and _is_main(case)):
+        tuned = {
+            name: found["median_ms"]
+            for name, found in case["candidates"].items()
+            if name.startswith("FlexAttention") and name not in GPU_RIVALS
+        }
+        settings = case["settings"]
+        row = [settings["pattern"], case["work"], settings["batch x heads"].replace("x", "×"), ours(case), share(case)]
+        row += [rival(case, name) for name in GPU_RIVALS]
+        rows.append([*row, rival(case, min(tuned, key=tuned.get) if tuned else None)])
+    text = grid(header, rows, 3)
+    steps = [case for case in cases if case["work"] == "decode step"]
+    if steps:
+        rows = [
+            [
+                case["settings"]["pattern"],
+                f"{case['settings']['batch x heads'].replace('x', '×')}"
+                + (", samples of one text" if "samples of a prompt" in case["settings"] else ""),
+                ours(case),
+                share(case),
+                rival(case, "SDPA on the full cache"),
+                rival(case, "SDPA on the full cache, boolean mask"),
+            ]
+            for case in steps
+        ]
+        header = ["decode, last token", "rows × heads", "ours", "of the floor", "full-cache SDPA", "with the mask"]
+        text += "\n\n" + grid(header, rows, 2)
+    others = [case for case in cases if case["work"] == "forward" and not _is_main(case)]
+    return text + ("\n\n" + _other_shapes(others) if others else "")
+
+
 def _is_main(case: dict) -> bool:
     found = case["settings"]
     return (found["text"], found["grid"], found["head dim"]) == (256, "32x32", 64)
@@ -251,6 +294,21 @@ SECTIONS: dict[tuple[str, ...], tuple[str, Callable[[list[dict]], str]]] = {
 }
 
 
+GPU_SECTIONS: dict[tuple[str, ...], tuple[str, Callable[[list[dict]], str]]] = {
+    ("attention",): (
+        "**Attention** in bfloat16; where nothing else is said text 256, grid 32×32, head dim 64. Dense causal "
+        "attention, at decoding on the full cache, computes another function, with more pairs.",
+        attention_on_a_gpu,
+    ),
+    ("gumbel_softmax", "cross_entropy", "logit_laplace"): (
+        "**Relaxation and losses**: 8192 rows of 8192 codes; 1024 text rows of 16384 classes and 4096 image rows of "
+        "8192, hidden 3968; 256 pictures of 256×256. MiB: peak memory beyond the results, ours of eager torch's.",
+        losses,
+    ),
+    ("float16",): ("**16-bit formats**, 2^28 numbers, against a copy of as many bytes.", float16),
+}
+
+
 def machine_section(contents: list[tuple[Path, dict]]) -> str:
     """All the tables of one machine."""
     found = contents[0][1]["machine"]
@@ -259,8 +317,8 @@ def machine_section(contents: list[tuple[Path, dict]]) -> str:
     figure = ROOT / "docs" / f"roofline-{slug(found)}.png"
     if figure.exists():
         parts.append(f"![How near each op comes to the machine's limits](docs/{figure.name})")
-    sections = dict(SECTIONS)
-    for family in sorted(set(by_family) - {family for group in SECTIONS for family in group}):
+    sections = dict(GPU_SECTIONS if "gpu" in found else SECTIONS)
+    for family in sorted(set(by_family) - {family for group in sections for family in group}):
         sections[(family,)] = (f"**{family}**", generic)
     for group, (caption, table) in sections.items():
         present = [by_family[family] for family in group if family in by_family]
@@ -276,6 +334,10 @@ def _machine_line(found: dict) -> str:
         f"GEMM {peaks['gemm_float32_per_s'] / 1e9:.0f} GFLOP/s in fp32, copy {peaks['copy_bytes_per_s'] / 1e9:.0f} GB/s"
     )
     if "gpu" in found:
+        rates = (
+            f"GEMM {peaks['gemm_bfloat16_per_s'] / 1e12:.0f} TFLOP/s in bf16, "
+            f"copy {peaks['copy_bytes_per_s'] / 1e12:.2f} TB/s"
+        )
         return f"On {found['gpu']} (CUDA {found['cuda']}, torch {found['torch']}; {rates}):"
     details = f"{found['threads']} threads, {found['instruction_set']}, torch {found['torch']}; {rates}"
     return f"On {found['processor']} ({details}):"
