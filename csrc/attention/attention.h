@@ -69,4 +69,10 @@ struct SparseAttentionBackward {
 DALLE_DECLARE_CPU_KERNEL(sparse_attention, SparseAttention)
 DALLE_DECLARE_CPU_KERNEL(sparse_attention_backward, SparseAttentionBackward)
 
+// On Hopper GPUs only, bfloat16 and float16, head_dim 64 and 128; `threads` and `workspace` are not read.
+namespace cuda {
+const char* sparse_attention(const SparseAttention&, void* stream);
+const char* sparse_attention_refusal(const SparseAttention&);  // why it would do nothing, or nullptr; takes no out
+}  // namespace cuda
+
 }  // namespace dalle

@@ -23,7 +23,7 @@ Heads heads_of(const HeadsTuple& t) {
 // (and sample) it has room for, and how many of them are seen.
 using CacheTuple = std::tuple<uintptr_t, int64_t, int64_t>;
 
-TokenHeads token_of(const HeadsTuple& t) {
+[[maybe_unused]] TokenHeads token_of(const HeadsTuple& t) {
   const auto& [address, strides] = t;
   return {pointer<void>(address), strides[0], strides[1], strides[3]};
 }
@@ -53,6 +53,19 @@ DALLE_BINDINGS(m) {
       },
       "dtype"_a, "shape"_a, "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a, "scale"_a, "q"_a, "k"_a,
       "v"_a, "out"_a, "lse"_a, "executor"_a);
+#if defined(DALLE_MODULE_CUDA)
+  m.def(
+      "sparse_attention_refusal",
+      [](int dtype, const Four& shape, int kind, int64_t text_len, int64_t height, int64_t width, int64_t kernel_size,
+         const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v) {
+        const auto [batch, heads, seq, head_dim] = shape;
+        const Pattern pattern{PatternKind{kind}, seq, text_len, height, width, kernel_size};
+        return cuda::sparse_attention_refusal({Dtype{dtype}, batch, heads, head_dim, pattern, 1.0f, heads_of(q),
+                                               heads_of(k), heads_of(v), {}, nullptr, 1, nullptr});
+      },
+      "dtype"_a, "shape"_a, "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a, "q"_a, "k"_a, "v"_a,
+      "Why sparse_attention would do nothing, or None.");
+#else
   m.def(
       "sparse_attention_backward",
       [](int dtype, const Four& shape, int kind, int64_t text_len, int64_t height, int64_t width, int64_t kernel_size,
@@ -105,4 +118,5 @@ DALLE_BINDINGS(m) {
       },
       "dtype"_a, "shape"_a, "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a, "backward"_a,
       "executor"_a);
+#endif
 }

@@ -1,5 +1,9 @@
 #include "testing/testing.h"
 
+#include <array>
+
+#include "attention/hopper_plan.h"
+#include "common/hopper_layout.h"
 #include "common/module.h"
 
 using namespace dalle;
@@ -22,4 +26,42 @@ DALLE_BINDINGS(m) {
         DALLE_RUN(uniform_noise, params, );
       },
       "seed"_a, "offset"_a, "columns"_a, "rows"_a, "v"_a);
+
+  // What the attention kernel for Hopper GPUs computes of a pattern, and where it looks into shared memory.
+  m.def("swizzled_offset", &swizzled_offset, "row"_a, "piece"_a);
+  m.def("tile_descriptor", &tile_descriptor, "address"_a);
+  m.def("moved_descriptor", &moved, "descriptor"_a, "bytes"_a);
+  m.def("mask_below", &mask_below, "columns"_a, "lane"_a);
+  m.def("tile_of_turn", &tile_of_turn, "first"_a, "turn"_a, "group"_a, "groups"_a);
+  py::class_<HopperPlan>(m, "HopperPlan")
+      .def(py::init([](int kind, int64_t seq, int64_t text_len, int64_t height, int64_t width, int64_t kernel_size,
+                       const std::array<int, 2>& steps, int head_dim, int groups) {
+             HopperPlan plan;
+             const char* failed =
+                 plan_pattern({PatternKind{kind}, seq, text_len, height, width, kernel_size}, plan);
+             if (failed == nullptr) failed = plan_steps(plan, {steps[0], steps[1]}, head_dim, groups);
+             if (failed != nullptr) throw std::invalid_argument(failed);
+             return plan;
+           }),
+           "kind"_a, "seq"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a, "steps"_a, "head_dim"_a,
+           "groups"_a)
+      .def_readonly("text_len", &HopperPlan::text_len)
+      .def_readonly("text_tiles", &HopperPlan::text_tiles)
+      .def_readonly("tiles", &HopperPlan::tiles)
+      .def_readonly("step", &HopperPlan::step)
+      .def_readonly("stages", &HopperPlan::stages)
+      .def_readonly("text_slots", &HopperPlan::text_slots)
+      .def_property_readonly("masks", &masks_of)
+      .def("window",
+           [](const HopperPlan& plan, int first) {
+             const Window window = window_of(plan, plan.step, first);
+             return std::array<int, 3>{window.start, window.begin, window.end};
+           },
+           "first"_a)
+      .def("mask_of", &mask_of, "first"_a, "step"_a)
+      .def("window_mask", &window_mask, "mask"_a, "row"_a, "lane"_a)
+      .def("token_of", &token_of, "image"_a, "place"_a)
+      .def("shared_bytes", [](const HopperPlan& plan, int head_dim, int groups) {
+        return shared_layout(plan, head_dim, groups).end;
+      }, "head_dim"_a, "groups"_a);
 }

@@ -7,12 +7,17 @@ import math
 import torch
 
 from .. import _native, _triton
-from .._dispatch import Op
+from .._dispatch import Op, forced_provider
 from . import reference
 from .pattern import KINDS, AttentionPattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
+
+AHEAD_OF_TRITON = {(kind, torch.bfloat16, 64) for kind in ("row", "column", "conv")}
+"""Pattern, dtype and head_dim of which a run on a Hopper GPU has shown the compiled kernel ahead of Triton's."""
+FEWEST_HEADS_AHEAD = 496
+"""Of all samples together: the fewest that this run had. Of anything else the kernel is opt-in."""
 
 PATTERN_SCHEMA = "str kind, int text_len, int height, int width, int kernel_size, float scale"
 
@@ -52,6 +57,19 @@ def _backward_native(grad_out, q, k, v, out, lse, kind, *pattern):
     return dq, dk, dv
 
 
+def _cuda_unsupported(q, k, v, kind, *pattern) -> str | None:
+    ahead = (kind, q.dtype, q.shape[-1]) in AHEAD_OF_TRITON and q.shape[0] * q.shape[1] >= FEWEST_HEADS_AHEAD
+    if not ahead and forced_provider() != "native":
+        return "no run on a GPU has shown it ahead of Triton for such a call; dalle_kernels.use('native') takes it"
+    settings = _native.DTYPES[q.dtype], q.shape, KINDS.index(kind), *pattern[:4]
+    with torch.cuda.device(q.device):
+        return _native.library("cuda").sparse_attention_refusal(*settings, *described(q, k, v))
+
+
+def _forward_unsupported(q, *arguments) -> str | None:
+    return _native_unsupported(q, *arguments) or (_cuda_unsupported(q, *arguments) if q.is_cuda else None)
+
+
 def _native_unsupported(first, *arguments) -> str | None:
     if first.dtype == torch.float64:
         return "the compiled kernel takes float32, float16 and bfloat16, got float64"
@@ -74,7 +92,7 @@ _backward = Op(
 )
 _native_limits = {"unavailable": _native.unavailable_but_on_cpu, "unsupported": _native_unsupported}
 _triton_limits = {"unavailable": _triton.unavailable, "unsupported": _native_unsupported}
-_forward.provide("native", _forward_native, **_native_limits)
+_forward.provide("native", _forward_native, unavailable=_native.unavailable, unsupported=_forward_unsupported)
 _forward.provide("triton", _triton.launcher("attention", "sparse_attention"), **_triton_limits)
 _forward.provide("reference", reference.sparse_attention)
 _backward.provide("native", _backward_native, **_native_limits)

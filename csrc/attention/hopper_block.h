@@ -1,0 +1,81 @@
+// What the warps of a block of the Hopper kernel share: the launch's parameters, places in shared memory, and the tiles
+// that are the block's.
+#pragma once
+
+#include <cuda.h>
+
+#include "attention/hopper_plan.h"
+#include "common/hopper.h"
+
+namespace dalle::cuda {
+namespace {
+
+// A block is a number of warpgroups that consume and one that produces, of which one warp works. That one gives
+// registers to the others: how many a thread keeps.
+template <int GROUPS>
+constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 40 : 56;
+template <int GROUPS>
+constexpr int CONSUMER_REGISTERS = GROUPS == 2 ? 232 : 152;
+template <int GROUPS>
+constexpr int THREADS = (GROUPS + 1) * 128;
+
+struct Operand {
+  CUtensorMap text, image;
+};
+
+struct Launch {
+  Operand q, k, v;
+  HopperPlan plan;
+  SharedLayout layout;
+  int heads, seq, sign;
+  int total;       // tiles of all heads
+  float exponent;  // |scale| * log2(e)
+  Heads out;
+  float* lse;
+};
+
+// Where a block's shared memory has what. Of each pair of barriers the first says that data is there, the second, FREE
+// bytes further, that nobody needs it any more.
+[[maybe_unused]] constexpr uint32_t FREE = 8;
+
+struct Shared {
+  const SharedLayout& layout;
+  const HopperPlan& plan;
+  uint32_t start;
+
+  __device__ uint32_t queries(int group) const { return start + group * layout.query_bytes; }
+  __device__ uint32_t text_keys(int slot) const { return start + layout.text + slot * 2 * layout.text_bytes; }
+  __device__ uint32_t window_keys(int group, int stage) const {
+    return start + layout.windows + (group * plan.stages + stage) * 2 * layout.step_bytes;
+  }
+  __device__ uint32_t masks() const { return start + layout.masks; }
+  __device__ uint32_t query_barrier(int group) const { return start + layout.barriers + 16 * group; }
+  __device__ uint32_t text_barrier(int slot) const { return start + layout.text_barriers + 16 * slot; }
+  __device__ uint32_t window_barrier(int group, int stage) const {
+    return start + layout.window_barriers + 16 * (group * plan.stages + stage);
+  }
+};
+
+// A place in a ring, and the parity of its round.
+struct Ring {
+  int place;
+  uint32_t parity;
+};
+[[maybe_unused]] __device__ void advance(Ring& ring, int count) {
+  if (++ring.place == count) ring.place = 0, ring.parity ^= 1;
+}
+
+// A block's share of all heads' tiles, and the heads they belong to.
+struct Share {
+  int first, last, tiles;
+  int first_head, last_head;
+  __device__ explicit Share(const Launch& launch)
+      : first(begin(launch, blockIdx.x)), last(begin(launch, blockIdx.x + 1)), tiles(launch.plan.tiles),
+        first_head(first / tiles), last_head((last + tiles - 1) / tiles) {}
+  static __device__ int begin(const Launch& launch, unsigned block) {
+    return static_cast<int>(static_cast<int64_t>(launch.total) * block / gridDim.x);
+  }
+};
+
+}  // namespace
+}  // namespace dalle::cuda
