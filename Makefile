@@ -33,7 +33,7 @@ help:
 	@echo 'make test   run the tests'
 	@echo 'make sanitize  check the kernels for accesses out of bounds and undefined operations'
 	@echo 'make emulate  hold the AVX-512 kernels to the error rule on any AVX2 processor, by SIMDe (SIMDE=folder of simde/)'
-	@echo 'make gates  compile the Triton kernels for sm_80 and sm_90 and check registers, spills and tensor-core instructions'
+	@echo 'make gates  compile the kernels for sm_80 and sm_90 and check registers, spills and tensor-core instructions'
 	@echo 'make tune   measure the Triton kernels in every candidate configuration, on an NVIDIA GPU'
 	@echo 'make bench  measure the kernels against their rivals into bench/results/ and the README'
 	@echo 'make lint   check style and formatting'
@@ -60,6 +60,7 @@ emulate: build
 
 gates: build
 	@$(BIN)/python tests/gates.py $(if $(UPDATE),--update) $(if $(CANDIDATES),--candidates)
+	@$(BIN)/python tests/cuda_gates.py $(if $(UPDATE),--update)
 
 tune: build
 	@$(BIN)/python bench/tune.py $(TUNE)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_gates
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_triton_kernels_compile_to_what_is_known():
     # A process of its own: where the interpreter is on, nothing can be compiled.
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "gates.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda_gates.unavailable() is not None, reason="needs nvcc and Triton's disassembler")
+def test_hopper_kernels_compile_to_what_is_known():
+    done = subprocess.run([sys.executable, cuda_gates.__file__], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
