@@ -71,7 +71,7 @@ def op_rows(device_types: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
                 yield name, providers, device_type, "-", "torch finds no CUDA GPU"
                 continue
             found = dalle_kernels.explain(name, device_type=device_type)
-            reasons = "; ".join(f"{provider}: {reason}" for provider, reason in found.rejected)
+            reasons = "; ".join(f"{provider}: {reason}" for provider, reason in found.reasons)
             yield name, providers, device_type, found.runs or "nothing", reasons
 
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     try:
         print(table([*versions(), *processor(), *gpus()]))
-        header = ("op", "providers", "device", "runs", "why not a faster one")
+        header = ("op", "providers", "device", "runs", "why no other")
         print("\n" + table([header, *op_rows(DEVICE_TYPES)]), flush=True)
     except BrokenPipeError:  # The reader of our output has left, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -107,7 +107,10 @@ class Op:
         unavailable: Callable[[str], str | None] = _always,
         unsupported: Callable[..., str | None] = _always,
     ) -> None:
-        """Add a provider; the order of the calls is the order of preference, fastest first, ``reference`` last."""
+        """Add a provider; the order of the calls is the order of preference, fastest first, ``reference`` last.
+
+        A CUDA kernel that no GPU has shown ahead of Triton's comes after it: it runs where it is forced.
+        """
         if name not in PROVIDERS:
             raise ValueError(f"expected a provider among {', '.join(PROVIDERS)}, got {name!r}")
         self.providers.append(Provider(name, run, cache(unavailable), unsupported))
@@ -298,16 +301,26 @@ def use(provider: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found for one op: the provider that runs, and why each faster one does not."""
+    """What :func:`explain` found for one op: the provider that runs, and why each faster one does not.
+
+    ``optional`` names the kernels that could run too, and do only where they are forced: nobody has shown them faster.
+    """
 
     op: str
     runs: str | None
     rejected: tuple[tuple[str, str], ...]
+    optional: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.runs or 'nothing'} runs"]
-        lines += [f"  {name}: {reason}" for name, reason in self.rejected]
+        lines += [f"  {name}: {reason}" for name, reason in self.reasons]
         return "\n".join(lines)
+
+    @property
+    def reasons(self) -> tuple[tuple[str, str], ...]:
+        """Every kernel that does not run, and why."""
+        opt_in = "not shown to be faster here; dalle_kernels.use({!r}) takes it"
+        return (*self.rejected, *((name, opt_in.format(name)) for name in self.optional))
 
 
 def explain(op: str, *args, device_type: str = "cpu") -> Explanation:
@@ -322,10 +335,12 @@ def explain(op: str, *args, device_type: str = "cpu") -> Explanation:
     if args:
         device_type = _device_type(args)
     forced = forced_provider()
-    rejected = []
+    rejected, serving = [], []
     for provider in providers:
         reason = provider.rejected(device_type, forced) or (provider.unsupported(*args) if args else None)
         if reason is None:
-            return Explanation(op, provider.name, tuple(rejected))
-        rejected.append((provider.name, reason))
-    return Explanation(op, None, tuple(rejected))
+            serving.append(provider.name)
+        elif not serving:
+            rejected.append((provider.name, reason))
+    runs, *optional = serving or [None]
+    return Explanation(op, runs, tuple(rejected), tuple(name for name in optional if name != "reference"))

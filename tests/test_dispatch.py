@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -119,6 +120,19 @@ def test_explain_tells_what_runs_and_why_not_something_faster(double):
         assert dict(dalle_kernels.explain(double.name).rejected)["native"] == "'reference' is forced"
     with pytest.raises(ValueError, match=r"expected an op among .*encode_fp169.*, got 'encode_fp170'"):
         dalle_kernels.explain("encode_fp170")
+
+
+def test_explain_names_a_kernel_that_runs_only_where_it_is_forced(double):
+    double.providers[0], double.providers[1] = double.providers[1], double.providers[0]
+    double.providers[0] = dataclasses.replace(double.providers[0], unavailable=lambda device_type: None)
+    found = dalle_kernels.explain(double.name, device_type="cuda")
+    assert found.runs == "triton" and found.optional == ()  # native is for CPU only
+    double.providers[1] = dataclasses.replace(double.providers[1], unavailable=lambda device_type: None)
+    found = dalle_kernels.explain(double.name, device_type="cuda")
+    assert found.runs == "triton" and found.rejected == () and found.optional == ("native",)
+    assert "native: not shown to be faster here; dalle_kernels.use('native') takes it" in str(found)
+    with dalle_kernels.use("native"):
+        assert dalle_kernels.explain(double.name, device_type="cuda").optional == ()
 
 
 def test_every_op_ends_with_its_reference_which_runs_anywhere():
