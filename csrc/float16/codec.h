@@ -4,6 +4,18 @@
 #include "common/dtype.h"
 #include "float16/float16.h"
 
+namespace dalle {
+
+// A code as it lies in memory, of either format: a type of its own, so that overloads tell it from a number.
+template <Float16Format format>
+struct Code {
+  uint16_t bits;
+};
+using Fp169 = Code<Float16Format::fp169>;
+using Fp0610 = Code<Float16Format::fp0610>;
+
+}  // namespace dalle
+
 namespace dalle::DALLE_ISA_NAMESPACE {
 
 template <class Bits>

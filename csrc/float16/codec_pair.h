@@ -6,14 +6,6 @@
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 
-// A code as it lies in memory, of either format: a type of its own, so that overloads tell it from a number.
-template <Float16Format format>
-struct Code {
-  uint16_t bits;
-};
-using Fp169 = Code<Float16Format::fp169>;
-using Fp0610 = Code<Float16Format::fp0610>;
-
 // The upper half of a float holds sign, exponent and the first 7 bits of the significand, the lower half the rest of
 // it: both are computed on 16-bit lanes, two codes to a lane of float.
 template <Float16Format format>

@@ -1,7 +1,6 @@
-#include <type_traits>
-
 #include "common/cuda.h"
-#include "float16/codec.h"
+#include "common/tile.h"
+#include "float16/codec_pack.h"
 #include "float16/float16.h"
 
 namespace dalle::cuda {
@@ -9,84 +8,96 @@ namespace {
 
 using namespace plain;
 
-constexpr int THREADS = 256;
-constexpr int PER_THREAD = 8;  // contiguous elements a thread takes at a time: one 16-byte store of codes
+constexpr int PACKS = 4;
+constexpr int STRIDED_THREADS = 256;
 
-template <class Element>
-struct alignas(sizeof(Element) * PER_THREAD > 16 ? 16 : sizeof(Element) * PER_THREAD) Pack {
-  Element elements[PER_THREAD];
+template <Float16Format format>
+struct Encode {
+  bool nonfinite;
+
+  template <class Output, class Element, int COUNT>
+  __device__ __forceinline__ Pack<uint16_t, COUNT> apply(const Pack<Element, COUNT>& pack) {
+    Pack<Code<format>, COUNT> codes;
+    if constexpr (sizeof(Element) == sizeof(double)) {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) codes.elements[i].bits = of_bits(encodable_bits(pack.elements[i]));
+    } else {
+      float numbers[COUNT];
+      numbers_of(pack, numbers);
+#pragma unroll
+      for (const float number : numbers) nonfinite |= is_nonfinite(bits_of(number));
+      codes = rounded_pack<Code<format>>(numbers);
+    }
+    return reinterpret_cast<const Pack<uint16_t, COUNT>&>(codes);
+  }
+
+ private:
+  __device__ __forceinline__ uint16_t of_bits(uint64_t bits) {
+    nonfinite |= is_nonfinite(bits);
+    return encode_bits<format>(bits);
+  }
 };
 
-__device__ int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; }
-__device__ int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * THREADS; }
-
-template <Float16Format format, class Element>
-__device__ uint16_t encode_one(Element x, bool& nonfinite) {
-  const auto bits = encodable_bits(x);
-  nonfinite |= is_nonfinite(bits);
-  return encode_bits<format>(bits);
-}
-
-// Every thread that stores to the flag stores the same, so the outcome does not depend on their order.
-template <Float16Format format, class Element>
-__global__ void __launch_bounds__(THREADS) encode_contiguous(const Element* __restrict__ input,
-                                                             uint16_t* __restrict__ codes, uint8_t* nonfinite_flag,
-                                                             int64_t count, bool aligned) {
-  bool nonfinite = false;
-  const int64_t packs = aligned ? count / PER_THREAD : 0;
-  for (int64_t i = global_thread(); i < packs; i += grid_threads()) {
-    const Pack<Element> in = reinterpret_cast<const Pack<Element>*>(input)[i];
-    Pack<uint16_t> out;
-#pragma unroll
-    for (int k = 0; k < PER_THREAD; ++k) out.elements[k] = encode_one<format>(in.elements[k], nonfinite);
-    reinterpret_cast<Pack<uint16_t>*>(codes)[i] = out;
+template <Float16Format format>
+struct Decode {
+  template <class Element, class Input, int COUNT>
+  __device__ __forceinline__ Pack<Element, COUNT> apply(const Pack<Input, COUNT>& codes) {
+    float numbers[COUNT];
+    numbers_of(reinterpret_cast<const Pack<Code<format>, COUNT>&>(codes), numbers);
+    return rounded_pack<Element>(numbers);
   }
-  for (int64_t i = packs * PER_THREAD + global_thread(); i < count; i += grid_threads()) {
-    codes[i] = encode_one<format>(input[i], nonfinite);
-  }
-  if (nonfinite) *nonfinite_flag = 1;
+};
+
+// A tile a block. Every thread that stores to the flag stores the same, so the outcome does not depend on their order.
+template <Float16Format format, class Element>
+__global__ void __launch_bounds__(TILE_THREADS) encode_contiguous(const Element* input, uint16_t* codes,
+                                                                  uint8_t* nonfinite, int64_t count) {
+  Encode<format> encode{false};
+  map_tile<Tiles<PACKS, Element>>(encode, blockIdx.x, count, input, codes);
+  if (encode.nonfinite) *nonfinite = 1;
 }
 
 template <Float16Format format, class Element>
-__global__ void __launch_bounds__(THREADS) encode_strided(const Element* __restrict__ input, Strided shape,
-                                                          uint16_t* __restrict__ codes, uint8_t* nonfinite_flag,
-                                                          int64_t count) {
-  bool nonfinite = false;
-  const int64_t row = row_length(shape), stride = shape.strides[shape.dims - 1];
+__global__ void __launch_bounds__(TILE_THREADS) decode_contiguous(const uint16_t* codes, Element* output,
+                                                                  int64_t count) {
+  Decode<format> decode;
+  map_tile<Tiles<PACKS, Element>>(decode, blockIdx.x, count, codes, output);
+}
+
+// Where the elements of a strided tensor lie one by one.
+__device__ int64_t place_of(const Strided& shape, int64_t row, int64_t index) {
+  return row_offset(shape, index / row) + (index % row) * shape.strides[shape.dims - 1];
+}
+__device__ int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * STRIDED_THREADS + threadIdx.x; }
+__device__ int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * STRIDED_THREADS; }
+
+template <Float16Format format, class Element>
+__global__ void __launch_bounds__(STRIDED_THREADS) encode_strided(const Element* __restrict__ input,
+                                                                  const __grid_constant__ Strided shape,
+                                                                  uint16_t* __restrict__ codes, uint8_t* nonfinite,
+                                                                  int64_t count) {
+  Encode<format> encode{false};
+  const int64_t row = row_length(shape);
   for (int64_t i = global_thread(); i < count; i += grid_threads()) {
-    codes[i] = encode_one<format>(input[row_offset(shape, i / row) + (i % row) * stride], nonfinite);
+    codes[i] = encode.template apply<uint16_t>(Pack<Element, 1>{{input[place_of(shape, row, i)]}}).elements[0];
   }
-  if (nonfinite) *nonfinite_flag = 1;
+  if (encode.nonfinite) *nonfinite = 1;
 }
 
 template <Float16Format format, class Element>
-__global__ void __launch_bounds__(THREADS) decode_contiguous(const uint16_t* __restrict__ codes,
-                                                             Element* __restrict__ output, int64_t count,
-                                                             bool aligned) {
-  const int64_t packs = aligned ? count / PER_THREAD : 0;
-  for (int64_t i = global_thread(); i < packs; i += grid_threads()) {
-    const Pack<uint16_t> in = reinterpret_cast<const Pack<uint16_t>*>(codes)[i];
-    Pack<Element> out;
-#pragma unroll
-    for (int k = 0; k < PER_THREAD; ++k) from_float(decode_code<format>(in.elements[k]), out.elements[k]);
-    reinterpret_cast<Pack<Element>*>(output)[i] = out;
-  }
-  for (int64_t i = packs * PER_THREAD + global_thread(); i < count; i += grid_threads()) {
-    from_float(decode_code<format>(codes[i]), output[i]);
-  }
-}
-
-template <Float16Format format, class Element>
-__global__ void __launch_bounds__(THREADS) decode_strided(const uint16_t* __restrict__ codes, Strided shape,
-                                                          Element* __restrict__ output, int64_t count) {
-  const int64_t row = row_length(shape), stride = shape.strides[shape.dims - 1];
+__global__ void __launch_bounds__(STRIDED_THREADS) decode_strided(const uint16_t* __restrict__ codes,
+                                                                  const __grid_constant__ Strided shape,
+                                                                  Element* __restrict__ output, int64_t count) {
+  Decode<format> decode;
+  const int64_t row = row_length(shape);
   for (int64_t i = global_thread(); i < count; i += grid_threads()) {
-    from_float(decode_code<format>(codes[row_offset(shape, i / row) + (i % row) * stride]), output[i]);
+    output[i] = decode.template apply<Element>(Pack<uint16_t, 1>{{codes[place_of(shape, row, i)]}}).elements[0];
   }
 }
 
-bool is_aligned(const void* a, const void* b) {
-  return ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) & 15) == 0;
+template <class Element>
+unsigned tiles_of(int64_t count) {
+  return static_cast<unsigned>(Tiles<PACKS, Element>::covering(count));
 }
 
 template <Float16Format format, class Element>
@@ -97,11 +108,10 @@ const char* encode_all(const Float16Encode& p, cudaStream_t stream) {
   if (cleared != nullptr || count == 0) return cleared;
   const Element* input = static_cast<const Element*>(p.input);
   if (is_contiguous(m)) {
-    encode_contiguous<format><<<grid_size((count + PER_THREAD - 1) / PER_THREAD, THREADS), THREADS, 0, stream>>>(
-        input, p.codes, p.nonfinite, count, is_aligned(input, p.codes));
+    encode_contiguous<format><<<tiles_of<Element>(count), TILE_THREADS, 0, stream>>>(input, p.codes, p.nonfinite, count);
   } else {
-    encode_strided<format>
-        <<<grid_size(count, THREADS), THREADS, 0, stream>>>(input, m, p.codes, p.nonfinite, count);
+    encode_strided<format><<<grid_size(count, STRIDED_THREADS), STRIDED_THREADS, 0, stream>>>(input, m, p.codes,
+                                                                                              p.nonfinite, count);
   }
   return launch_status();
 }
@@ -113,10 +123,10 @@ const char* decode_all(const Float16Decode& p, cudaStream_t stream) {
   if (count == 0) return nullptr;
   Element* output = static_cast<Element*>(p.output);
   if (is_contiguous(m)) {
-    decode_contiguous<format><<<grid_size((count + PER_THREAD - 1) / PER_THREAD, THREADS), THREADS, 0, stream>>>(
-        p.codes, output, count, is_aligned(p.codes, output));
+    decode_contiguous<format><<<tiles_of<Element>(count), TILE_THREADS, 0, stream>>>(p.codes, output, count);
   } else {
-    decode_strided<format><<<grid_size(count, THREADS), THREADS, 0, stream>>>(p.codes, m, output, count);
+    decode_strided<format>
+        <<<grid_size(count, STRIDED_THREADS), STRIDED_THREADS, 0, stream>>>(p.codes, m, output, count);
   }
   return launch_status();
 }
