@@ -43,4 +43,9 @@ struct FilterCastUnscale {
 DALLE_DECLARE_CPU_KERNEL(scale_cast_filter, ScaleCastFilter)
 DALLE_DECLARE_CPU_KERNEL(filter_cast_unscale, FilterCastUnscale)
 
+namespace cuda {
+const char* scale_cast_filter(const ScaleCastFilter&, void* stream);
+const char* filter_cast_unscale(const FilterCastUnscale&, void* stream);
+}  // namespace cuda
+
 }  // namespace dalle
