@@ -35,6 +35,7 @@ struct AdamW16Tensor {
 // in float, rounded as dalle_kernels/adamw/reference.py does: every build gives its bits. The parameter's update takes
 // m and v before they are rounded to their codes. Any positive scale serves. Where *found_nonfinite, nothing changes.
 struct AdamW16Step {
+  static constexpr int FACTORS = 5;
   const AdamW16Tensor* tensors;
   int64_t tensor_count;
   Dtype parameter_dtype, gradient_dtype;  // float32, float16 or bfloat16
@@ -42,9 +43,14 @@ struct AdamW16Step {
   double lr, beta1, beta2, eps, weight_decay, max_variance;
   const float* grad_scale;         // or nullptr, which means 1
   const uint8_t* found_nonfinite;  // or nullptr, which means 0
+  float* factors;                  // CUDA only: room for FACTORS of each tensor
   int threads;                     // CPU only
 };
 
 DALLE_DECLARE_CPU_KERNEL(adamw16_step, AdamW16Step)
+
+namespace cuda {
+const char* adamw16_step(const AdamW16Step&, void* stream);
+}  // namespace cuda
 
 }  // namespace dalle

@@ -10,6 +10,7 @@ from dalle_kernels._dispatch import Op
 from dalle_kernels.adamw import reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FACTORS = 5  # AdamW16Step::FACTORS in csrc/adamw/adamw.h
 
 adamw16_step_op = Op(
     "adamw16_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
@@ -36,9 +37,12 @@ def _native_step(
 ) -> None:
     if not params:
         return
+    device = params[0].device
+    # Where the CUDA kernel keeps what the elements of each tensor are multiplied with.
+    factors = None if device.type == "cpu" else torch.empty(len(params), _FACTORS, device=device)
     _native.call(
         "adamw16_step",
-        params[0].device,
+        device,
         parameters=[tensor.data_ptr() for tensor in params],
         gradients=[tensor.data_ptr() for tensor in grads],
         first_moments=[tensor.data_ptr() for tensor in first_moments],
@@ -57,6 +61,7 @@ def _native_step(
         max_variance=min(max_variance, reference.LARGEST_VARIANCE),
         grad_scale=0 if grad_scale is None else grad_scale.data_ptr(),
         found_nonfinite=0 if found_nonfinite is None else found_nonfinite.data_ptr(),
+        factors=0 if factors is None else factors.data_ptr(),
     )
     # The kernel wrote through addresses, of which autograd knows nothing.
     torch.autograd.graph.increment_version(params)
@@ -104,13 +109,13 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-adamw16_step_op.provide("native", _native_step, unavailable=_native.unavailable_but_on_cpu, unsupported=_unsupported)
 adamw16_step_op.provide(
     "triton",
     _triton.launcher("adamw", "adamw16_step"),
     unavailable=_triton.unavailable,
     unsupported=_unsupported,
 )
+adamw16_step_op.provide("native", _native_step, unavailable=_native.unavailable, unsupported=_unsupported)
 adamw16_step_op.provide("reference", reference.adamw16_step)
 
 
