@@ -45,6 +45,7 @@ GumbelNoise noise_of(const NoiseTuple& t) {
   return {pointer<const int64_t>(seed), pointer<const int64_t>(offset), pointer<const float>(tau)};
 }
 
+#if !defined(DALLE_MODULE_CUDA)
 // The codebook's address, dtype, width, and strides from code to code and along the width.
 using CodebookTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
 
@@ -52,6 +53,7 @@ Codebook codebook_of(const CodebookTuple& t) {
   const auto [address, dtype, width, column_stride, width_stride] = t;
   return {pointer<void>(address), Dtype{dtype}, width, column_stride, width_stride};
 }
+#endif
 
 }  // namespace
 
@@ -81,6 +83,7 @@ DALLE_BINDINGS(m) {
       },
       "dtype"_a, "sizes"_a, "dim"_a, "noise"_a, "hard"_a, "grad_y"_a, "logits"_a, "y"_a, "grad_kl"_a, "grad_logits"_a,
       "executor"_a);
+#if !defined(DALLE_MODULE_CUDA)
   m.def(
       "gumbel_codebook",
       [](int dtype, const std::vector<int64_t>& sizes, int64_t dim, const NoiseTuple& noise, const TensorTuple& logits,
@@ -107,4 +110,5 @@ DALLE_BINDINGS(m) {
       },
       "dtype"_a, "sizes"_a, "dim"_a, "noise"_a, "grad_embedding"_a, "grad_kl"_a, "logits"_a, "codebook"_a,
       "grad_logits"_a, "grad_codebook"_a, "executor"_a);
+#endif
 }

@@ -100,4 +100,9 @@ DALLE_DECLARE_CPU_KERNEL(gumbel_softmax_backward, GumbelSoftmaxBackward)
 DALLE_DECLARE_CPU_KERNEL(gumbel_codebook, GumbelCodebook)
 DALLE_DECLARE_CPU_KERNEL(gumbel_codebook_backward, GumbelCodebookBackward)
 
+namespace cuda {
+const char* gumbel_softmax(const GumbelSoftmax&, void* stream);
+const char* gumbel_softmax_backward(const GumbelSoftmaxBackward&, void* stream);
+}  // namespace cuda
+
 }  // namespace dalle

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -192,19 +193,49 @@ def _unsupported_by_triton(first, *rest) -> str | None:
     return _triton.unsupported(first, *rest)
 
 
+# What the registers of a block hold, in csrc/gumbel_softmax/gumbel_softmax.cu.
+_MOST_COLUMNS_ON_CUDA = {"gumbel_softmax": 16384, "gumbel_softmax_backward": 8192}
+
+
+def _unsupported_on_cuda(name: str, first: Tensor, dim: int) -> str | None:
+    """``first`` has the columns and the rows of the call."""
+    if not first.is_cuda:
+        return None
+    columns, most = first.shape[dim], _MOST_COLUMNS_ON_CUDA[name]
+    if columns > most:
+        return f"the CUDA kernel takes rows of at most {most} codes, got {columns}"
+    if first.numel() >= columns << 31:
+        return "the CUDA kernel takes fewer than 2^31 rows"
+    return None
+
+
+def _within_registers(name: str, unsupported: Callable[..., str | None]) -> Callable[..., str | None]:
+    return lambda *args: unsupported(*args) or _unsupported_on_cuda(name, args[0], args[-1])
+
+
 for _op, _run, _unsupported, _plain in (
-    (gumbel_softmax_op, _sample_native, _unsupported_sample, reference.gumbel_softmax),
+    (
+        gumbel_softmax_op,
+        _sample_native,
+        _within_registers("gumbel_softmax", _unsupported_sample),
+        reference.gumbel_softmax,
+    ),
     (
         gumbel_softmax_backward_op,
         _sample_backward_native,
-        _unsupported_sample_backward,
+        _within_registers("gumbel_softmax_backward", _unsupported_sample_backward),
         reference.gumbel_softmax_backward,
     ),
-    (gumbel_softmax_kl_op, _sample_kl_native, _unsupported_sample, reference.gumbel_softmax_kl),
+    (
+        gumbel_softmax_kl_op,
+        _sample_kl_native,
+        _within_registers("gumbel_softmax", _unsupported_sample),
+        reference.gumbel_softmax_kl,
+    ),
     (
         gumbel_softmax_kl_backward_op,
         _sample_kl_backward_native,
-        _unsupported_sample_kl_backward,
+        _within_registers("gumbel_softmax_backward", _unsupported_sample_kl_backward),
         reference.gumbel_softmax_kl_backward,
     ),
     (gumbel_codebook_op, _codebook_native, _unsupported_codebook, reference.gumbel_codebook),
@@ -215,13 +246,14 @@ for _op, _run, _unsupported, _plain in (
         reference.gumbel_codebook_backward,
     ),
 ):
-    _op.provide("native", _run, unavailable=_native.unavailable_but_on_cpu, unsupported=_unsupported)
     _op.provide(
         "triton",
         _triton.launcher("gumbel_softmax", _op.name),
         unavailable=_triton.unavailable,
         unsupported=_unsupported_by_triton,
     )
+    _native_where = _native.unavailable_but_on_cpu if "codebook" in _op.name else _native.unavailable
+    _op.provide("native", _run, unavailable=_native_where, unsupported=_unsupported)
     _op.provide("reference", _plain)
 
 
