@@ -14,8 +14,9 @@ from dalle_kernels import AttentionPattern, KVCache, decode_attention
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")]
 PROVIDERS = [(op, provider) for provider in ("triton", "native") for op in fuzz.ops_of(provider, "cuda")] if GPU else []
-OPS = sorted({op for op, _ in PROVIDERS})
-# It serves few of the shapes and layouts that are drawn, and has tests of its own: test_attention_cuda.py.
+each_kernel = pytest.mark.parametrize(("op", "provider"), PROVIDERS)
+# The compiled attention serves few of the shapes and layouts that are drawn, and has tests of its own:
+# test_attention_cuda.py.
 FUZZED = [case for case in PROVIDERS if case != ("sparse_attention", "native")]
 
 
@@ -25,22 +26,24 @@ def test_fuzzed_calls_agree_with_the_reference_on_the_cpu_and_repeat_bit_for_bit
     assert found.passed, str(found)
 
 
-def served_calls(op: str, count: int) -> list[tuple]:
-    """Arguments on the GPU of calls that a kernel serves there, drawn as the fuzz draws them."""
+def served_calls(op: str, provider: str, count: int) -> list[tuple]:
+    """Arguments on the GPU of calls that the provider serves there, drawn as the fuzz draws them."""
     calls = []
     for index in range(10 * count):
         draw = random.Random(f"{op} {index}")
         torch.manual_seed(draw.getrandbits(32))
         args = fuzz.copied(fuzz.SAMPLERS[op](op, draw).args, "cuda")
-        if len(calls) < count and dalle_kernels.explain(op, *args).runs != "reference":
-            calls.append(args)
-    assert calls, "no drawn call is served by a kernel"
+        with dalle_kernels.use(provider):
+            if len(calls) < count and dalle_kernels.explain(op, *args).runs == provider:
+                calls.append(args)
+    assert calls, "no drawn call is served by the kernel"
     return calls
 
 
-def results(op: str, args: tuple) -> list[torch.Tensor]:
+def results(op: str, provider: str, args: tuple) -> list[torch.Tensor]:
     """The outputs and, for what the op writes in place, the arguments; the same memory as the call's."""
-    output = dalle_kernels.ops()[op](*args)
+    with dalle_kernels.use(provider):
+        output = dalle_kernels.ops()[op](*args)
     outputs = output if isinstance(output, (list, tuple)) else () if output is None else (output,)
     return [*fuzz.flat(tuple(outputs)), *fuzz.flat(args)]
 
@@ -50,20 +53,20 @@ def restore(args: tuple, originals: tuple) -> None:
         tensor.copy_(original)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_a_captured_call_replays(op):
-    for originals in served_calls(op, 4):
-        expected = results(op, fuzz.copied(originals))
+@each_kernel
+def test_a_captured_call_replays(op, provider):
+    for originals in served_calls(op, provider, 4):
+        expected = results(op, provider, fuzz.copied(originals))
         args = fuzz.copied(originals)
         stream = torch.cuda.Stream()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):  # compiles, which a capture must not
-            results(op, args)
+            results(op, provider, args)
         torch.cuda.synchronize()
         restore(args, originals)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = results(op, args)
+            captured = results(op, provider, args)
         for _ in range(2):
             restore(args, originals)
             graph.replay()
@@ -103,14 +106,14 @@ def test_one_graph_serves_every_step_of_a_generation(samples):
         assert fuzz.same_bits(out, expected)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_no_call_waits_for_the_device(op):
-    for args in served_calls(op, 2):
-        results(op, fuzz.copied(args))  # compiles
+@each_kernel
+def test_no_call_waits_for_the_device(op, provider):
+    for args in served_calls(op, provider, 2):
+        results(op, provider, fuzz.copied(args))  # compiles
         again = fuzz.copied(args)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            results(op, again)
+            results(op, provider, again)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
