@@ -13,14 +13,13 @@ from dalle_kernels import AttentionPattern, KVCache, decode_attention
 
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")]
-PROVIDERS = [(op, provider) for provider in ("triton", "native") for op in fuzz.ops_of(provider, "cuda")] if GPU else []
+OPS = [(op, provider) for provider in ("triton", "native") for op in fuzz.ops_of(provider, "cuda")] if GPU else []
+# The compiled attention serves few of the shapes and layouts that are drawn: it has test_attention_cuda.py.
+PROVIDERS = [case for case in OPS if case != ("sparse_attention", "native")]
 each_kernel = pytest.mark.parametrize(("op", "provider"), PROVIDERS)
-# The compiled attention serves few of the shapes and layouts that are drawn, and has tests of its own:
-# test_attention_cuda.py.
-FUZZED = [case for case in PROVIDERS if case != ("sparse_attention", "native")]
 
 
-@pytest.mark.parametrize(("op", "provider"), FUZZED)
+@each_kernel
 def test_fuzzed_calls_agree_with_the_reference_on_the_cpu_and_repeat_bit_for_bit(op, provider):
     found = fuzz.fuzz(op, 30, seed=0, provider=provider, device="cuda")
     assert found.passed, str(found)

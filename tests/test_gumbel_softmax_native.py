@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import dalle_kernels
-from dalle_kernels import _native, philox
+from dalle_kernels import _native, _triton, philox
 from dalle_kernels.gumbel_softmax import gumbel_softmax, ops
 
 pytestmark = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the CPU library is not built")
@@ -152,3 +153,32 @@ def test_generator_and_public_function_use_the_kernel():
     with dalle_kernels.use("native"):
         first, again = (gumbel_softmax(logits, generator=torch.Generator().manual_seed(4)) for _ in range(2))
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "dtype", "hard", "left"),
+    [
+        ((8, 8192), 1, torch.float32, False, {"gumbel_softmax_backward"}),
+        ((8, 8192), 1, torch.bfloat16, False, {"gumbel_softmax_backward", "gumbel_softmax_kl_backward"}),
+        ((2, 8192, 4, 4), 1, torch.bfloat16, False, set()),
+        ((2, 16384, 4, 4), 1, torch.bfloat16, False, {"gumbel_softmax", "gumbel_softmax_kl"}),
+        ((8, 1024), 1, torch.float32, False, None),
+        ((8, 8192), 1, torch.float32, True, None),
+    ],
+)
+def test_on_cuda_triton_serves_what_it_is_faster_at(shape, dim, dtype, hard, left, monkeypatch):
+    """A check of the arguments alone: fake tensors of a chip that need not be here."""
+    monkeypatch.setattr(ops, "_triton_unavailable", lambda device_type: None)
+    names = ("gumbel_softmax", "gumbel_softmax_kl", "gumbel_softmax_backward", "gumbel_softmax_kl_backward")
+    too_long = shape[dim] > 8192
+    with FakeTensorMode(), _triton.assume(90, 132):
+        logits, scalar = torch.empty(shape, dtype=dtype, device="cuda"), torch.empty((), device="cuda")
+        noise = (scalar, scalar, scalar, hard, dim)
+        saved = (logits, logits, *noise)
+        calls = (logits, *noise), (logits, *noise), (logits, *saved), (logits, scalar, *saved)
+        for name, call in zip(names, calls, strict=True):
+            (native,) = (p for p in dalle_kernels.ops()[name].providers if p.name == "native")
+            refused = native.unsupported(*call)
+            assert (refused is not None) == (left is None or name in left or (too_long and "backward" in name)), refused
+            with dalle_kernels.use("native"):
+                assert (native.unsupported(*call) is not None) == (too_long and "backward" in name)

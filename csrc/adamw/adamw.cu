@@ -171,8 +171,10 @@ __global__ void __launch_bounds__(TILE_THREADS) update(const __grid_constant__ T
   const int owner = table.owner(blockIdx.x), thread = threadIdx.x;
   const Updated& tensor = table.tensor[owner];
   const int64_t first = (blockIdx.x - table.first_tile[owner]) * Tile::ELEMENTS, left = tensor.count - first;
-  const Run run{static_cast<Parameter*>(tensor.parameter) + first, static_cast<const Gradient*>(tensor.gradient) + first,
-                static_cast<Mean*>(tensor.first_moment) + first, static_cast<Variance*>(tensor.second_moment) + first};
+  const Run run{static_cast<Parameter*>(tensor.parameter) + first,
+                static_cast<const Gradient*>(tensor.gradient) + first,
+                static_cast<Mean*>(tensor.first_moment) + first,
+                static_cast<Variance*>(tensor.second_moment) + first};
   const int here = left < Tile::ELEMENTS ? static_cast<int>(left) : Tile::ELEMENTS;
   const int packs = are_aligned(run.parameters, run.gradients, run.means, run.variances) ? here / COUNT : 0;
 

@@ -10,6 +10,10 @@
 // kept its addresses in registers; since then the same work on data in the second-level cache takes 11.2 ms (bfloat16;
 // before, 11.7) and 10.4 ms (float16; before, 11.0), twice one thread's speed taken for two: the instructions bind, not
 // memory, and not root and quotient alone, without which it would still take 10.0 ms (bfloat16, before).
+//
+// On CUDA 319 million parameters in 289 tensors are 4.5 GB, 1.05 ms for an H200, which copies 4.25 TB/s; some 60
+// instructions an element stay below that. Reached there: 1.12 ms with 16-bit parameters and codes, 2.3 times the speed
+// of torch's fused AdamW in float32, and 1.56 ms with float32 parameters and gradients (floor 1.50 ms).
 #pragma once
 
 #include "common/dtype.h"

@@ -1,5 +1,5 @@
-// Clusters: blocks that run together and write into each other's shared memory. CUDA only; before sm_90 a cluster is one
-// block.
+// Clusters: blocks that run together and write into each other's shared memory. CUDA only; before sm_90 a cluster is
+// one block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,8 +32,12 @@ __device__ __forceinline__ int cluster_rank() {
 }
 
 // All threads of the cluster arrive before any of them is done waiting, and see what was written before.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // Stores to where `shared` lies in the block of that rank.
 __device__ __forceinline__ void store_to_block(float* shared, int rank, float value) {

@@ -40,7 +40,7 @@ __device__ __forceinline__ bool are_aligned(const T*... arrays) {
   return ((reinterpret_cast<uintptr_t>(arrays) | ...) & (ACCESS_BYTES - 1)) == 0;
 }
 
-// Elements of 16 bits are taken and made by twos, a register each: picked apart they would cost an instruction more.
+// Elements of 16 bits are taken and made by twos, a register for both: picked apart they cost an instruction more.
 __device__ __forceinline__ float number_of(float x) { return x; }
 __device__ __forceinline__ float number_of(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float number_of(Half x) {

@@ -1,5 +1,5 @@
-// Many tensors in one launch of a CUDA kernel: where they lie travels as a parameter of the kernel, so nothing has to be
-// copied before it, nothing outlives it, and a captured graph holds all of it.
+// Many tensors in one launch of a CUDA kernel: where they lie travels as a parameter of the kernel, so nothing has to
+// be copied before it, nothing outlives it, and a captured graph holds all of it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,8 @@ namespace dalle::cuda {
 
 constexpr int MOST_PARAMETER_BYTES = 4096;  // of a kernel, on every GPU and by every CUDA
 
-// Tensors one after another, each cut into whole tiles of its own but for the last. Those without elements are left out.
+// Tensors one after another, each cut into tiles of its own, of which the last may be a part. Those without elements
+// are left out.
 template <class Tensor>
 struct TensorTable {
   // Half a kilobyte is for the kernel's other parameters.

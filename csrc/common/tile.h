@@ -17,7 +17,7 @@ struct Tiles {
   static int64_t covering(int64_t count) { return (count + ELEMENTS - 1) / ELEMENTS; }
 };
 
-// Calls body(Places<...>) once ... see for_each_pack.
+// Writes job.apply(input) to `output`, of which tile number `tile` is this block's share.
 template <class Shape, class Job, class Input, class Output>
 __device__ __forceinline__ void map_tile(Job& job, int64_t tile, int64_t count, const Input* __restrict__ input,
                                          Output* __restrict__ output) {

@@ -12,8 +12,7 @@ __device__ __forceinline__ float number_of(Code<format> code) {
   return plain::decode_code<format>(code.bits);
 }
 
-// Where a code's sign does not come from, the comparisons of encode_bits are those of a minimum, which takes NaN for the
-// largest number as well.
+// The comparisons of encode_bits are those of minima, which take NaN for the largest number as well.
 template <Float16Format format>
 __device__ __forceinline__ uint32_t encoded(float x) {
   using Codec = plain::Float16Codec<format, uint32_t>;

@@ -108,7 +108,8 @@ const char* encode_all(const Float16Encode& p, cudaStream_t stream) {
   if (cleared != nullptr || count == 0) return cleared;
   const Element* input = static_cast<const Element*>(p.input);
   if (is_contiguous(m)) {
-    encode_contiguous<format><<<tiles_of<Element>(count), TILE_THREADS, 0, stream>>>(input, p.codes, p.nonfinite, count);
+    encode_contiguous<format>
+        <<<tiles_of<Element>(count), TILE_THREADS, 0, stream>>>(input, p.codes, p.nonfinite, count);
   } else {
     encode_strided<format><<<grid_size(count, STRIDED_THREADS), STRIDED_THREADS, 0, stream>>>(input, m, p.codes,
                                                                                               p.nonfinite, count);

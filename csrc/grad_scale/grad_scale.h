@@ -6,6 +6,9 @@
 // Reached on 2 cores of an EPYC (Zen 3), 2^24 numbers in 16 tensors (bench/bench_grad_scale.py): from 5.7 to 9.1 ms,
 // 8 to 17 times as fast as eager torch. A copy of as many bytes takes 2.9 to 5.1 ms, into memory that is there already;
 // the results here are fresh memory.
+//
+// On CUDA 319 million numbers in 289 tensors are 1.9 GB, 0.45 ms for an H200, which copies 4.25 TB/s. Reached there:
+// 0.45 ms from float32 to float16 and 0.48 ms from bfloat16 to float32; eager torch, which waits for its host, 23 ms.
 #pragma once
 
 #include "common/dtype.h"

@@ -1,5 +1,7 @@
 #include "gumbel_softmax/gumbel_softmax.h"
 
+#include <type_traits>
+
 #include "common/cuda.h"
 #include "gumbel_softmax/statistics.h"
 
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, Team::LEAST_BLOCKS)
 
 // The soft sample is `y`; where that is a one-hot it is drawn again.
 template <class Team, bool WITH_KL, bool HARD>
-__global__ void __launch_bounds__(Team::MOST_THREADS, Team::LEAST_BLOCKS)
+__global__ void __launch_bounds__(Team::MOST_THREADS, HARD ? Team::LEAST_BLOCKS_HARD : Team::LEAST_BLOCKS)
     backward(const __grid_constant__ GumbelSoftmaxBackward p, uint32_t rows) {
   constexpr int GROUPS = Team::GROUPS;
   using Sums = Statistics<2 * HARD, !HARD, WITH_KL>;  // of y * grad_y, and of the exponentials of a sample drawn again
@@ -151,23 +153,32 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, Team::LEAST_BLOCKS)
   if constexpr (WITH_KL) {
     // Of exponents relative to this thread's largest logit.
     const float to = sums.largest[Sums::OF_LOGITS];
-    weight = row_number(p.grad_kl, team.row()) / sums.sums[Sums::TOTAL] * LN_2 * carry_of(own_largest_logit, to, LOG2_E);
-    mean = sums.sums[Sums::MOMENT] / sums.sums[Sums::TOTAL] - step_of(own_largest_logit, to, LOG2_E);
+    const float total = sums.sums[Sums::TOTAL];
+    weight = row_number(p.grad_kl, team.row()) / total * LN_2 * carry_of(own_largest_logit, to, LOG2_E);
+    mean = sums.sums[Sums::MOMENT] / total - step_of(own_largest_logit, to, LOG2_E);
   }
-  if constexpr (WITH_KL) team.load(p.logits, -INFINITY, logits);  // again, from the cache, rather than kept all along
+  const auto finish = [&](auto begin, auto end) {
+    constexpr int BEGIN = decltype(begin)::value, END = decltype(end)::value;
+    // Again, from the cache, rather than kept all along.
+    if constexpr (WITH_KL) team.template load<BEGIN, END>(p.logits, -INFINITY, logits);
 #pragma unroll
-  for (int group = 0; group < GROUPS; ++group) {
+    for (int group = BEGIN; group < END; ++group) {
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i) {
-      float result = sample[group][i] * factor * (gradient[group][i] - dot);
-      if constexpr (WITH_KL) {
-        const float exponent_of_q = of_q(logits[group][i]);
-        result = fmaf(fast_exp2(exponent_of_q) * weight, bounded(exponent_of_q) - mean, result);
+      for (int i = 0; i < GROUP; ++i) {
+        float result = sample[group][i] * factor * (gradient[group][i] - dot);
+        if constexpr (WITH_KL) {
+          const float exponent_of_q = of_q(logits[group][i]);
+          result = fmaf(fast_exp2(exponent_of_q) * weight, bounded(exponent_of_q) - mean, result);
+        }
+        gradient[group][i] = result;
       }
-      gradient[group][i] = result;
     }
-  }
-  team.store(p.grad_logits, gradient);
+    team.template store<BEGIN, END>(p.grad_logits, gradient);
+  };
+  // By halves, for which the registers suffice.
+  using std::integral_constant;
+  finish(integral_constant<int, 0>(), integral_constant<int, GROUPS / 2>());
+  finish(integral_constant<int, GROUPS / 2>(), integral_constant<int, GROUPS>());
 }
 
 RowTensor with_merged_rows(const RowTensor& tensor) {

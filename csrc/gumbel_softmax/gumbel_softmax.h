@@ -14,11 +14,17 @@
 // backward waits for memory, and therefore reads whole columns of 1024 rows: by tiles of 64 rows it takes 1.45 times as
 // long (bfloat16 1.13).
 //
-// Scratch space is per thread: up to four tiles of 16 KiB, nearly as much for the sums of their rows, and where a soft
-// sample is drawn up to 7/8 MiB of a block's exponentials, the rest of which is computed again, with a maximum for each
-// row of each tile: 32 KiB at 8192 columns and 32 rows, and from there in proportion to the columns. The codebook's
-// products take up to 200 floats a thread for each column of the codebook's width, and their backward also keeps about
-// 7 floats a row.
+// On CUDA, 2^26 logits: reading and writing them takes 125 us in float32 and 62 us in 16 bits at the 4.3 TB/s that an
+// H200 copies; its multiprocessors issue some 50 instructions an element of the forward with KL in 110 us, most of them
+// for the noise, so arithmetic binds in 16 bits. The backward moves twice the bytes, 250 and 125 us. Reached, dim = -1
+// of [8192, 8192]: forward with KL 167 us (float32) and 154 us (bfloat16), its backward 270 and 177 us; dim = 1 of
+// [8, 8192, 32, 32]: 262 and 305 us, and 495 and 591 us, where reads of 32 bytes in float32 and 16 in bfloat16 bind.
+//
+// Scratch space on a CPU is per thread: up to four tiles of 16 KiB, nearly as much for the sums of their rows, and
+// where a soft sample is drawn up to 7/8 MiB of a block's exponentials, the rest of which is computed again, with a
+// maximum for each row of each tile: 32 KiB at 8192 columns and 32 rows, and from there in proportion to the columns.
+// The codebook's products take up to 200 floats a thread for each column of the codebook's width, and their backward
+// also keeps about 7 floats a row.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,9 @@
 // The Gumbel noise for CUDA kernels, as dalle_kernels/philox.py defines it. CUDA only.
 //
 // A draw is -ln E but for rounding, E = -ln(1 - v) being exponential. The uniform number v is the definition's bit for
-// bit. ln E = ln v + ln(E / v), of which the second is smooth: below v = 1/2 a polynomial, and from there, where 1 - v is
-// exact, ln E is taken of a logarithm. The special function unit's logarithm errs by 2^-22 between 1/2 and 2 and by two
-// units in the last place beyond: as much as rounding does to a score of some units.
+// bit. ln E = ln v + ln(E / v), of which the second is smooth: below v = 1/2 a polynomial, and from there, where 1 - v
+// is exact, ln E is taken of a logarithm. The special function unit's logarithm errs by 2^-22 between 1/2 and 2 and by
+// two units in the last place beyond: as much as rounding does to a score of some units.
 //
 // Cost an element: 10 instructions for a quarter of Philox, 3 for the uniform number, 12 for ln E, two of them of the
 // special function unit.

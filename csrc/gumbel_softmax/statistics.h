@@ -1,5 +1,5 @@
-// What the threads of a row add up: numbers that are sums of exponentials, relative to the largest exponent seen so far,
-// so that a thread can add its columns before it knows those of the others. CUDA only.
+// What the threads of a row add up: sums of exponentials, relative to the largest exponent seen so far, so that a
+// thread can add its columns before it knows those of the others. CUDA only.
 #pragma once
 
 #include "gumbel_softmax/noise.h"
@@ -7,15 +7,16 @@
 
 namespace dalle::cuda {
 
-// 2^(value * scale - base), where the base is the largest exponent, or 0 while there is nothing but -inf.
+// 2^(value * scale - base). The base is the largest exponent, rounded so that numbers relative to different bases
+// differ by a power of two, which costs them nothing; and 0 while there is nothing but -inf.
 struct Exponent {
   float scale, base;
   __device__ __forceinline__ Exponent(float scale_, float largest)
-      : scale(scale_), base(largest == -INFINITY ? 0.0f : largest * scale_) {}
+      : scale(scale_), base(largest == -INFINITY ? 0.0f : rintf(largest * scale_)) {}
   __device__ __forceinline__ float operator()(float value) const { return fmaf(value, scale, -base); }
 };
 
-// What sums relative to `from` are multiplied with to be relative to `to`, and the difference as an exponent.
+// What sums relative to `from` are multiplied with to be relative to `to`, as an exponent and as itself.
 __device__ __forceinline__ float step_of(float from, float to, float scale) {
   return Exponent(scale, from).base - Exponent(scale, to).base;
 }
@@ -39,11 +40,12 @@ __device__ __forceinline__ float largest_of(const Elements<GROUPS>& values) {
 }
 
 // DRAWN sums of the exponentials of noisy scores / tau and of products with them, PLAIN sums that are relative to
-// nothing, and for the POSTERIOR, the softmax of the logits, those of exponentials and of these times their exponents.
+// nothing, and for the POSTERIOR, the softmax of the logits, sums of exponentials and of these times their exponents.
 template <int DRAWN, int PLAIN, bool POSTERIOR>
 struct Statistics {
   static constexpr int LARGEST = (DRAWN > 0) + POSTERIOR, SUMS = DRAWN + PLAIN + 2 * POSTERIOR;
-  static constexpr int OF_LOGITS = LARGEST - 1, TOTAL = SUMS - 2, MOMENT = SUMS - 1;  // where the posterior has its numbers
+  // Where the posterior has its numbers.
+  static constexpr int OF_LOGITS = LARGEST - 1, TOTAL = SUMS - 2, MOMENT = SUMS - 1;
 
   float scale;  // log2(e) / tau
   float largest[LARGEST > 0 ? LARGEST : 1], sums[SUMS];

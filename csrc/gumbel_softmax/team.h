@@ -1,5 +1,5 @@
-// Threads that own rows of a call, whose columns lie in their registers: a block that owns a row, or a cluster of blocks
-// that owns rows which lie next to each other. CUDA only.
+// Threads that own rows of a call, whose columns lie in their registers: a block that owns a row, or a cluster of
+// blocks that owns rows which lie next to each other. CUDA only.
 //
 // Kernels see either as a Team: each of its threads has a row(), and GROUPS groups of four columns of it, which are the
 // columns of a Philox counter; load() and store() take the thread's columns, merge() merges statistics over the threads
@@ -92,6 +92,7 @@ template <class T, int GROUPS_, int MOST_THREADS_, int LEAST_BLOCKS_, bool WHOLE
 class RowBlock {
  public:
   static constexpr int GROUPS = GROUPS_, MOST_THREADS = MOST_THREADS_, LEAST_BLOCKS = LEAST_BLOCKS_;
+  static constexpr int LEAST_BLOCKS_HARD = LEAST_BLOCKS;
   using Columns = Elements<GROUPS>;
   using Element = T;
   template <class Statistics>
@@ -129,12 +130,13 @@ class RowBlock {
     return ((group / IN_PACK) * blockDim.x + threadIdx.x) * PACK + (group % IN_PACK) * GROUP;
   }
 
-  // Beyond the last column, `other`.
+  // Of the groups from BEGIN to END; beyond the last column, `other`.
+  template <int BEGIN = 0, int END = GROUPS>
   __device__ __forceinline__ void load(const RowTensor& tensor, float other, Columns& values) const {
     const T* data = static_cast<const T*>(tensor.data) + row_place(tensor.rows, row());
     if constexpr (WHOLE) {
 #pragma unroll
-      for (int group = 0; group < GROUPS; group += PACK / GROUP) {
+      for (int group = BEGIN; group < END; group += PACK / GROUP) {
         float numbers[PACK];
 #pragma unroll
         for (float& number : numbers) number = other;
@@ -144,7 +146,7 @@ class RowBlock {
       }
     } else {
 #pragma unroll
-      for (int group = 0; group < GROUPS; ++group) {
+      for (int group = BEGIN; group < END; ++group) {
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
           const int at = column(group) + i;
@@ -154,11 +156,12 @@ class RowBlock {
     }
   }
 
+  template <int BEGIN = 0, int END = GROUPS>
   __device__ __forceinline__ void store(const RowTensor& tensor, const Columns& values) const {
     T* data = static_cast<T*>(tensor.data) + row_place(tensor.rows, row());
     if constexpr (WHOLE) {
 #pragma unroll
-      for (int group = 0; group < GROUPS; group += PACK / GROUP) {
+      for (int group = BEGIN; group < END; group += PACK / GROUP) {
         float numbers[PACK];
 #pragma unroll
         for (int i = 0; i < PACK; ++i) numbers[i] = values[group + i / GROUP][i % GROUP];
@@ -166,7 +169,7 @@ class RowBlock {
       }
     } else {
 #pragma unroll
-      for (int group = 0; group < GROUPS; ++group) {
+      for (int group = BEGIN; group < END; ++group) {
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
           const int at = column(group) + i;
@@ -207,7 +210,13 @@ class RowBlock {
 template <class T, int GROUPS_, int MOST_THREADS_, int LEAST_BLOCKS_>
 class RowCluster {
  public:
-  static constexpr int GROUPS = GROUPS_, MOST_THREADS = MOST_THREADS_, LEAST_BLOCKS = LEAST_BLOCKS_, ROWS = 8;
+  static constexpr int GROUPS = GROUPS_, MOST_THREADS = MOST_THREADS_, ROWS = 8;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int LEAST_BLOCKS = 1;
+#else
+  static constexpr int LEAST_BLOCKS = LEAST_BLOCKS_;
+#endif
+  static constexpr int LEAST_BLOCKS_HARD = 1;
   using Columns = Elements<GROUPS>;
   using Element = T;
   template <class Statistics>
@@ -243,10 +252,11 @@ class RowCluster {
     return ((rank_ * GROUPS + group) * lanes + threadIdx.x / ROWS) * GROUP;
   }
 
+  template <int BEGIN = 0, int END = GROUPS>
   __device__ __forceinline__ void load(const RowTensor& tensor, float other, Columns& values) const {
     const T* data = static_cast<const T*>(tensor.data) + row_place(tensor.rows, row());
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
+    for (int group = BEGIN; group < END; ++group) {
       const T* at = data + column(group) * tensor.column_stride;
 #pragma unroll
       for (int i = 0; i < GROUP; ++i) {
@@ -256,11 +266,12 @@ class RowCluster {
     }
   }
 
+  template <int BEGIN = 0, int END = GROUPS>
   __device__ __forceinline__ void store(const RowTensor& tensor, const Columns& values) const {
     if (own_row() >= rows_) return;
     T* data = static_cast<T*>(tensor.data) + row_place(tensor.rows, row());
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
+    for (int group = BEGIN; group < END; ++group) {
       T* at = data + column(group) * tensor.column_stride;
 #pragma unroll
       for (int i = 0; i < GROUP; ++i) {

@@ -109,13 +109,13 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
+adamw16_step_op.provide("native", _native_step, unavailable=_native.unavailable, unsupported=_unsupported)
 adamw16_step_op.provide(
     "triton",
     _triton.launcher("adamw", "adamw16_step"),
     unavailable=_triton.unavailable,
     unsupported=_unsupported,
 )
-adamw16_step_op.provide("native", _native_step, unavailable=_native.unavailable, unsupported=_unsupported)
 adamw16_step_op.provide("reference", reference.adamw16_step)
 
 

@@ -71,8 +71,8 @@ for _op, _run, _plain in (
     (filter_cast_unscale_op, _native_unscale, reference.filter_cast_unscale),
 ):
     _launch = _triton.launcher("grad_scale", _op.name)
-    _op.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_unsupported)
     _op.provide("native", _run, unavailable=_native.unavailable, unsupported=_unsupported)
+    _op.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_unsupported)
     _op.provide("reference", _plain)
 
 
