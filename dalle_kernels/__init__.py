@@ -35,6 +35,7 @@ from dalle_kernels.gumbel_softmax.ops import gumbel_codebook, gumbel_softmax, gu
 from dalle_kernels.linear.ops import Linear, linear
 from dalle_kernels.logit_laplace.ops import logit_laplace_loss, map_pixels, unmap_pixels
 from dalle_kernels.mlp.ops import mlp
+from dalle_kernels.powersgd.ops import orthogonalize
 from dalle_kernels.transformer.ops import decode_layers
 from dalle_kernels.transformer.reference import LayerWeights
 
@@ -68,6 +69,7 @@ __all__ = [
     "map_pixels",
     "mlp",
     "ops",
+    "orthogonalize",
     "philox",
     "scale_cast_filter",
     "sparse_attention",

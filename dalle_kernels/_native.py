@@ -129,3 +129,10 @@ def call(kernel: str, device: torch.device, *arguments, **named):
         return run(*arguments, **named, executor=torch.get_num_threads())
     with torch.cuda.device(device):
         return run(*arguments, **named, executor=torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
+def query(name: str, device: torch.device, *arguments):
+    """What the compiled library for ``device`` says of it, asked once for the same arguments."""
+    with torch.cuda.device(device):
+        return getattr(library(device.type), name)(*arguments)

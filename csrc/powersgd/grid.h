@@ -1,0 +1,59 @@
+// How the blocks of one cooperative launch wait for each other and exchange numbers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/cuda.h"
+
+namespace dalle::cuda {
+
+// Every block of the grid arrives, and sees what the others wrote before. `arrived` starts as 0; `barriers` counts those
+// passed and is the same in all threads.
+__device__ inline void grid_barrier(unsigned* arrived, unsigned& barriers) {
+  ++barriers;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(arrived, 1u);
+    while (*static_cast<volatile unsigned*>(arrived) < barriers * gridDim.x) {
+    }
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// A number and the step it belongs to go as one word, which a reader waits for: no barrier is needed.
+__device__ inline void post(uint64_t* box, float value, unsigned step) {
+  *static_cast<volatile uint64_t*>(box) = static_cast<uint64_t>(step) << 32 | __float_as_uint(value);
+}
+
+__device__ inline float receive(const uint64_t* box, unsigned step) {
+  uint64_t word;
+  do {
+    word = *static_cast<const volatile uint64_t*>(box);
+  } while (static_cast<unsigned>(word >> 32) != step);
+  return __uint_as_float(static_cast<unsigned>(word));
+}
+
+// Blocks of a cooperative launch: as many as the device holds at once, `most` at most.
+template <class Kernel>
+cudaError_t cooperative_blocks(Kernel* kernel, int threads, int most, int& blocks) {
+  int device = 0, processors = 0, per_processor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, 0);
+  const int held = processors * per_processor;
+  blocks = held < most ? held : most;
+  return error;
+}
+
+template <class Kernel, class Params>
+const char* launch_cooperatively(Kernel* kernel, const Params& params, int blocks, int threads, cudaStream_t stream) {
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return status(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads),
+                                            arguments, 0, stream));
+}
+
+}  // namespace dalle::cuda

@@ -1,0 +1,59 @@
+// Family powersgd: an orthonormal basis Q of the columns of P + eps*I, the linear algebra of PowerSGD (arXiv 2102.12092,
+// App. E). Only CUDA has kernels of its own; on a CPU LAPACK is near the peak of the matrix product.
+//
+// Q is that of the QR decomposition whose R has no negative number on its diagonal. Two algorithms give it; a matrix is
+// row-major and contiguous throughout, rows m >= columns n.
+//
+// Cholesky QR in float64, twice. The Gram matrix G = X'X of X = P + eps*I is summed in float64, whose tensor cores are
+// no slower on A100, H100 and H200 than float32 arithmetic; `cholesky_inverse` finds R^-1 with R'R = G, and Q = X R^-1.
+// This loses orthogonality as condition^2 times 1e-16, so that up to a condition of some hundred once is enough, which
+// the kernel certifies by a bound; else the same is done to Q. A small shift keeps the first decomposition from failing.
+//
+// Householder in float32, for whatever is left: `householder` is one cooperative launch that reads on the device
+// whether it is needed at all. Its panels of 32 columns are factored by a team of blocks that hold them in registers and
+// exchange one row of sums a column; the rest follows as products with I - V T V'. It serves any finite matrix, and
+// passes NaN on.
+//
+// Floor, for 3968 x 896 on an H200 (60 TFLOP/s in float64 products): 2mn^2 operations a pass, symmetric and triangular
+// halves counted once, 6.4e9 or 106 us. Householder: 4mn^2 - 4n^3/3, 11.8e9.
+#pragma once
+
+#include <cstdint>
+
+namespace dalle {
+
+// inverse = R^-1, upper triangular, zeros below, with R'R = gram (+ a shift of 8 sqrt(n) 2^-53 of its diagonal).
+// *certified becomes 1 if X R^-1 is orthonormal to float32's accuracy for the X whose Gram matrix this is; else 0, or -1
+// where there is no such R.
+struct CholeskyInverse {
+  const double* gram;  // [n, n], symmetric
+  double* inverse;     // [n, n]
+  double* workspace;   // cholesky_workspace(n) doubles, of any content
+  int* certified;
+  bool again;  // a second pass: where *certified is not 0 already, inverse is the identity, at once
+  int n;
+};
+
+// out = Q for any finite P, unless *certified says that out holds it already; certified may be nullptr.
+struct Householder {
+  const float* input;  // P, [rows, columns]
+  float* out;          // Q, [rows, columns]
+  float* workspace;    // householder_workspace(rows, columns) floats, of any content
+  const int* certified;
+  int rows, columns;
+  float eps;
+};
+
+namespace cuda {
+int64_t cholesky_workspace(int n);
+int64_t householder_workspace(int rows, int columns);
+// Rows that `householder` takes at most on the current device.
+int householder_most_rows();
+// Whether the current device multiplies float64 at no less than half the rate of float32.
+bool has_fast_float64();
+
+const char* cholesky_inverse(const CholeskyInverse&, void* stream);
+const char* householder(const Householder&, void* stream);
+}  // namespace cuda
+
+}  // namespace dalle

@@ -1,0 +1,5 @@
+"""PowerSGD's linear algebra (paper 5 and App. E; see README.md beside this file)."""
+
+from dalle_kernels.powersgd.ops import orthogonalize
+
+__all__ = ["orthogonalize"]
