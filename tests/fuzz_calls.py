@@ -319,6 +319,14 @@ def grad_scale_call(op: str, draw: random.Random) -> Call:
     return Call((tensors, scale, *dtypes), bits=True)
 
 
+def orthogonalize_call(op: str, draw: random.Random) -> Call:
+    columns = draw.choice(SMALL)
+    # Far from square, or the condition and with it everyone's error would be another one in each draw.
+    rows = draw.choice([size for size in (*ODD_SIZES, 300) if size >= 3 * columns])
+    P = torch.randn(*shape_of(draw, 0, 2, 4), rows, columns).to(draw.choice(FLOATS))
+    return Call((laid_out(draw, P * draw.choice((1e-3, 1.0, 1e3))), draw.choice((0.0, 1e-6))), products=True)
+
+
 SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
     **dict.fromkeys([f"{job}_{form}" for job in ("encode", "decode") for form in ("fp169", "fp0610")], float16_call),
     **dict.fromkeys(["sparse_attention", "sparse_attention_backward"], attention_call),
@@ -337,4 +345,5 @@ SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
     **dict.fromkeys(["logit_laplace_loss", "logit_laplace_loss_backward"], logit_laplace_call),
     "adamw16_step": adamw_call,
     **dict.fromkeys(["scale_cast_filter", "filter_cast_unscale"], grad_scale_call),
+    "orthogonalize": orthogonalize_call,
 }

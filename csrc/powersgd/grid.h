@@ -29,12 +29,11 @@ __device__ inline void post(uint64_t* box, float value, unsigned step) {
   *static_cast<volatile uint64_t*>(box) = static_cast<uint64_t>(step) << 32 | __float_as_uint(value);
 }
 
-__device__ inline float receive(const uint64_t* box, unsigned step) {
-  uint64_t word;
-  do {
-    word = *static_cast<const volatile uint64_t*>(box);
-  } while (static_cast<unsigned>(word >> 32) != step);
-  return __uint_as_float(static_cast<unsigned>(word));
+// Looks into a box; whether the step's number has come.
+__device__ inline bool receive(const uint64_t* box, unsigned step, float& value) {
+  const uint64_t word = *static_cast<const volatile uint64_t*>(box);
+  value = __uint_as_float(static_cast<unsigned>(word));
+  return static_cast<unsigned>(word >> 32) == step;
 }
 
 // Blocks of a cooperative launch: as many as the device holds at once, `most` at most.

@@ -107,6 +107,31 @@ __device__ void make_factor(Shared& shared, int width, float* factor) {
   for (int row = 0; row < WIDTH; ++row) factor[row * WIDTH + i] = shared.factor[row][i];
 }
 
+// The warp's share of the sums that the team's blocks have posted, and the pivot row: a lane's column. The boxes are read
+// many at once, since one read takes as long as all the rest of a step.
+__device__ float received_sum(const uint64_t* sums, const uint64_t* pivots, int team, unsigned step, float& pivot) {
+  constexpr int AT_ONCE = 8;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float sum = 0;
+  bool all;
+  do {
+    all = receive(pivots + lane, step, pivot);
+    sum = 0;
+    for (int first = warp; first < team; first += AT_ONCE * WARPS) {
+      float values[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int block = first + i * WARPS;
+        values[i] = 0;
+        if (block < team) all &= receive(sums + block * WIDTH + lane, step, values[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) sum += values[i];
+    }
+  } while (!all);
+  return sum;
+}
+
 // The reflections of a panel's columns, whose vectors v (1 at their head) take the columns' places. A warp holds ROWS
 // rows in registers, a lane one column. A column x costs one exchange between blocks: of its products z with all columns
 // of the panel, from which both its norm and, by v = (x - beta e) / (alpha - beta), the products with v follow.
@@ -142,10 +167,8 @@ __device__ void factor_panel(const Householder& p, const Workspace& w, Shared& s
       post(sums + blockIdx.x * WIDTH + lane, sum, step);
       if (blockIdx.x == 0) post(pivots + lane, shared.pivot[lane], step);
     }
-    float sum = 0;
-    for (int block = warp; block < team; block += WARPS) sum += receive(sums + block * WIDTH + lane, step);
-    shared.all_sums[warp][lane] = sum;
-    const float pivot = receive(pivots + lane, step);
+    float pivot;
+    shared.all_sums[warp][lane] = received_sum(sums, pivots, team, step, pivot);
     __syncthreads();
     z = 0;
     for (int i = 0; i < WARPS; ++i) z += shared.all_sums[i][lane];

@@ -22,16 +22,39 @@
 
 namespace dalle {
 
-// inverse = R^-1, upper triangular, zeros below, with R'R = gram (+ a shift of 8 sqrt(n) 2^-53 of its diagonal).
+// In the second pass `before` is what the first one certified of each matrix: where that is not 0 nothing is done, at
+// once. In the first pass it is nullptr.
+
+// The Gram matrix of P + eps*I as a sum of parts, each over some of the rows. Of a part only what lies on the diagonal
+// and above is written, in tiles of 64.
+struct Gram {
+  const float* input;  // [matrices, rows, columns]
+  double* out;         // [matrices, parts, columns, columns]
+  const int* before;   // [matrices]
+  int matrices, rows, columns, parts;
+  double eps;
+};
+
+// inverse = R^-1, upper triangular, zeros below, with R'R = gram (+ a shift of its diagonal, 8 sqrt(n) 2^-53 at first).
 // *certified becomes 1 if X R^-1 is orthonormal to float32's accuracy for the X whose Gram matrix this is; else 0, or -1
 // where there is no such R.
 struct CholeskyInverse {
-  const double* gram;  // [n, n], symmetric
+  const double* gram;  // [parts, n, n], as Gram leaves it
   double* inverse;     // [n, n]
   double* workspace;   // cholesky_workspace(n) doubles, of any content
-  int* certified;
-  bool again;  // a second pass: where *certified is not 0 already, inverse is the identity, at once
-  int n;
+  const int* before;
+  int* certified;  // *before where that is not 0
+  int n, parts;
+};
+
+// out = (input + eps*I) inverse, rounded to float32; may be in place.
+struct Apply {
+  const float* input;     // [matrices, rows, columns]
+  const double* inverse;  // [matrices, columns, columns], upper triangular
+  float* out;             // [matrices, rows, columns]
+  const int* before;      // [matrices]
+  int matrices, rows, columns;
+  double eps;
 };
 
 // out = Q for any finite P, unless *certified says that out holds it already; certified may be nullptr.
@@ -45,6 +68,8 @@ struct Householder {
 };
 
 namespace cuda {
+// Into how many parts a Gram matrix is best split.
+int gram_parts(int rows, int columns, int matrices);
 int64_t cholesky_workspace(int n);
 int64_t householder_workspace(int rows, int columns);
 // Rows that `householder` takes at most on the current device.
@@ -52,7 +77,9 @@ int householder_most_rows();
 // Whether the current device multiplies float64 at no less than half the rate of float32.
 bool has_fast_float64();
 
+const char* gram(const Gram&, void* stream);
 const char* cholesky_inverse(const CholeskyInverse&, void* stream);
+const char* apply(const Apply&, void* stream);
 const char* householder(const Householder&, void* stream);
 }  // namespace cuda
 

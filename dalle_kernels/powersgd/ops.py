@@ -17,14 +17,14 @@ def _fake(P: Tensor, eps: float) -> Tensor:
 
 
 def _native_orthogonalize(P: Tensor, eps: float) -> Tensor:
-    if P.is_cuda and _own_kernels_serve(P):
+    if P.is_cuda and P.numel() and _own_kernels_serve(P):
         return _by_own_kernels(P, eps)
     return _by_lapack(P, eps)
 
 
 def _by_lapack(P: Tensor, eps: float) -> Tensor:
     """LAPACK's blocked Householder, or on CUDA that of cuSOLVER, through torch."""
-    matrix = P.to(reference.compute_dtype(P), copy=True)
+    matrix = torch.empty(P.shape, dtype=reference.compute_dtype(P), device=P.device).copy_(P)
     matrix.diagonal(dim1=-2, dim2=-1).add_(eps)
     reflections, taus = torch.geqrf(matrix)
     signs = torch.where(reflections.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(matrix.dtype)
@@ -44,54 +44,67 @@ def _by_own_kernels(P: Tensor, eps: float) -> Tensor:
 
     Every decision falls on the device: the host waits for nothing.
     """
-    *batch, rows, columns = P.shape
-    count = P[..., 0, 0].numel()
-    matrices = P.reshape(count, rows, columns)
-    inputs = matrices.float().contiguous()
-    certified = None
+    matrices = P.reshape(-1, *P.shape[-2:]).float().contiguous()
     if _native.query("has_fast_float64", P.device):
-        out, certified = _cholesky_qr(matrices, eps)
+        Q, certified = cholesky_qr(matrices, eps)
+        Q = householder(matrices, eps, Q, certified)
     else:
-        out = torch.empty_like(inputs)
-    workspace = inputs.new_empty(_native.query("householder_workspace", P.device, rows, columns))
+        Q = householder(matrices, eps)
+    return Q.view(P.shape).to(P.dtype)
+
+
+def cholesky_qr(matrices: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Q by up to two passes of Cholesky QR, and for each matrix 1 where it is certified to be one (csrc/powersgd).
+
+    The matrices [matrices, rows, columns] are on a GPU, float32 and contiguous.
+    """
+    device, shape = matrices.device, matrices.shape
+    count, rows, columns = shape
+    parts = _native.query("gram_parts", device, rows, columns, count)
+    gram = torch.empty(count, parts, columns, columns, dtype=torch.float64, device=device)
+    inverse = torch.empty(count, columns, columns, dtype=torch.float64, device=device)
+    workspace = torch.empty(_native.query("cholesky_workspace", device, columns), dtype=torch.float64, device=device)
+    certified = torch.empty(2, count, dtype=torch.int32, device=device)
+    Q = torch.empty_like(matrices)
+    source, before = matrices, [0] * count
+    for after in certified:
+        _native.call("gram", device, source.data_ptr(), gram.data_ptr(), before[0], *shape, parts, eps)
+        for index in range(count):
+            _native.call(
+                "cholesky_inverse",
+                device,
+                gram[index].data_ptr(),
+                inverse[index].data_ptr(),
+                workspace.data_ptr(),
+                before[index],
+                after[index].data_ptr(),
+                columns,
+                parts,
+            )
+        _native.call("apply", device, source.data_ptr(), inverse.data_ptr(), Q.data_ptr(), before[0], *shape, eps)
+        source, before, eps = Q, [flag.data_ptr() for flag in after], 0.0
+    return Q, certified[1]
+
+
+def householder(matrices: Tensor, eps: float, Q: Tensor | None = None, certified: Tensor | None = None) -> Tensor:
+    """Q by Householder's reflections, of matrices as :func:`cholesky_qr` takes; those certified in ``Q`` stay as is."""
+    count, rows, columns = matrices.shape
+    if Q is None:
+        Q = torch.empty_like(matrices)
+    workspace = matrices.new_empty(_native.query("householder_workspace", matrices.device, rows, columns))
     for index in range(count):
         _native.call(
             "householder",
-            P.device,
-            inputs[index].data_ptr(),
-            out[index].data_ptr(),
+            matrices.device,
+            matrices[index].data_ptr(),
+            Q[index].data_ptr(),
             workspace.data_ptr(),
             0 if certified is None else certified[index].data_ptr(),
             rows,
             columns,
             eps,
         )
-    return out.view(P.shape).to(P.dtype)
-
-
-def _cholesky_qr(matrices: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Q in float32 by two passes of Cholesky QR in float64, and for each matrix 1 where it is certified to be one."""
-    Q = matrices.double()
-    Q.diagonal(dim1=-2, dim2=-1).add_(eps)
-    count, _, columns = Q.shape
-    certified = torch.empty(count, dtype=torch.int32, device=Q.device)
-    inverse = Q.new_empty(count, columns, columns)
-    workspace = Q.new_empty(_native.query("cholesky_workspace", Q.device, columns))
-    for again in (False, True):
-        gram = Q.mT @ Q
-        for index in range(count):
-            _native.call(
-                "cholesky_inverse",
-                Q.device,
-                gram[index].data_ptr(),
-                inverse[index].data_ptr(),
-                workspace.data_ptr(),
-                certified[index].data_ptr(),
-                again,
-                columns,
-            )
-        Q = Q @ inverse
-    return Q.float(), certified
+    return Q
 
 
 def _unavailable(device_type: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Orthogonalization by Householder's reflections in plain PyTorch: it defines the op, and is every provider's oracle."""
+"""Orthogonalization by Householder's reflections in plain PyTorch: it defines the op, and is the oracle."""
 
 from __future__ import annotations
 
