@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-import powersgd_models as models
 import pytest
 import torch
 from torch import Tensor
 
 import dalle_kernels
 from dalle_kernels import _native, orthogonalize
-from dalle_kernels.powersgd import ops
+from dalle_kernels.powersgd import models, ops
 from dalle_kernels.powersgd.reference import compute_dtype
 from dalle_kernels.testing import assert_accurate, poisoned_allocations, strided_views
 

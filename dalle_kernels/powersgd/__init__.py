@@ -1,4 +1,4 @@
-"""PowerSGD's linear algebra (paper 5 and App. E; see README.md beside this file)."""
+"""PowerSGD's linear algebra (paper App. E; see README.md beside this file)."""
 
 from dalle_kernels.powersgd.ops import orthogonalize
 

@@ -1,6 +1,7 @@
 """The two algorithms of csrc/powersgd in plain PyTorch: the same arithmetic, so that its numerics are tested anywhere.
 
-Each takes matrices [..., rows, columns] in float32 and eps, and returns Q in float32.
+They are models for tests and for the figure of README.md, not providers: on a CPU LAPACK is faster. Each takes matrices
+[..., rows, columns] in float32 and eps, and returns Q in float32.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def blocked_householder(P: Tensor, eps: float) -> Tensor:
 
 
 def factored_panel(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """V, T and the signs of R's diagonal; a column's norm and its v's products follow from one product with the panel."""
+    """V, T and the signs of R's diagonal. One product of a column with the panel gives its norm and v's products."""
     a = panel.clone()
     *batch, _, width = a.shape
     T, signs = a.new_zeros(*batch, width, width), a.new_ones(*batch, width)
