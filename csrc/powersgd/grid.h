@@ -17,8 +17,7 @@ __device__ inline void grid_barrier(unsigned* arrived, unsigned& barriers) {
   if (threadIdx.x == 0) {
     __threadfence();
     atomicAdd(arrived, 1u);
-    while (*static_cast<volatile unsigned*>(arrived) < barriers * gridDim.x) {
-    }
+    while (*static_cast<volatile unsigned*>(arrived) < barriers * gridDim.x) __nanosleep(20);
     __threadfence();
   }
   __syncthreads();
@@ -48,11 +47,16 @@ cudaError_t cooperative_blocks(Kernel* kernel, int threads, int most, int& block
   return error;
 }
 
-template <class Kernel, class Params>
-const char* launch_cooperatively(Kernel* kernel, const Params& params, int blocks, int threads, cudaStream_t stream) {
-  void* arguments[] = {const_cast<Params*>(&params)};
-  return status(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads),
-                                            arguments, 0, stream));
+template <class Params>
+const char* launch_cooperatively(void (*kernel)(Params), Params params, int blocks, int threads, cudaStream_t stream) {
+  void* arguments[] = {&params};
+  return status(cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), arguments, 0, stream));
+}
+
+template <class Params>
+const char* launch(void (*kernel)(Params), Params params, dim3 blocks, int threads, cudaStream_t stream) {
+  void* arguments[] = {&params};
+  return status(cudaLaunchKernel(kernel, blocks, dim3(threads), arguments, 0, stream));
 }
 
 }  // namespace dalle::cuda

@@ -113,8 +113,7 @@ __device__ float received_sum(const uint64_t* sums, const uint64_t* pivots, int 
   constexpr int AT_ONCE = 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float sum = 0;
-  bool all;
-  do {
+  for (bool all = false; !all;) {
     all = receive(pivots + lane, step, pivot);
     sum = 0;
     for (int first = warp; first < team; first += AT_ONCE * WARPS) {
@@ -128,7 +127,8 @@ __device__ float received_sum(const uint64_t* sums, const uint64_t* pivots, int 
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) sum += values[i];
     }
-  } while (!all);
+    if (!all) __nanosleep(20);
+  }
   return sum;
 }
 
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(THREADS, 1) householder_kernel(Householder p) 
 }
 
 template <int ROWS>
-const char* launch(const Householder& p, cudaStream_t stream) {
+const char* launch_householder(const Householder& p, cudaStream_t stream) {
   const int strips = (p.columns + STRIP - 1) / STRIP, team = team_of<ROWS>(p.rows);
   int blocks = 0;
   const cudaError_t error = cooperative_blocks(householder_kernel<ROWS>, THREADS, strips > team ? strips : team, blocks);
@@ -358,7 +358,8 @@ const char* householder(const Householder& p, void* stream) {
   int blocks = 0;
   const cudaError_t error = cooperative_blocks(householder_kernel<FEW_ROWS>, THREADS, 1 << 20, blocks);
   if (error != cudaSuccess) return status(error);
-  return team_of<FEW_ROWS>(p.rows) <= blocks ? launch<FEW_ROWS>(p, s) : launch<MANY_ROWS>(p, s);
+  return team_of<FEW_ROWS>(p.rows) <= blocks ? launch_householder<FEW_ROWS>(p, s)
+                                              : launch_householder<MANY_ROWS>(p, s);
 }
 
 }  // namespace dalle::cuda

@@ -1,4 +1,5 @@
 #include "common/cuda.h"
+#include "powersgd/grid.h"
 #include "powersgd/mma.h"
 #include "powersgd/powersgd.h"
 
@@ -190,14 +191,12 @@ int gram_parts(int rows, int columns, int matrices) {
 const char* gram(const Gram& p, void* stream) {
   const int tiles = tiles_of(p.columns);
   const dim3 blocks(tiles * (tiles + 1) / 2, p.parts, p.matrices);
-  gram_kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  return launch_status();
+  return launch(gram_kernel, p, blocks, THREADS, static_cast<cudaStream_t>(stream));
 }
 
 const char* apply(const Apply& p, void* stream) {
   const dim3 blocks(tiles_of(p.rows), p.input == p.out ? 1 : tiles_of(p.columns), p.matrices);
-  apply_kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  return launch_status();
+  return launch(apply_kernel, p, blocks, THREADS, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace dalle::cuda
