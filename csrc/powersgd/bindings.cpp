@@ -5,9 +5,9 @@ using namespace dalle;
 using namespace pybind11::literals;
 
 DALLE_BINDINGS(m) {
-  m.def("gram_parts", &cuda::gram_parts, "rows"_a, "columns"_a, "matrices"_a);
-  m.def("cholesky_workspace", &cuda::cholesky_workspace, "n"_a);
-  m.def("householder_workspace", &cuda::householder_workspace, "rows"_a, "columns"_a);
+  m.def("gram_parts", &cuda::gram_parts, "matrices"_a, "rows"_a, "columns"_a);
+  m.def("cholesky_workspace", &cuda::cholesky_workspace, "matrices"_a, "n"_a);
+  m.def("householder_workspace", &cuda::householder_workspace, "matrices"_a, "rows"_a, "columns"_a);
   m.def("householder_most_rows", &cuda::householder_most_rows);
   m.def("has_fast_float64", &cuda::has_fast_float64);
   m.def(
@@ -21,13 +21,14 @@ DALLE_BINDINGS(m) {
       "input"_a, "out"_a, "before"_a, "matrices"_a, "rows"_a, "columns"_a, "parts"_a, "eps"_a, "executor"_a);
   m.def(
       "cholesky_inverse",
-      [](uintptr_t gram, uintptr_t inverse, uintptr_t workspace, uintptr_t before, uintptr_t certified, int n,
-         int parts, uintptr_t executor) {
+      [](uintptr_t gram, uintptr_t inverse, uintptr_t workspace, uintptr_t before, uintptr_t certified,
+         int matrices, int n, int parts, uintptr_t executor) {
         const CholeskyInverse params{pointer<const double>(gram), pointer<double>(inverse), pointer<double>(workspace),
-                                     pointer<const int>(before),  pointer<int>(certified),  n, parts};
+                                     pointer<const int>(before),  pointer<int>(certified),  matrices, n, parts};
         DALLE_RUN(cholesky_inverse, params, executor);
       },
-      "gram"_a, "inverse"_a, "workspace"_a, "before"_a, "certified"_a, "n"_a, "parts"_a, "executor"_a);
+      "gram"_a, "inverse"_a, "workspace"_a, "before"_a, "certified"_a, "matrices"_a, "n"_a, "parts"_a,
+       "executor"_a);
   m.def(
       "apply",
       [](uintptr_t input, uintptr_t inverse, uintptr_t out, uintptr_t before, int matrices, int rows, int columns,
@@ -39,11 +40,12 @@ DALLE_BINDINGS(m) {
       "input"_a, "inverse"_a, "out"_a, "before"_a, "matrices"_a, "rows"_a, "columns"_a, "eps"_a, "executor"_a);
   m.def(
       "householder",
-      [](uintptr_t input, uintptr_t out, uintptr_t workspace, uintptr_t certified, int rows, int columns, float eps,
-         uintptr_t executor) {
+      [](uintptr_t input, uintptr_t out, uintptr_t workspace, uintptr_t certified, int matrices, int rows,
+         int columns, float eps, uintptr_t executor) {
         const Householder params{pointer<const float>(input),   pointer<float>(out), pointer<float>(workspace),
-                                 pointer<const int>(certified), rows,                columns, eps};
+                                 pointer<const int>(certified), matrices, rows, columns, eps};
         DALLE_RUN(householder, params, executor);
       },
-      "input"_a, "out"_a, "workspace"_a, "certified"_a, "rows"_a, "columns"_a, "eps"_a, "executor"_a);
+      "input"_a, "out"_a, "workspace"_a, "certified"_a, "matrices"_a, "rows"_a, "columns"_a, "eps"_a,
+      "executor"_a);
 }

@@ -26,20 +26,32 @@ struct Workspace {
   double* scales;    // d_i = gram_ii^-1/2: D gram D has a diagonal of ones, whose condition alone counts
   double* norms;     // [n, 4 tiles]: of each eight elements of the rows of L^-1, squared
   unsigned* arrived;
-  int* failed;  // for each attempt
+  unsigned* failed;  // for each attempt
 };
 
 __host__ __device__ inline int tiles_of(int n) { return (n + SIDE - 1) / SIDE; }
 
-__host__ __device__ inline Workspace workspace_of(const CholeskyInverse& p) {
+__host__ __device__ inline int64_t workspace_size(int n) {
+  const int64_t size = n, tiles = tiles_of(n);
+  return size * size + tiles * SIDE * SIDE + size + size * tiles * (SIDE / EIGHT);
+}
+
+// What the blocks of a matrix tell each other, for all matrices behind their workspaces.
+constexpr int WORDS = 1 + ATTEMPTS;
+
+__host__ __device__ inline unsigned* words_of(const CholeskyInverse& p) {
+  return reinterpret_cast<unsigned*>(p.workspace + p.matrices * workspace_size(p.n));
+}
+
+__device__ Workspace workspace_of(const CholeskyInverse& p, int matrix) {
   const int64_t n = p.n, tiles = tiles_of(p.n);
   Workspace w;
-  w.matrix = p.workspace;
+  w.matrix = p.workspace + matrix * workspace_size(p.n);
   w.diagonal = w.matrix + n * n;
   w.scales = w.diagonal + tiles * SIDE * SIDE;
   w.norms = w.scales + n;
-  w.arrived = reinterpret_cast<unsigned*>(w.norms + n * tiles * (SIDE / EIGHT));
-  w.failed = reinterpret_cast<int*>(w.arrived + 1);
+  w.arrived = words_of(p) + matrix * WORDS;
+  w.failed = w.arrived + 1;
   return w;
 }
 
@@ -332,9 +344,14 @@ __device__ void eliminate(const CholeskyInverse& p, const Workspace& w, Shared& 
 
 __global__ void __launch_bounds__(THREADS, 1) cholesky_kernel(CholeskyInverse p) {
   __shared__ Shared shared;
-  const Workspace w = workspace_of(p);
-  if (p.before != nullptr && *p.before != NOT_YET) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) *p.certified = *p.before;
+  const int matrix = p.first + blockIdx.y;
+  const int64_t square = static_cast<int64_t>(p.n) * p.n;
+  const Workspace w = workspace_of(p, matrix);
+  p.gram += matrix * p.parts * square;
+  p.inverse += matrix * square;
+  p.certified += matrix;
+  if (p.before != nullptr && p.before[matrix] != NOT_YET) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) *p.certified = p.before[matrix];
     return;
   }
   const int tiles = tiles_of(p.n), others = gridDim.x - 1;
@@ -363,9 +380,8 @@ __global__ void __launch_bounds__(THREADS, 1) cholesky_kernel(CholeskyInverse p)
 
 }  // namespace
 
-int64_t cholesky_workspace(int n) {
-  const int64_t size = n, tiles = tiles_of(n);
-  return size * size + tiles * SIDE * SIDE + size + size * tiles * (SIDE / EIGHT) + (1 + ATTEMPTS + 1) / 2;
+int64_t cholesky_workspace(int matrices, int n) {
+  return matrices * workspace_size(n) + (static_cast<int64_t>(matrices) * WORDS + 1) / 2;
 }
 
 bool has_fast_float64() {
@@ -376,12 +392,10 @@ bool has_fast_float64() {
 
 const char* cholesky_inverse(const CholeskyInverse& p, void* stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  const char* cleared = status(cudaMemsetAsync(workspace_of(p).arrived, 0, (1 + ATTEMPTS) * sizeof(int), s));
+  const char* cleared = status(cudaMemsetAsync(words_of(p), 0, p.matrices * WORDS * sizeof(unsigned), s));
   if (cleared != nullptr) return cleared;
   const int tiles = tiles_of(p.n);
-  int blocks = 0;
-  const cudaError_t error = cooperative_blocks(cholesky_kernel, THREADS, 1 + tiles * (tiles + 1) / 2, blocks);
-  return error != cudaSuccess ? status(error) : launch_cooperatively(cholesky_kernel, p, blocks, THREADS, s);
+  return launch_cooperatively(cholesky_kernel, p, 1 + tiles * (tiles + 1) / 2, THREADS, s);
 }
 
 }  // namespace dalle::cuda

@@ -1,4 +1,4 @@
-// How the blocks of one cooperative launch wait for each other and exchange numbers.
+// How the blocks of one cooperative launch, of which each row has a matrix of its own, wait for each other and exchange numbers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@
 
 namespace dalle::cuda {
 
-// Every block of the grid arrives, and sees what the others wrote before. `arrived` starts as 0; `barriers` counts those
+// Every block of a row of the grid arrives, and sees what the others wrote before. `arrived` starts as 0; `barriers` counts those
 // passed and is the same in all threads.
 __device__ inline void grid_barrier(unsigned* arrived, unsigned& barriers) {
   ++barriers;
@@ -35,22 +35,34 @@ __device__ inline bool receive(const uint64_t* box, unsigned step, float& value)
   return static_cast<unsigned>(word >> 32) == step;
 }
 
-// Blocks of a cooperative launch: as many as the device holds at once, `most` at most.
+// How many blocks of a cooperative launch the device holds at once.
 template <class Kernel>
-cudaError_t cooperative_blocks(Kernel* kernel, int threads, int most, int& blocks) {
-  int device = 0, processors = 0, per_processor = 0;
+cudaError_t blocks_at_once(Kernel* kernel, int threads, int& blocks) {
+  int device = 0, processors = 0, each = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, 0);
-  const int held = processors * per_processor;
-  blocks = held < most ? held : most;
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0);
+  blocks = processors * each;
   return error;
 }
 
+// Launches the kernel for all matrices, with `most` blocks for each or as many as there are; as many matrices at a time
+// as the device then holds at once, from params.first on.
 template <class Params>
-const char* launch_cooperatively(void (*kernel)(Params), Params params, int blocks, int threads, cudaStream_t stream) {
-  void* arguments[] = {&params};
-  return status(cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), arguments, 0, stream));
+const char* launch_cooperatively(void (*kernel)(Params), Params params, int most, int threads, cudaStream_t stream) {
+  int blocks = 0;
+  cudaError_t error = blocks_at_once(kernel, threads, blocks);
+  if (error != cudaSuccess) return status(error);
+  if (blocks == 0) return "the device holds no block of this kernel";
+  const int each = most < blocks ? most : blocks, together = blocks / each;
+  for (params.first = 0; params.first < params.matrices; params.first += together) {
+    const int left = params.matrices - params.first;
+    void* arguments[] = {&params};
+    error = cudaLaunchCooperativeKernel(kernel, dim3(each, left < together ? left : together), dim3(threads), arguments,
+                                        0, stream);
+    if (error != cudaSuccess) break;
+  }
+  return status(error);
 }
 
 template <class Params>

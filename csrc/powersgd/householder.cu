@@ -32,21 +32,26 @@ __host__ __device__ inline int team_of(int rows) {
 
 constexpr int FEW_ROWS = 16, MANY_ROWS = 32;
 
-__host__ __device__ inline int64_t mail_words(int rows) {
-  return 2 * WIDTH * (static_cast<int64_t>(team_of<FEW_ROWS>(rows)) + 1) + 1;
-}
-
-__host__ __device__ inline int64_t mail_offset(int rows, int columns) {
+// Of one matrix, an even number; the mail of all matrices lies behind them.
+__host__ __device__ inline int64_t workspace_size(int rows, int columns) {
   const int64_t floats = static_cast<int64_t>(rows) * columns + panels_of(columns) * WIDTH * WIDTH + columns;
   return (floats + 1) / 2 * 2;
 }
 
-__host__ __device__ inline Workspace workspace_of(const Householder& p) {
+__host__ __device__ inline int64_t mail_words(int rows) {
+  return 2 * WIDTH * (static_cast<int64_t>(team_of<FEW_ROWS>(rows)) + 1) + 1;
+}
+
+__host__ __device__ inline uint64_t* mail_of(const Householder& p) {
+  return reinterpret_cast<uint64_t*>(p.workspace + p.matrices * workspace_size(p.rows, p.columns));
+}
+
+__device__ Workspace workspace_of(const Householder& p, int matrix) {
   Workspace w;
-  w.matrix = p.workspace;
+  w.matrix = p.workspace + matrix * workspace_size(p.rows, p.columns);
   w.factors = w.matrix + static_cast<int64_t>(p.rows) * p.columns;
   w.signs = w.factors + panels_of(p.columns) * WIDTH * WIDTH;
-  w.sums = reinterpret_cast<uint64_t*>(p.workspace + mail_offset(p.rows, p.columns));
+  w.sums = mail_of(p) + matrix * mail_words(p.rows);
   w.pivots = w.sums + 2 * WIDTH * static_cast<int64_t>(team_of<FEW_ROWS>(p.rows));
   w.arrived = reinterpret_cast<unsigned*>(w.pivots + 2 * WIDTH);
   return w;
@@ -303,8 +308,12 @@ __device__ void reflect_strip(const Householder& p, const Workspace& w, Shared& 
 template <int ROWS>
 __global__ void __launch_bounds__(THREADS, 1) householder_kernel(Householder p) {
   __shared__ Shared shared;
-  if (p.certified != nullptr && *p.certified != 0) return;
-  const Workspace w = workspace_of(p);
+  const int matrix = p.first + blockIdx.y;
+  const int64_t size = static_cast<int64_t>(p.rows) * p.columns;
+  if (p.certified != nullptr && p.certified[matrix] == 1) return;
+  const Workspace w = workspace_of(p, matrix);
+  p.input += matrix * size;
+  p.out += matrix * size;
   unsigned barriers = 0;
   prepare(p, w, shared);
   grid_barrier(w.arrived, barriers);
@@ -331,35 +340,30 @@ __global__ void __launch_bounds__(THREADS, 1) householder_kernel(Householder p) 
 template <int ROWS>
 const char* launch_householder(const Householder& p, cudaStream_t stream) {
   const int strips = (p.columns + STRIP - 1) / STRIP, team = team_of<ROWS>(p.rows);
+  return launch_cooperatively(householder_kernel<ROWS>, p, strips > team ? strips : team, THREADS, stream);
+}
+
+template <int ROWS>
+int most_rows() {
   int blocks = 0;
-  const cudaError_t error = cooperative_blocks(householder_kernel<ROWS>, THREADS, strips > team ? strips : team, blocks);
-  if (error != cudaSuccess) return status(error);
-  if (team > blocks) return "more rows than the blocks of this device hold";
-  return launch_cooperatively(householder_kernel<ROWS>, p, blocks, THREADS, stream);
+  const cudaError_t error = blocks_at_once(householder_kernel<ROWS>, THREADS, blocks);
+  return error == cudaSuccess ? blocks * WARPS * ROWS : 0;
 }
 
 }  // namespace
 
-int64_t householder_workspace(int rows, int columns) {
-  return mail_offset(rows, columns) + 2 * mail_words(rows);
+int64_t householder_workspace(int matrices, int rows, int columns) {
+  return matrices * (workspace_size(rows, columns) + 2 * mail_words(rows));
 }
 
-int householder_most_rows() {
-  int blocks = 0;
-  const cudaError_t error = cooperative_blocks(householder_kernel<MANY_ROWS>, THREADS, 1 << 20, blocks);
-  return error == cudaSuccess ? blocks * WARPS * MANY_ROWS : 0;
-}
+int householder_most_rows() { return most_rows<MANY_ROWS>(); }
 
 const char* householder(const Householder& p, void* stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  const Workspace w = workspace_of(p);
-  const char* cleared = status(cudaMemsetAsync(w.sums, 0, mail_words(p.rows) * sizeof(uint64_t), s));
+  const int64_t words = p.matrices * mail_words(p.rows);
+  const char* cleared = status(cudaMemsetAsync(mail_of(p), 0, words * sizeof(uint64_t), s));
   if (cleared != nullptr) return cleared;
-  int blocks = 0;
-  const cudaError_t error = cooperative_blocks(householder_kernel<FEW_ROWS>, THREADS, 1 << 20, blocks);
-  if (error != cudaSuccess) return status(error);
-  return team_of<FEW_ROWS>(p.rows) <= blocks ? launch_householder<FEW_ROWS>(p, s)
-                                              : launch_householder<MANY_ROWS>(p, s);
+  return p.rows <= most_rows<FEW_ROWS>() ? launch_householder<FEW_ROWS>(p, s) : launch_householder<MANY_ROWS>(p, s);
 }
 
 }  // namespace dalle::cuda

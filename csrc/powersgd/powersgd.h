@@ -36,15 +36,16 @@ struct Gram {
 };
 
 // inverse = R^-1, upper triangular, zeros below, with R'R = gram (+ a shift of its diagonal, 8 sqrt(n) 2^-53 at first).
-// *certified becomes 1 if X R^-1 is orthonormal to float32's accuracy for the X whose Gram matrix this is; else 0, or -1
+// certified becomes 1 if X R^-1 is orthonormal to float32's accuracy for the X whose Gram matrix this is; else 0, or -1
 // where there is no such R.
 struct CholeskyInverse {
-  const double* gram;  // [parts, n, n], as Gram leaves it
-  double* inverse;     // [n, n]
-  double* workspace;   // cholesky_workspace(n) doubles, of any content
-  const int* before;
-  int* certified;  // *before where that is not 0
-  int n, parts;
+  const double* gram;  // [matrices, parts, n, n], as Gram leaves it
+  double* inverse;     // [matrices, n, n]
+  double* workspace;   // cholesky_workspace(matrices, n) doubles, of any content
+  const int* before;   // [matrices]
+  int* certified;      // [matrices]: as before where that is not 0
+  int matrices, n, parts;
+  int first = 0;  // of the matrices that a launch is for
 };
 
 // out = (input + eps*I) inverse, rounded to float32; may be in place.
@@ -57,21 +58,22 @@ struct Apply {
   double eps;
 };
 
-// out = Q for any finite P, unless *certified says that out holds it already; certified may be nullptr.
+// out = Q for any finite P, unless certified says that out holds it already; certified may be nullptr.
 struct Householder {
-  const float* input;  // P, [rows, columns]
-  float* out;          // Q, [rows, columns]
-  float* workspace;    // householder_workspace(rows, columns) floats, of any content
-  const int* certified;
-  int rows, columns;
+  const float* input;  // P, [matrices, rows, columns]
+  float* out;          // Q, [matrices, rows, columns]
+  float* workspace;    // householder_workspace(matrices, rows, columns) floats, of any content
+  const int* certified;  // [matrices]
+  int matrices, rows, columns;
   float eps;
+  int first = 0;  // of the matrices that a launch is for
 };
 
 namespace cuda {
 // Into how many parts a Gram matrix is best split.
-int gram_parts(int rows, int columns, int matrices);
-int64_t cholesky_workspace(int n);
-int64_t householder_workspace(int rows, int columns);
+int gram_parts(int matrices, int rows, int columns);
+int64_t cholesky_workspace(int matrices, int n);
+int64_t householder_workspace(int matrices, int rows, int columns);
 // Rows that `householder` takes at most on the current device.
 int householder_most_rows();
 // Whether the current device multiplies float64 at no less than half the rate of float32.

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(THREADS) apply_kernel(Apply p) {
 
 }  // namespace
 
-int gram_parts(int rows, int columns, int matrices) {
+int gram_parts(int matrices, int rows, int columns) {
   constexpr int BLOCKS = 528, SHORTEST = 256;  // four for each multiprocessor of a H100
   const int tiles = tiles_of(columns) * (tiles_of(columns) + 1) / 2 * matrices;
   const int wanted = (BLOCKS + tiles - 1) / tiles, most = (rows + SHORTEST - 1) / SHORTEST;

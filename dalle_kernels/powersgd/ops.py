@@ -59,51 +59,50 @@ def cholesky_qr(matrices: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     The matrices [matrices, rows, columns] are on a GPU, float32 and contiguous.
     """
     device, shape = matrices.device, matrices.shape
-    count, rows, columns = shape
-    parts = _native.query("gram_parts", device, rows, columns, count)
-    gram = torch.empty(count, parts, columns, columns, dtype=torch.float64, device=device)
-    inverse = torch.empty(count, columns, columns, dtype=torch.float64, device=device)
-    workspace = torch.empty(_native.query("cholesky_workspace", device, columns), dtype=torch.float64, device=device)
+    count, _, columns = shape
+    parts = _native.query("gram_parts", device, *shape)
+    size = _native.query("cholesky_workspace", device, count, columns)
+    gram, inverse, workspace = (
+        torch.empty(sizes, dtype=torch.float64, device=device)
+        for sizes in ((count, parts, columns, columns), (count, columns, columns), (size,))
+    )
     certified = torch.empty(2, count, dtype=torch.int32, device=device)
     Q = torch.empty_like(matrices)
-    source, before = matrices, [0] * count
-    for after in certified:
-        _native.call("gram", device, source.data_ptr(), gram.data_ptr(), before[0], *shape, parts, eps)
-        for index in range(count):
-            _native.call(
-                "cholesky_inverse",
-                device,
-                gram[index].data_ptr(),
-                inverse[index].data_ptr(),
-                workspace.data_ptr(),
-                before[index],
-                after[index].data_ptr(),
-                columns,
-                parts,
-            )
-        _native.call("apply", device, source.data_ptr(), inverse.data_ptr(), Q.data_ptr(), before[0], *shape, eps)
-        source, before, eps = Q, [flag.data_ptr() for flag in after], 0.0
+    source, before = matrices.data_ptr(), 0
+    for after in (certified[0].data_ptr(), certified[1].data_ptr()):
+        _native.call("gram", device, source, gram.data_ptr(), before, *shape, parts, eps)
+        _native.call(
+            "cholesky_inverse",
+            device,
+            gram.data_ptr(),
+            inverse.data_ptr(),
+            workspace.data_ptr(),
+            before,
+            after,
+            count,
+            columns,
+            parts,
+        )
+        _native.call("apply", device, source, inverse.data_ptr(), Q.data_ptr(), before, *shape, eps)
+        source, before, eps = Q.data_ptr(), after, 0.0
     return Q, certified[1]
 
 
 def householder(matrices: Tensor, eps: float, Q: Tensor | None = None, certified: Tensor | None = None) -> Tensor:
     """Q by Householder's reflections, of matrices as :func:`cholesky_qr` takes; those certified in ``Q`` stay as is."""
-    count, rows, columns = matrices.shape
     if Q is None:
         Q = torch.empty_like(matrices)
-    workspace = matrices.new_empty(_native.query("householder_workspace", matrices.device, rows, columns))
-    for index in range(count):
-        _native.call(
-            "householder",
-            matrices.device,
-            matrices[index].data_ptr(),
-            Q[index].data_ptr(),
-            workspace.data_ptr(),
-            0 if certified is None else certified[index].data_ptr(),
-            rows,
-            columns,
-            eps,
-        )
+    workspace = matrices.new_empty(_native.query("householder_workspace", matrices.device, *matrices.shape))
+    _native.call(
+        "householder",
+        matrices.device,
+        matrices.data_ptr(),
+        Q.data_ptr(),
+        workspace.data_ptr(),
+        0 if certified is None else certified.data_ptr(),
+        *matrices.shape,
+        eps,
+    )
     return Q
 
 

@@ -38,7 +38,7 @@ struct float4 {
 namespace on_cpu {
 
 constexpr int WARP = 32, STACK = 1 << 16;
-inline int processors = 3;  // how many blocks of a cooperative launch the device holds
+inline int processors = 4;  // how many blocks of a cooperative launch the device holds
 inline dim3 grid;
 
 // A meeting point of `size` fibers, which gathers a value on the way.
@@ -218,12 +218,13 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, 
 template <class Params>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t,
                                         cudaStream_t) {
-  if (static_cast<int>(blocks.x) > on_cpu::processors) return cudaErrorInvalidValue;
+  if (static_cast<int>(blocks.x * blocks.y) > on_cpu::processors) return cudaErrorInvalidValue;
   on_cpu::grid = blocks;
   std::vector<std::thread> running;
-  for (unsigned x = 0; x < blocks.x; ++x) {
+  for (unsigned i = 0; i < blocks.x * blocks.y; ++i) {
+    const dim3 index(i % blocks.x, i / blocks.x);
     running.emplace_back(
-        [=] { on_cpu::run_block(kernel, *static_cast<Params*>(arguments[0]), dim3(x), threads.x); });
+        [=] { on_cpu::run_block(kernel, *static_cast<Params*>(arguments[0]), index, threads.x); });
   }
   for (std::thread& thread : running) thread.join();
   return cudaSuccess;
