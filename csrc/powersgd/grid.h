@@ -1,4 +1,5 @@
-// How the blocks of one cooperative launch, of which each row has a matrix of its own, wait for each other and exchange numbers.
+// How the blocks of one cooperative launch wait for each other and exchange numbers. Each row of its grid has a matrix
+// of its own.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,8 +10,8 @@
 
 namespace dalle::cuda {
 
-// Every block of a row of the grid arrives, and sees what the others wrote before. `arrived` starts as 0; `barriers` counts those
-// passed and is the same in all threads.
+// Every block of a row of the grid arrives, and sees what the others wrote before. `arrived` starts as 0; `barriers`
+// counts those passed and is the same in all threads.
 __device__ inline void grid_barrier(unsigned* arrived, unsigned& barriers) {
   ++barriers;
   __syncthreads();

@@ -12,6 +12,9 @@ constexpr int STRIP = 8;   // columns that a block updates at a time
 constexpr int TILE = 64;   // rows of V that it holds meanwhile
 constexpr int PITCH = WIDTH + 4;  // of those rows: four rows that a warp reads at once lie in different banks
 constexpr unsigned ALL = 0xffffffffu;
+// Of a column whose largest element was 1 nothing is left but rounding errors if the squares of what is left sum to
+// less. Sums of still smaller squares would lose precision, and the reflection its orthogonality.
+constexpr float LEAST_SQUARE = 8.271806125530277e-25f;  // 2^-80
 
 struct Workspace {
   float* matrix;   // [rows, columns]: P + eps*I with scaled columns, panel by panel replaced by its vectors V
@@ -112,8 +115,8 @@ __device__ void make_factor(Shared& shared, int width, float* factor) {
   for (int row = 0; row < WIDTH; ++row) factor[row * WIDTH + i] = shared.factor[row][i];
 }
 
-// The warp's share of the sums that the team's blocks have posted, and the pivot row: a lane's column. The boxes are read
-// many at once, since one read takes as long as all the rest of a step.
+// The warp's share of the sums that the team's blocks have posted, and the pivot row: a lane's column. The boxes are
+// read many at once, since one read takes as long as all the rest of a step.
 __device__ float received_sum(const uint64_t* sums, const uint64_t* pivots, int team, unsigned step, float& pivot) {
   constexpr int AT_ONCE = 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -138,8 +141,8 @@ __device__ float received_sum(const uint64_t* sums, const uint64_t* pivots, int 
 }
 
 // The reflections of a panel's columns, whose vectors v (1 at their head) take the columns' places. A warp holds ROWS
-// rows in registers, a lane one column. A column x costs one exchange between blocks: of its products z with all columns
-// of the panel, from which both its norm and, by v = (x - beta e) / (alpha - beta), the products with v follow.
+// rows in registers, a lane one column. A column x costs one exchange between blocks: of its products z with all
+// columns of the panel, from which both its norm and, by v = (x - beta e) / (alpha - beta), the products with v follow.
 template <int ROWS>
 __device__ void factor_panel(const Householder& p, const Workspace& w, Shared& shared, int first) {
   const int team = team_of<ROWS>(p.rows - first);
@@ -180,14 +183,15 @@ __device__ void factor_panel(const Householder& p, const Workspace& w, Shared& s
 
     const float alpha = __shfl_sync(ALL, pivot, j), square = __shfl_sync(ALL, z, j);
     const float beta = -copysignf(sqrtf(square), alpha);
-    const float tau = square == 0 ? 0.f : (beta - alpha) / beta;
-    const float inverse = square == 0 ? 0.f : 1 / (alpha - beta);
+    const bool nothing = square < LEAST_SQUARE;
+    const float tau = nothing ? 0.f : (beta - alpha) / beta;
+    const float inverse = nothing ? 0.f : 1 / (alpha - beta);
     const float product = pivot + inverse * (z - alpha * pivot);  // v_j with the lane's column
     if (blockIdx.x == 0 && warp == 0) {
       shared.products[lane][j] = product;
       if (lane == 0) {
         shared.taus[j] = tau;
-        w.signs[first + j] = square > 0 && beta < 0 ? -1.f : 1.f;
+        w.signs[first + j] = !nothing && beta < 0 ? -1.f : 1.f;
       }
     }
     z = 0;

@@ -34,8 +34,9 @@ __device__ Place along_depth(int e) {
   return {lane % 4 + e % 4 * 4, lane / 4 + 8 * (warp + e / 4 * 4)};
 }
 
-// A warp's quarter [32, 32] of a' b over the terms [begin, end), as 2 by 4 tiles of mma. fetch_a and fetch_b give element
-// e of a thread's for the terms from a first one on, and 0 beyond the end; place_a and place_b say where it goes.
+// A warp's quarter [32, 32] of a' b over the terms [begin, end), as 2 by 4 tiles of mma. fetch_a and fetch_b give
+// element e of a thread's for the terms from a first one on, and 0 beyond the end; place_a and place_b say where it
+// goes.
 struct Quarter {
   double sums[2][4][4];
 

@@ -14,6 +14,7 @@ from dalle_kernels.powersgd.reference import with_scaled_columns
 WIDTH = 32
 UNIT = 2.0**-53
 TOLERANCE = 2.0**-25
+LEAST_SQUARE = 2.0**-80
 
 
 def with_diagonal(P: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -79,7 +80,7 @@ def factored_panel(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pivot = a[..., j, :].clone()
         alpha, square = pivot[..., j], z[..., j]
         beta = -torch.copysign(square.sqrt(), alpha)
-        nothing = square == 0
+        nothing = square < LEAST_SQUARE
         tau = torch.where(nothing, 0, (beta - alpha) / beta)
         inverse = torch.where(nothing, 0, 1 / (alpha - beta))
         product = pivot + inverse.unsqueeze(-1) * (z - alpha.unsqueeze(-1) * pivot)
@@ -90,5 +91,5 @@ def factored_panel(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         before = (T[..., :j, :j] @ product[..., :j, None]).squeeze(-1)
         T[..., :j, j] = -tau.unsqueeze(-1) * before
         T[..., j, j] = tau
-        signs[..., j] = torch.where(beta < 0, -1.0, 1.0)
+        signs[..., j] = torch.where((beta < 0) & ~nothing, -1.0, 1.0)
     return a.tril(), T, signs

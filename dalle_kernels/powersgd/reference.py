@@ -14,25 +14,29 @@ def orthogonalize(P: Tensor, eps: float) -> Tensor:
     """Q of the QR decomposition of ``P + eps*I`` whose R has no negative diagonal; computed in float32 or float64.
 
     Reflection j maps what is left of column j onto a multiple of the j-th unit vector. Q is their product, applied to
-    the first columns of the identity: orthonormal whatever P is. Where nothing is left of a column it is skipped.
+    the first columns of the identity: orthonormal whatever P is. Where nothing is left of a column it is skipped; what
+    is left to rounding may be so small that the precision of its squares is not that of numbers any more.
     """
     rows, columns = P.shape[-2:]
     identity = torch.eye(rows, columns, dtype=compute_dtype(P), device=P.device)
     left = with_scaled_columns(P.to(compute_dtype(P)) + eps * identity)
+    number = torch.finfo(left.dtype)
+    least = number.tiny**0.5 / number.eps
     vectors, signs = [], []
     for j in range(columns):
-        vector = left[..., j:, j].clone()
-        norm = torch.linalg.vector_norm(vector, dim=-1)
-        away = torch.where(vector[..., 0] < 0, -norm, norm)  # the sign that cannot cancel
-        vector[..., 0] += away
-        length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-        vectors.append(torch.where(length == 0, 0, vector / length).unsqueeze(-1))
+        vector = left[..., j:, j : j + 1].clone()
+        norm = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
+        norm = torch.where(norm < least, 0, norm)
+        away = torch.where(vector[..., :1, :] < 0, -norm, norm)  # the sign that cannot cancel
+        vector[..., :1, :] += away
+        length = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
+        vectors.append(torch.where(norm == 0, 0, vector / length))
         signs.append(torch.where(away > 0, -1.0, 1.0))  # of R_jj = -away
         reflect(left[..., j:, j:], vectors[j])
     Q = identity.expand(P.shape).clone()
     for j in reversed(range(columns)):
         reflect(Q[..., j:, j:], vectors[j])
-    return (Q * torch.stack(signs, -1).unsqueeze(-2)).to(P.dtype)
+    return (Q * torch.cat(signs, -1)).to(P.dtype)
 
 
 def reflect(matrix: Tensor, vector: Tensor) -> None:

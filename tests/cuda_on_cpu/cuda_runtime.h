@@ -1,9 +1,9 @@
 // Stands for CUDA's own header, so that a C++ compiler makes of kernels what runs on a CPU: for tests, and slowly.
 //
-// A block is a thread of the system, its threads are fibers that take turns at barriers, shuffles and naps. The blocks of
-// a cooperative launch run at once, those of another one after the other. So a schedule that deadlocks does so here as
-// well, and a barrier too few is found where the turns that fibers take, each to its next barrier, lay the mistake open.
-// There is what the kernels under test need, and no more.
+// A block is a thread of the system, its threads are fibers that take turns at barriers, shuffles and naps. The blocks
+// of a cooperative launch run at once, those of another one after the other. So a schedule that deadlocks does so here
+// as well, and a barrier too few is found where the turns that fibers take, each to its next barrier, lay the mistake
+// open. There is what the kernels under test need, and no more.
 #pragma once
 
 #include <sched.h>
@@ -184,15 +184,15 @@ inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 
 // ---- The host's side
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrSingleToDoublePrecisionPerfRatio };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 struct cudaFuncAttributes {};
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the CPU that stands for a GPU"; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  return *value = attribute == cudaDevAttrMultiProcessorCount ? on_cpu::processors : 2, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = on_cpu::processors, cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
@@ -203,7 +203,8 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t count, cudaStream
 }
 
 template <class Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t, cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t,
+                             cudaStream_t) {
   on_cpu::grid = blocks;
   for (unsigned z = 0; z < blocks.z; ++z) {
     for (unsigned y = 0; y < blocks.y; ++y) {
