@@ -328,10 +328,11 @@ def test_decode_at_the_last_token(side_by_side, device, kind, dtype, step):
         return torch.nn.functional.scaled_dot_product_attention(token[0], whole_k, whole_v, attn_mask=mask)
 
     def check() -> None:
+        few = [x[:2] for x in (q, k, v)]
         with dalle_kernels.use("reference"):
-            plain = sparse_attention(q, k, v, pattern)[:, :, last:]
-        exact = rivals.masked(pattern, pattern.seq_len, device)(q.double(), k.double(), v.double())[:, :, last:]
-        assert_accurate(ours(), plain, exact, name=f"decode, {kind}, {dtype}")
+            plain = sparse_attention(*few, pattern)[:, :, last:]
+        exact = rivals.masked(pattern, pattern.seq_len, device)(*(x.double() for x in few))[:, :, last:]
+        assert_accurate(ours()[:2], plain, exact, name=f"decode, {kind}, {dtype}")
 
     image_keys = int(row.sum()) - 256
     with torch.no_grad():
