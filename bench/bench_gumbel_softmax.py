@@ -25,8 +25,8 @@ EXTRA_BYTES = 2 << 20
 each_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(device: str, seed: int = 0) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def plain(logits: Tensor, tau: float, dim: int, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,8 +75,8 @@ def test_forward(side_by_side, device, dtype):
 
     def check() -> None:
         some = 64
-        actual = gumbel_softmax(logits, generator=seeded())[:some]
-        noise = partial(gumbel_noise, new_seed(logits.device, seeded()), torch.arange(some).view(-1, 1, 1), CODES)
+        actual = gumbel_softmax(logits, generator=seeded(device))[:some]
+        noise = partial(gumbel_noise, new_seed(logits.device, seeded(device)), torch.arange(some).view(-1, 1, 1), CODES)
         near, exact = (
             plain(logits[:some].to(kind), 1.0, -1, noise(wide).view(some, CODES))[0]
             for kind, wide in ((dtype, torch.float32), (torch.float64, torch.float64))
@@ -117,9 +117,9 @@ def test_with_kl_and_backward(side_by_side, device, dtype, layout):
     def check() -> None:
         few = (slice(1), slice(None), slice(4))
         rows = torch.arange(4 * side).view(1, 1, -1)
-        actual = with_gradient(partial(gumbel_softmax_kl, dim=1, generator=seeded()), logits, grad_y)
+        actual = with_gradient(partial(gumbel_softmax_kl, dim=1, generator=seeded(device)), logits, grad_y)
         actual = (actual[0][few], actual[1][0:1, :4], actual[2][few])
-        noise = partial(gumbel_noise, new_seed(logits.device, seeded()), rows, CODES)
+        noise = partial(gumbel_noise, new_seed(logits.device, seeded(device)), rows, CODES)
         known = []
         for kind, wide in ((dtype, torch.float32), (torch.float64, torch.float64)):
             function = partial(plain, tau=1.0, dim=1, noise=noise(wide).view(1, CODES, 4, side))
