@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 import dalle_kernels
 from dalle_kernels import _native, _triton, philox
 from dalle_kernels.gumbel_softmax import gumbel_softmax, ops
+from dalle_kernels.testing import poisoned_allocations
 
 pytestmark = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the CPU library is not built")
 
@@ -89,6 +90,31 @@ def test_threads_and_splits_do_not_change_a_bit(dim, hard, instruction_set):
         rows_before = torch.tensor(first * logits[0].numel() // logits.shape[dim])
         part = ops.gumbel_softmax_kl_op(logits[first:], SEED, rows_before, TAU, hard, dim)
         assert torch.equal(part[0], whole[0][first:]) and torch.equal(part[1], whole[1][first:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(7, 70, 24, 24), (2, 37, 25, 31), (1, 12, 8, 17), (1, 3000, 32, 33)])
+def test_neither_layout_nor_threads_change_a_bit_of_the_sample(sizes, dtype, instruction_set):
+    """Exponentials that wait in y, for several blocks side by side and for one, and those that wait in a cache."""
+    logits = (3 * torch.randn(sizes, generator=torch.Generator().manual_seed(6))).to(dtype)
+    logits[0, :, 0, 1], logits[0, 3, 0, 2], logits[0, 5, 1, 0] = -torch.inf, torch.nan, torch.inf
+    logits[0, 1:, 2, :9] = -torch.inf
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            with poisoned_allocations():
+                results.append(ops.gumbel_softmax_kl_op(logits, SEED, ZERO, TAU, False, 1))
+            rows = logits.movedim(1, -1).contiguous()
+            y, kl = ops.gumbel_softmax_kl_op(rows, SEED, ZERO, TAU, False, -1)
+            results.append((y.movedim(-1, 1), kl))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results:
+        for ours, expected in zip(result, results[0]):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    assert results[0][0].isnan().any(1).sum() == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

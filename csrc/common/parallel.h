@@ -43,10 +43,11 @@ inline void parallel_for(int64_t count, int64_t grain, int threads, const Body& 
       &context);
 }
 
-// Calls body(item, thread) for every item of [0, count), each taken in order by the next free thread; 0 <= thread <
-// threads tells scratch memory apart. For items of uneven cost: start the dearest first.
+// Calls body(next, thread) once on each thread. next() gives every item of [0, count) once, in order, to whoever asks
+// first, and -1 when none is left; 0 <= thread < threads tells scratch memory apart. For items of uneven cost: start the
+// dearest first.
 template <class Body>
-inline void parallel_items(int64_t count, int threads, const Body& body) {
+inline void parallel_pull(int64_t count, int threads, const Body& body) {
   if (count <= 0) return;
   const int wanted = static_cast<int64_t>(threads) < count ? threads : static_cast<int>(count);
   struct Context {
@@ -57,13 +58,21 @@ inline void parallel_items(int64_t count, int threads, const Body& body) {
       wanted,
       [](void* address, int thread, int) {
         Context& c = *static_cast<Context*>(address);
-        for (;;) {
+        const auto next = [&c] {
           const int64_t item = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
-          if (item >= c.count) return;
-          c.body(item, thread);
-        }
+          return item < c.count ? item : -1;
+        };
+        c.body(next, thread);
       },
       &context);
+}
+
+// Calls body(item, thread) for every item, as parallel_pull hands them out.
+template <class Body>
+inline void parallel_items(int64_t count, int threads, const Body& body) {
+  parallel_pull(count, threads, [&](const auto& next, int thread) {
+    for (int64_t item = next(); item >= 0; item = next()) body(item, thread);
+  });
 }
 
 }  // namespace dalle::DALLE_ISA_NAMESPACE

@@ -163,26 +163,28 @@ class RunningSoftmax {
 
 constexpr int64_t tiles_of(int64_t columns) { return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS; }
 
-// The soft sample of a block: `draw` every tile in order, and then take any tile of it by `sample`. The first tiles'
-// exponentials are kept, as many as fit, and the others' computed again, to the same bits, from the maximum they had.
+// The soft sample of a block: `draw` every tile in order, and then take any tile of it. The first tiles' exponentials are
+// kept, as many as fit, and the others' computed again, to the same bits, from the maximum they had; or none are, and
+// the caller keeps all of them elsewhere.
 class SoftSample {
  public:
   static constexpr int64_t MOST_KEPT_FLOATS = (896 << 10) / 4;
-  static int64_t scratch_floats(int64_t columns, int64_t pitch) {
-    return tiles_of(columns) * pitch + kept_columns(columns, pitch) * pitch;
+  enum class Keep { tiles, none };
+  static int64_t scratch_floats(int64_t columns, int64_t pitch, Keep keep) {
+    return tiles_of(columns) * pitch + kept_columns(columns, pitch, keep) * pitch;
   }
 
-  SoftSample(const BlockNoise& noise, const Factor& factor, int64_t columns, int64_t pitch, float* scratch)
+  SoftSample(const BlockNoise& noise, const Factor& factor, int64_t columns, int64_t pitch, Keep keep, float* scratch)
       : noise_(noise),
         factor_(factor),
         softmax_(noise, factor, pitch),
-        kept_columns_(kept_columns(columns, pitch)),
+        kept_columns_(kept_columns(columns, pitch, keep)),
         largest_(scratch),
         kept_(scratch + tiles_of(columns) * pitch) {}
 
   bool keeps(const Tile& tile) const { return tile.first < kept_columns_; }
 
-  // `values` is scratch for a tile.
+  // `values` is scratch for a tile: it takes the exponentials where they are not kept.
   void draw(const Tile& tile, const float* logits, float* values) {
     float shrink[MOST_ROWS];
     softmax_.draw(tile, logits, keeps(tile) ? kept(tile) : values, shrink);
@@ -191,15 +193,21 @@ class SoftSample {
 
   // Reads the logits only if it does not keep the tile.
   void sample(const Tile& tile, const float* logits, float* y) const {
-    float factors[MOST_ROWS];
     if (!keeps(tile)) draw_tile(noise_, tile, factor_, logits, largest_of(tile), y);
+    normalize(tile, keeps(tile) ? kept(tile) : y, y);
+  }
+
+  // From the exponentials that `draw` gave.
+  void normalize(const Tile& tile, const float* values, float* y) const {
+    float factors[MOST_ROWS];
     softmax_.factors(tile, largest_of(tile), factors);
     for (int64_t r = 0; r < tile.pitch; ++r) factors[r] /= static_cast<float>(softmax_.sum[r]);
-    scale_tile(tile, keeps(tile) ? kept(tile) : y, factors, y);
+    scale_tile(tile, values, factors, y);
   }
 
  private:
-  static int64_t kept_columns(int64_t columns, int64_t pitch) {
+  static int64_t kept_columns(int64_t columns, int64_t pitch, Keep keep) {
+    if (keep == Keep::none) return 0;
     const int64_t fitting = MOST_KEPT_FLOATS / (TILE_COLUMNS * pitch), all = tiles_of(columns);
     return TILE_COLUMNS * (fitting < all ? fitting : all);
   }
