@@ -31,8 +31,13 @@ class NativeError(RuntimeError):
 @cache
 def _load(name: str) -> ModuleType | str:
     """The compiled module, or why it cannot be loaded."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange is None:
+        return "the compiled library needs a torch with DLPack's C exchange interface, 2.11 or newer"
     try:
-        return importlib.import_module(f"dalle_kernels.{name}")
+        module = importlib.import_module(f"dalle_kernels.{name}")
+        module.exchange_tensors(torch.Tensor, torch.nn.Parameter, exchange)
+        return module
     except ModuleNotFoundError:
         if name == "_cuda":
             return (
@@ -117,10 +122,16 @@ def _kernel(device: torch.device, name: str) -> Callable:
 _CPU = torch.device("cpu")
 
 
+def cpu_kernel(name: str) -> Callable:
+    """The binding of a compiled CPU kernel, whose last argument is the number of threads."""
+    return _kernel(_CPU, name)
+
+
 def call(kernel: str, device: torch.device, *arguments, **named):
     """What a compiled kernel returns, run with torch's number of threads on CPU and on torch's stream on CUDA.
 
     The arguments are those of the kernel's binding, by their names there or, which saves 2 µs a call, in their order.
+    A tensor is given as such where the binding takes one, and reads its address and strides; elsewhere by its address.
     """
     run = _kernel(device, kernel)
     if device == _CPU:

@@ -281,19 +281,15 @@ def test_threads_change_no_bit_of_the_compiled_kernel():
         loss, row_factor, bias_sums = torch.empty(rows), torch.empty(rows), torch.zeros(classes, dtype=torch.float64)
         scale = torch.full((rows,), 0.3)
         total = library.cross_entropy_chunk(
-            logits=written.data_ptr(),
-            classes=classes,
-            rows=rows,
+            logits=written,
+            target=target,
+            bias=logits.flatten()[:classes],
+            loss=loss,
+            row_scale=scale,
+            row_factor=row_factor,
+            bias_sums=bias_sums,
             first=0,
-            bias=logits.data_ptr(),
-            target=target.data_ptr(),
-            target_stride=1,
             ignore_index=IGNORE,
-            row_scale=scale.data_ptr(),
-            row_scale_stride=1,
-            loss=loss.data_ptr(),
-            row_factor=row_factor.data_ptr(),
-            bias_sums=bias_sums.data_ptr(),
             executor=threads,
         )
         results.append((written, loss, row_factor, bias_sums, torch.tensor(total, dtype=torch.float64)))
@@ -316,16 +312,7 @@ def test_a_16_bit_gradient_is_rounded_once(dtype):
     terms = [torch.randn(count, generator=generator)] + [torch.full((count,), 2.0**-11)] * 64
     gradient, low = torch.empty(count, dtype=dtype), torch.empty(count, dtype=torch.uint8)
     for i, term in enumerate(terms):
-        library.gradient_sum(
-            term=term.data_ptr(),
-            gradient=gradient.data_ptr(),
-            low=low.data_ptr(),
-            count=count,
-            first=i == 0,
-            last=i == 64,
-            dtype=_native.DTYPES[dtype],
-            executor=2,
-        )
+        library.gradient_sum(term, gradient, low, count, first=i == 0, last=i == 64, executor=2)
     exact = torch.stack(terms).double().sum(0)
     torch.testing.assert_close(gradient.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-3 * 2**-4)
 

@@ -186,20 +186,10 @@ def test_kernels_write_within_bounds_and_all_of_them():
     x, mu, log_b = _inputs((2049,), 10, torch.float32)
     loss, grad_mu, grad_log_b = (torch.full((2051,), math.nan) for _ in range(3))
     library = _native.library("cpu")
-
-    def described(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
-        return tensor.data_ptr(), 0, tensor.stride()
-
-    common = {"sizes": x.shape, "x": described(x), "mu": described(mu), "log_b": described(log_b), "divisor": 1.0}
-    library.logit_laplace_loss(**common, loss=loss[1:].data_ptr(), partial=0, executor=2)
+    common = {"x": x, "mu": mu, "log_b": log_b, "divisor": 1.0, "executor": 2}
+    library.logit_laplace_loss(**common, loss=loss[1:], partial=None)
     grad = torch.ones(()).expand(x.shape)
-    library.logit_laplace_loss_backward(
-        **common,
-        grad=described(grad),
-        grad_mu=grad_mu[1:].data_ptr(),
-        grad_log_b=grad_log_b[1:].data_ptr(),
-        executor=2,
-    )
+    library.logit_laplace_loss_backward(**common, grad=grad, grad_mu=grad_mu[1:], grad_log_b=grad_log_b[1:])
     for written in (loss, grad_mu, grad_log_b):
         assert written[[0, -1]].isnan().all() and written[1:-1].isfinite().all()
 

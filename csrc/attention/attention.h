@@ -48,7 +48,7 @@ struct SparseAttention {
   float scale;
   Heads q, k, v;
   Heads out;   // written in full
-  float* lse;  // [batch, heads, seq], contiguous, written in full: log of the sum of exp(scale * q . k), natural
+  float* lse;  // nullptr, or [batch, heads, seq], contiguous, written in full: natural log of the sum of exp(scale * q . k)
   int threads;
   int64_t* workspace;  // if not nullptr: takes the bytes of scratch space of the call, which then computes nothing
 };

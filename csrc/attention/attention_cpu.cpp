@@ -173,7 +173,7 @@ void forward_tile(const SparseAttention& p, const ForwardContext<T>& c, int64_t 
   using Element = typename PackedAs<T>::Element;
   const auto q = head_of<const T>(p.q, p.heads, head);
   const auto out = head_of<T>(p.out, p.heads, head);
-  float* lse = p.lse + head * p.pattern.seq;
+  float* lse = p.lse == nullptr ? nullptr : p.lse + head * p.pattern.seq;
   const View view{c.plan, c.plan.tile[t]};
   pack_tile(q, view, c.scale.sign, c, scratch.rows, scratch.queries);
   if (t + 1 < c.plan.tiles) fetch_tile(q, View{c.plan, c.plan.tile[t + 1]}, c);
@@ -188,7 +188,7 @@ void forward_tile(const SparseAttention& p, const ForwardContext<T>& c, int64_t 
   for (int64_t g = 0; g < view.tile.panels; ++g) {
     const int32_t* tokens = view.tokens(g);
     for (int64_t j = 0; j < view.panel(g).queries; ++j) {
-      lse[tokens[j]] = maxima[g][j] * c.scale.magnitude + __builtin_logf(sums[g][j]);
+      if (lse != nullptr) lse[tokens[j]] = maxima[g][j] * c.scale.magnitude + __builtin_logf(sums[g][j]);
       sums[g][j] = 1.0f / sums[g][j];
     }
     const float* rows = scratch.out + g * c.panel_floats();

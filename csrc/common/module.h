@@ -17,6 +17,7 @@
 
 #include "common/isa.h"
 #include "common/strided.h"
+#include "common/tensor.h"
 
 namespace dalle {
 

@@ -10,10 +10,42 @@ using namespace pybind11::literals;
 
 namespace {
 
-// The element number `offset` of the numbers at an address, or nullptr for none.
+// From the element number `offset` on, or nullptr for None.
 template <class T>
-T* from(uintptr_t address, int64_t offset) {
-  return address == 0 ? nullptr : pointer<T>(address) + offset;
+T* from(const Tensor& tensor, int64_t offset) {
+  return tensor.data == nullptr ? nullptr : tensor.as<T>() + offset;
+}
+
+CrossEntropyTargets targets_of(const Tensor& target, int64_t classes, int64_t ignore_index) {
+  return cross_entropy_targets(target.as<const int64_t>(), target.strides[0], target.sizes[0], classes, ignore_index);
+}
+
+// A chunk's logits [classes, rows]. Targets, losses and what reaches them are those of all rows, of which the chunk's
+// begin with number `first`.
+double run_chunk(const Tensor& logits, const Tensor& target, const Tensor& bias, const Tensor& loss,
+                 const Tensor& row_scale, const Tensor& row_factor, const Tensor& bias_sums, int64_t first,
+                 int64_t ignore_index, uintptr_t executor) {
+  double total = 0;
+  const int64_t classes = logits.sizes[0], rows = logits.sizes[1];
+  const int64_t row_scale_stride = row_scale.dims == 0 ? 0 : row_scale.strides[0];
+  const std::unique_ptr<float[]> workspace(new float[cross_entropy_workspace(classes, rows)]);
+  const CrossEntropyChunk params{logits.as<float>(),
+                                 classes,
+                                 rows,
+                                 bias.as<const float>(),
+                                 from<const int64_t>(target, first * target.strides[0]),
+                                 target.strides[0],
+                                 ignore_index,
+                                 from<const float>(row_scale, first * row_scale_stride),
+                                 row_scale_stride,
+                                 from<float>(loss, first),
+                                 &total,
+                                 row_factor.as<float>(),
+                                 bias_sums.as<double>(),
+                                 workspace.get(),
+                                 threads_of(executor)};
+  DALLE_RUN(cross_entropy_chunk, params, executor);
+  return total;
 }
 
 }  // namespace
@@ -21,55 +53,42 @@ T* from(uintptr_t address, int64_t offset) {
 DALLE_BINDINGS(m) {
   m.def(
       "cross_entropy_targets",
-      [](int64_t rows, int64_t classes, uintptr_t target, int64_t stride, int64_t ignore_index, uintptr_t) {
-        const CrossEntropyTargets found =
-            cross_entropy_targets(pointer<const int64_t>(target), stride, rows, classes, ignore_index);
+      [](const Tensor& target, int64_t classes, int64_t ignore_index, uintptr_t) {
+        const CrossEntropyTargets found = targets_of(target, classes, ignore_index);
         return std::make_tuple(found.counted, found.outside);
       },
-      "rows"_a, "classes"_a, "target"_a, "stride"_a, "ignore_index"_a, "executor"_a);
-  // Targets, losses and what reaches them are those of all rows, of which the chunk's begin with number `first`.
+      "target"_a, "classes"_a, "ignore_index"_a, "executor"_a);
+  m.def("cross_entropy_chunk", &run_chunk, "logits"_a, "target"_a, "bias"_a, "loss"_a, "row_scale"_a, "row_factor"_a,
+        "bias_sums"_a, "first"_a, "ignore_index"_a, "executor"_a);
+  // Where all rows are one chunk: writes the mean or the sum of their losses. Returns -1, or the first row whose target
+  // is no class, and then writes nothing.
   m.def(
-      "cross_entropy_chunk",
-      [](uintptr_t logits, int64_t rows, int64_t classes, uintptr_t target, int64_t target_stride,
-         int64_t ignore_index, int64_t first, uintptr_t bias, uintptr_t loss, uintptr_t row_scale,
-         int64_t row_scale_stride, uintptr_t row_factor, uintptr_t bias_sums, uintptr_t executor) {
-        double total = 0;
-        const std::unique_ptr<float[]> workspace(new float[cross_entropy_workspace(classes, rows)]);
-        const CrossEntropyChunk params{pointer<float>(logits),
-                                       classes,
-                                       rows,
-                                       pointer<const float>(bias),
-                                       from<const int64_t>(target, first * target_stride),
-                                       target_stride,
-                                       ignore_index,
-                                       from<const float>(row_scale, first * row_scale_stride),
-                                       row_scale_stride,
-                                       from<float>(loss, first),
-                                       &total,
-                                       pointer<float>(row_factor),
-                                       pointer<double>(bias_sums),
-                                       workspace.get(),
-                                       threads_of(executor)};
-        DALLE_RUN(cross_entropy_chunk, params, executor);
-        return total;
+      "cross_entropy_reduced",
+      [](const Tensor& logits, const Tensor& target, const Tensor& bias, const Tensor& loss, bool mean,
+         int64_t ignore_index, uintptr_t executor) {
+        const CrossEntropyTargets found = targets_of(target, logits.sizes[0], ignore_index);
+        if (found.outside >= 0) return found.outside;
+        const Tensor none{};
+        const double total = run_chunk(logits, target, bias, none, none, none, none, 0, ignore_index, executor);
+        *loss.as<float>() = static_cast<float>(mean ? total / static_cast<double>(found.counted) : total);
+        return int64_t{-1};
       },
-      "logits"_a, "rows"_a, "classes"_a, "target"_a, "target_stride"_a, "ignore_index"_a, "first"_a, "bias"_a,
-      "loss"_a, "row_scale"_a, "row_scale_stride"_a, "row_factor"_a, "bias_sums"_a, "executor"_a);
+      "logits"_a, "target"_a, "bias"_a, "loss"_a, "mean"_a, "ignore_index"_a, "executor"_a);
   m.def(
       "gradient_sum",
-      [](uintptr_t term, uintptr_t gradient, uintptr_t low, int64_t count, bool first, bool last, int dtype,
+      [](const Tensor& term, const Tensor& gradient, const Tensor& low, int64_t count, bool first, bool last,
          uintptr_t executor) {
-        const GradientSum params{pointer<const float>(term), pointer<uint16_t>(gradient), pointer<uint8_t>(low), count,
-                                 first, last, Dtype{dtype}, threads_of(executor)};
+        const GradientSum params{term.as<const float>(), gradient.as<uint16_t>(), low.as<uint8_t>(), count,
+                                 first, last, gradient.dtype, threads_of(executor)};
         DALLE_RUN(gradient_sum, params, executor);
       },
-      "term"_a, "gradient"_a, "low"_a, "count"_a, "first"_a, "last"_a, "dtype"_a, "executor"_a);
+      "term"_a, "gradient"_a, "low"_a, "count"_a, "first"_a, "last"_a, "executor"_a);
   m.def(
       "gradient_scale",
-      [](uintptr_t input, uintptr_t output, int64_t count, int dtype, uintptr_t factor, uintptr_t executor) {
-        const GradientScale params{pointer<const void>(input), pointer<void>(output),       count,
-                                   Dtype{dtype},               pointer<const float>(factor), threads_of(executor)};
+      [](const Tensor& input, const Tensor& output, int64_t count, const Tensor& factor, uintptr_t executor) {
+        const GradientScale params{input.data, output.data, count, input.dtype, factor.as<const float>(),
+                                   threads_of(executor)};
         DALLE_RUN(gradient_scale, params, executor);
       },
-      "input"_a, "output"_a, "count"_a, "dtype"_a, "factor"_a, "executor"_a);
+      "input"_a, "output"_a, "count"_a, "factor"_a, "executor"_a);
 }

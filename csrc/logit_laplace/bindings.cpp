@@ -1,7 +1,5 @@
 #include "logit_laplace/logit_laplace.h"
 
-#include <tuple>
-
 #include "common/module.h"
 
 using namespace dalle;
@@ -9,35 +7,27 @@ using namespace pybind11::literals;
 
 namespace {
 
-// data_ptr(), dtype, stride(); the sizes are those of x.
-using Tensor = std::tuple<uintptr_t, int, std::vector<int64_t>>;
-
-LogitLaplaceTensor tensor(const Tensor& given, const std::vector<int64_t>& sizes) {
-  const auto& [address, dtype, strides] = given;
-  return {pointer<const void>(address), Dtype{dtype}, strided(sizes, strides)};
-}
+LogitLaplaceTensor given(const Tensor& t) { return {t.data, t.dtype, t.shape()}; }
 
 }  // namespace
 
 DALLE_BINDINGS(m) {
   m.def(
       "logit_laplace_loss",
-      [](const std::vector<int64_t>& sizes, const Tensor& x, const Tensor& mu, const Tensor& log_b, uintptr_t loss,
-         uintptr_t partial, double divisor, uintptr_t executor) {
-        const LogitLaplaceLoss params{tensor(x, sizes),         tensor(mu, sizes), tensor(log_b, sizes),
-                                      pointer<float>(loss),     pointer<double>(partial), divisor,
-                                      threads_of(executor)};
+      [](const Tensor& x, const Tensor& mu, const Tensor& log_b, const Tensor& loss, const Tensor& partial,
+         double divisor, uintptr_t executor) {
+        const LogitLaplaceLoss params{given(x), given(mu), given(log_b), loss.as<float>(),
+                                      partial.as<double>(), divisor, threads_of(executor)};
         DALLE_RUN(logit_laplace_loss, params, executor);
       },
-      "sizes"_a, "x"_a, "mu"_a, "log_b"_a, "loss"_a, "partial"_a, "divisor"_a, "executor"_a);
+      "x"_a, "mu"_a, "log_b"_a, "loss"_a, "partial"_a, "divisor"_a, "executor"_a);
   m.def(
       "logit_laplace_loss_backward",
-      [](const std::vector<int64_t>& sizes, const Tensor& grad, const Tensor& x, const Tensor& mu, const Tensor& log_b,
-         uintptr_t grad_mu, uintptr_t grad_log_b, double divisor, uintptr_t executor) {
-        const LogitLaplaceLossBackward params{tensor(grad, sizes),      tensor(x, sizes),          tensor(mu, sizes),
-                                              tensor(log_b, sizes),     pointer<void>(grad_mu),    pointer<void>(grad_log_b),
-                                              divisor,                  threads_of(executor)};
+      [](const Tensor& grad, const Tensor& x, const Tensor& mu, const Tensor& log_b, const Tensor& grad_mu,
+         const Tensor& grad_log_b, double divisor, uintptr_t executor) {
+        const LogitLaplaceLossBackward params{given(grad),  given(x),        given(mu), given(log_b),
+                                              grad_mu.data, grad_log_b.data, divisor,   threads_of(executor)};
         DALLE_RUN(logit_laplace_loss_backward, params, executor);
       },
-      "sizes"_a, "grad"_a, "x"_a, "mu"_a, "log_b"_a, "grad_mu"_a, "grad_log_b"_a, "divisor"_a, "executor"_a);
+      "grad"_a, "x"_a, "mu"_a, "log_b"_a, "grad_mu"_a, "grad_log_b"_a, "divisor"_a, "executor"_a);
 }

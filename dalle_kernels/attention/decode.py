@@ -12,7 +12,7 @@ from .. import _native, _triton
 from .._dispatch import Op
 from . import reference
 from .cache import KVCache
-from .ops import PATTERN_SCHEMA, check_heads, checked_scale, described
+from .ops import PATTERN_SCHEMA, check_heads, checked_scale
 from .slots import visible_keys
 
 
@@ -21,22 +21,10 @@ def _fake(q, k_new, v_new, text, image, position, *pattern):
 
 
 def _decode_native(q, k_new, v_new, text, image, position, kind, text_len, height, width, kernel_size, scale):
-    _, prompts, heads, samples, capacity, head_dim = image.shape
     text_keys, slots, new_key = visible_keys(position, image.device, kind, text_len, height, width, kernel_size)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _native.call(
-        "decode_attention",
-        q.device,
-        _native.DTYPES[q.dtype],
-        (prompts, samples, heads, head_dim),
-        scale,
-        *described(q, k_new, v_new),
-        (text.data_ptr(), text_len, text_keys),
-        (image.data_ptr() + slots.first * head_dim * image.element_size(), capacity, slots.count),
-        0 if slots.listed is None else slots.listed.data_ptr(),
-        new_key,
-        out.data_ptr(),
-    )
+    seen = text_keys, slots.first, slots.count, slots.listed, new_key
+    _native.call("decode_attention", q.device, q, k_new, v_new, text, image, out, *seen, scale)
     return out
 
 

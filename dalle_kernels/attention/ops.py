@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from .. import _native, _triton
 from .._dispatch import Op, forced_provider
+from .._prepared import Prepared
 from . import reference
 from .pattern import KINDS, AttentionPattern
 
@@ -38,32 +40,24 @@ def _backward_fake(grad_out, q, k, v, out, lse, kind, text_len, height, width, k
     return reference.empty_heads(q), reference.empty_heads(k), reference.empty_heads(v)
 
 
-def described(*tensors: torch.Tensor) -> list[tuple[int, tuple[int, ...]]]:
-    """The tensors as compiled kernels get them: address and strides."""
-    return [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
-
-
 def _forward_native(q, k, v, kind, *pattern):
     out, lse = _empty_results(q)
-    settings = _native.DTYPES[q.dtype], q.shape, KINDS.index(kind), *pattern
-    _native.call("sparse_attention", q.device, *settings, *described(q, k, v, out), lse.data_ptr())
+    _native.call("sparse_attention", q.device, q, k, v, out, lse, KINDS.index(kind), *pattern)
     return out, lse
 
 
 def _backward_native(grad_out, q, k, v, out, lse, kind, *pattern):
-    dq, dk, dv = _backward_fake(grad_out, q, k, v, out, lse, kind, *pattern)
-    settings = _native.DTYPES[q.dtype], q.shape, KINDS.index(kind), *pattern
-    _native.call("sparse_attention_backward", q.device, *settings, *described(grad_out, q, k, v, dq, dk, dv))
-    return dq, dk, dv
+    gradients = _backward_fake(grad_out, q, k, v, out, lse, kind, *pattern)
+    _native.call("sparse_attention_backward", q.device, grad_out, q, k, v, *gradients, KINDS.index(kind), *pattern)
+    return gradients
 
 
 def _cuda_unsupported(q, k, v, kind, *pattern) -> str | None:
     ahead = (kind, q.dtype, q.shape[-1]) in AHEAD_OF_TRITON and q.shape[0] * q.shape[1] >= FEWEST_HEADS_AHEAD
     if not ahead and forced_provider() != "native":
         return "no run on a GPU has shown it ahead of Triton for such a call; dalle_kernels.use('native') takes it"
-    settings = _native.DTYPES[q.dtype], q.shape, KINDS.index(kind), *pattern[:4]
     with torch.cuda.device(q.device):
-        return _native.library("cuda").sparse_attention_refusal(*settings, *described(q, k, v))
+        return _native.library("cuda").sparse_attention_refusal(q, k, v, KINDS.index(kind), *pattern[:4])
 
 
 def _forward_unsupported(q, *arguments) -> str | None:
@@ -216,9 +210,35 @@ def sparse_attention(
     Raises:
         ValueError, TypeError: for arguments outside these bounds; nothing is copied or converted silently.
     """
+    run = _prepared.find((q, k, v), (pattern, scale))
+    if run is not None:
+        return run(q, k, v)
     if not _well_formed(q, k, v, pattern):
         _check(q, k, v, pattern)
-    out, _ = _forward(
-        q, k, v, pattern.kind, pattern.text_len, *pattern.grid, pattern.kernel_size, checked_scale(scale, q.shape[-1])
-    )
-    return out
+    return _forward(q, k, v, *_settings(q, pattern, scale))[0]
+
+
+def _settings(q: torch.Tensor, pattern: AttentionPattern, scale: float | None) -> tuple:
+    """The operator's arguments that are no tensors."""
+    numbers = pattern.text_len, *pattern.grid, pattern.kernel_size
+    return pattern.kind, *numbers, checked_scale(scale, q.shape[-1])
+
+
+def _prepare(q, k, v, pattern, scale) -> Callable | None:
+    """How a call without a gradient runs: as the operator's, but for the log-sum-exp, which nobody asks for."""
+    _check(q, k, v, pattern)
+    kind, *numbers = settings = _settings(q, pattern, scale)
+    if _forward.choose("cpu", (q, k, v, *settings)).name != "native":
+        return None
+    kernel, settings = _native.cpu_kernel("sparse_attention"), (KINDS.index(kind), *numbers)
+    shape, strides = q.shape, reference.head_strides(*q.shape)
+
+    def run(q, k, v):
+        out = q.new_empty_strided(shape, strides)
+        kernel(q, k, v, out, None, *settings, torch.get_num_threads())
+        return out
+
+    return run
+
+
+_prepared = Prepared(_prepare)

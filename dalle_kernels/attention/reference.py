@@ -31,9 +31,12 @@ def empty_heads(like: torch.Tensor) -> torch.Tensor:
 
     Joining the heads of such a tensor for the output projection moves no memory.
     """
-    _, heads, seq, head_dim = like.shape
-    strides = (seq * heads * head_dim, head_dim, heads * head_dim, 1)
-    return like.new_empty_strided(like.shape, strides)
+    return like.new_empty_strided(like.shape, head_strides(*like.shape))
+
+
+def head_strides(batch: int, heads: int, seq: int, head_dim: int) -> tuple[int, int, int, int]:
+    """Those of a tensor by :func:`empty_heads`."""
+    return seq * heads * head_dim, head_dim, heads * head_dim, 1
 
 
 def sparse_attention(

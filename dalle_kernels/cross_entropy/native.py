@@ -10,7 +10,7 @@ Results are the same for any number of threads as far as ``torch.mm`` gives the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ def _balanced(count: int, most: int, multiple: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
+def _most_rows(classes: int, width: int) -> int:
+    """Of a chunk."""
+    return _CHUNK_FLOATS // (classes + _ROW_COPIES * width)
+
+
 class _GradientOfWeight:
     """Sums of a chunk's products into the weight's gradient, rounded to its dtype once."""
 
@@ -49,17 +54,8 @@ class _GradientOfWeight:
         for panel in self.panels:
             part = self.gradient[panel]
             term = torch.mm(logits[panel], rows, out=self.product[: len(part)])
-            _native.call(
-                "gradient_sum",
-                term.device,
-                term.data_ptr(),
-                part.data_ptr(),
-                self.low[panel].data_ptr(),
-                part.numel(),
-                first,
-                last,
-                _native.DTYPES[part.dtype],
-            )
+            count, low = part.numel(), self.low[panel]
+            _native.call("gradient_sum", term.device, term, part, low, count, first, last)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -76,11 +72,10 @@ class _Chunks:
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int):
         rows, (classes, width) = hidden.shape[0], weight.shape
         self.hidden, self.weight, self.target, self.ignore_index = hidden, weight, target, ignore_index
-        self.targets = (target.data_ptr(), *target.stride(), ignore_index)
-        self.counted = self._counted_rows(rows, classes)
+        self.counted = self._counted_rows(classes)
         self.bias = None if bias is None else _wide(bias).contiguous()
         self.total = 0.0  # of the losses
-        self.chunks = _balanced(rows, _CHUNK_FLOATS // (classes + _ROW_COPIES * width), 16)
+        self.chunks = _balanced(rows, _most_rows(classes, width), 16)
         self.narrow = weight.dtype != torch.float32
         self.panels = _balanced(classes, _PANEL_FLOATS // max(width, 1) if self.narrow else classes, 16)
         self.panel = _scratch(self.panels[0].stop, width) if len(self.panels) > 1 else None
@@ -90,12 +85,12 @@ class _Chunks:
             step = self.chunks[0].stop if self.chunks else 0
             self.logits = _scratch(classes, step)
 
-    def _counted_rows(self, rows: int, classes: int) -> int:
+    def _counted_rows(self, classes: int) -> int:
         """How many rows count; raises where one of them has a target that is no class."""
-        target = self.target
-        counted, outside = _native.call("cross_entropy_targets", target.device, rows, classes, *self.targets)
+        target, ignore_index = self.target, self.ignore_index
+        counted, outside = _native.call("cross_entropy_targets", target.device, target, classes, ignore_index)
         if outside >= 0 and not reference.must_not_wait(target):
-            reference.refuse_target(int(target[outside]), classes, self.ignore_index)
+            reference.refuse_target(int(target[outside]), classes, ignore_index)
         return counted
 
     def _wide_weight(self) -> Iterator[tuple[slice, Tensor]]:
@@ -117,32 +112,29 @@ class _Chunks:
             torch.mm(weight, rows.t(), out=logits[panel])
         return logits
 
-    def _logits(self, chunk: slice, results: tuple[int, ...] = (0, 0, 0, 0, 0)) -> Tensor:
+    def _logits(
+        self,
+        chunk: slice,
+        loss: Tensor | None = None,
+        row_scale: Tensor | None = None,
+        row_factor: Tensor | None = None,
+        bias_sums: Tensor | None = None,
+    ) -> Tensor:
         """The losses of a chunk, and its logits ``[classes, rows]`` or their gradient.
 
-        ``results`` are addresses of all rows' losses, of what reaches each of them with its stride, of the chunk's row
-        factors and of the bias's sums: 0 where they are not wanted.
+        ``loss`` takes all rows' losses, ``row_scale`` is what reaches each of them, ``row_factor`` takes the chunk's
+        row factors, ``bias_sums`` the sums for the bias: None where they are not wanted.
         """
         logits = self._products(chunk)
-        classes, rows = logits.shape
-        bias = 0 if self.bias is None else self.bias.data_ptr()
-        self.total += _native.call(
-            "cross_entropy_chunk",
-            logits.device,
-            logits.data_ptr(),
-            rows,
-            classes,
-            *self.targets,
-            chunk.start,
-            bias,
-            *results,
-        )
+        results = loss, row_scale, row_factor, bias_sums
+        given = logits, self.target, self.bias, *results, chunk.start, self.ignore_index
+        self.total += _native.call("cross_entropy_chunk", logits.device, *given)
         return logits
 
     def losses(self) -> Tensor:
         loss = torch.empty(len(self.hidden), dtype=torch.float32)
         for chunk in self.chunks:
-            self._logits(chunk, (loss.data_ptr(), 0, 0, 0, 0))
+            self._logits(chunk, loss)
         return loss
 
     def add_losses(self) -> None:
@@ -171,10 +163,8 @@ class _Chunks:
                 grad_weight.gradient.zero_()
         step = self.chunks[0].stop if self.chunks else 0
         row_factor, sums = _scratch(step), _scratch(step, self.weight.shape[1])
-        results = (0, row_scale.data_ptr(), *row_scale.stride(), row_factor.data_ptr())
-        results += (0 if bias_sums is None else bias_sums.data_ptr(),)
         for chunk in self.chunks:
-            logits = self._logits(chunk, results)
+            logits = self._logits(chunk, None, row_scale, row_factor, bias_sums)
             rows = self.hidden[chunk]
             factor = row_factor[: len(rows), None]
             if output_mask[0]:
@@ -242,18 +232,37 @@ def linear_cross_entropy_reduced(
     return chunks.reduced(reduction)
 
 
+def prepare_reduced(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
+) -> Callable | None:
+    """How :func:`linear_cross_entropy_reduced` runs for float32 tensors that look like these and make one chunk.
+
+    None for others. ``hidden`` and ``target`` may have more dimensions than the operator's.
+    """
+    (classes, width), rows, mean = weight.shape, target.numel(), reduction == "mean"
+    if not 0 < rows <= _most_rows(classes, width) or (bias is not None and not bias.is_contiguous()):
+        return None
+    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in (hidden, weight, bias)):
+        return None
+    flat, kernel = target.dim() == 1, _native.cpu_kernel("cross_entropy_reduced")
+
+    def run(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
+        if not flat:
+            hidden, target = hidden.reshape(rows, width), target.reshape(rows)
+        logits = torch.nn.functional.linear(weight, hidden)
+        loss = torch.empty_strided((), (), dtype=torch.float32, device="cpu")
+        outside = kernel(logits, target, bias, loss, mean, ignore_index, torch.get_num_threads())
+        if outside >= 0:
+            reference.refuse_target(int(target[outside]), classes, ignore_index)
+        return loss
+
+    return run
+
+
 def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     gradient = gradient.contiguous()  # which it is already, unless a compiler chose another layout
     output = torch.empty_like(gradient)
-    _native.call(
-        "gradient_scale",
-        gradient.device,
-        gradient.data_ptr(),
-        output.data_ptr(),
-        gradient.numel(),
-        _native.DTYPES[gradient.dtype],
-        factor.data_ptr(),
-    )
+    _native.call("gradient_scale", gradient.device, gradient, output, gradient.numel(), factor)
     return output
 
 

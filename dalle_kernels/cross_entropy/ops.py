@@ -9,11 +9,14 @@ reduced loss, except in float16: there a loss scale must multiply the gradients 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
 from dalle_kernels._dispatch import Op, dispatcher_is_needed, has_transform
+from dalle_kernels._prepared import Prepared
 from dalle_kernels.cross_entropy import native, reference
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -196,6 +199,18 @@ def _wanted_gradients(*tensors: Tensor | None) -> list[bool]:
     return [tensor is not None and tensor.requires_grad for tensor in tensors]
 
 
+def _prepare(hidden, weight, target, bias, ignore_index: int, reduction: str) -> Callable | None:
+    _check(hidden, weight, target, bias, reduction)
+    rows, settings = hidden.reshape(target.numel(), hidden.shape[-1]), (ignore_index, reduction)
+    arguments = (rows, weight, target.reshape(-1), bias, *settings)
+    if reduction == "none" or linear_cross_entropy_reduced_op.choose("cpu", arguments).name != "native":
+        return None
+    return native.prepare_reduced(hidden, weight, target, bias, *settings)
+
+
+_prepared = Prepared(_prepare)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -223,6 +238,9 @@ def linear_cross_entropy(
         TypeError, ValueError: a wrong dtype, shape, device or reduction. A target that is neither a class nor
             ``ignore_index`` raises on the CPU; on a GPU, where looking at it would mean waiting, the loss is NaN.
     """
+    run = _prepared.find((hidden, weight, target, bias), (ignore_index, reduction))
+    if run is not None:
+        return run(hidden, weight, target, bias)
     if not _well_formed(hidden, weight, target, bias, reduction):
         _check(hidden, weight, target, bias, reduction)
     classes = target if target.dim() == 1 else target.reshape(-1)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
-from dalle_kernels._dispatch import Op, dispatcher_is_needed, forced_provider, is_differentiated
+from dalle_kernels._dispatch import Op, dispatcher_is_needed, forced_provider
+from dalle_kernels._prepared import Prepared
 from dalle_kernels._strides import contiguous_strides
 from dalle_kernels.gumbel_softmax import reference
 from dalle_kernels.philox import new_seed
@@ -67,7 +68,7 @@ gumbel_codebook_backward_op = Op(
 )
 
 
-# ---- The compiled kernels. They get a tensor as its address and strides; their bindings tell rows from columns.
+# ---- The compiled kernels. Their bindings tell rows from columns.
 
 _MAX_ROW_DIMS = 8  # Strided::MAX_DIMS in csrc/common/strided.h
 _MAX_COLUMNS = 1 << 24  # column numbers are compared as float32
@@ -88,57 +89,41 @@ def _empty_kl(logits: Tensor, dim: int) -> Tensor:
     return logits.new_empty_strided(*_layout(logits.shape, dim), dtype=torch.float32)
 
 
-def _described(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.stride()
-
-
-def _codebook(tensor: Tensor) -> tuple[int, int, int, int, int]:
-    return tensor.data_ptr(), _native.DTYPES[tensor.dtype], tensor.shape[1], *tensor.stride()
-
-
-def _call(kernel: str, logits: Tensor, seed: Tensor, offset: Tensor, tau: Tensor, dim: int, *arguments) -> None:
-    noise = seed.data_ptr(), offset.data_ptr(), tau.data_ptr()
-    _native.call(kernel, logits.device, _native.DTYPES[logits.dtype], logits.shape, dim, noise, *arguments)
-
-
-def _sample_native(logits, seed, offset, tau, hard, dim) -> Tensor:
+def _sample_native(logits, *noise_and_settings) -> Tensor:
     y = _fake_logits(logits)
-    _call("gumbel_softmax", logits, seed, offset, tau, dim, hard, _described(logits), _described(y), 0)
+    _native.call("gumbel_softmax", logits.device, logits, y, None, *noise_and_settings)
     return y
 
 
 def _sample_kl_native(logits, seed, offset, tau, hard, dim) -> tuple[Tensor, Tensor]:
     y, kl = _fake_logits(logits), _empty_kl(logits, dim)
-    _call("gumbel_softmax", logits, seed, offset, tau, dim, hard, _described(logits), _described(y), kl.data_ptr())
+    _native.call("gumbel_softmax", logits.device, logits, y, kl, seed, offset, tau, hard, dim)
     return y, kl
 
 
-def _sample_backward_native(grad_y, logits, y, seed, offset, tau, hard, dim) -> Tensor:
-    return _sample_kl_backward_native(grad_y, None, logits, y, seed, offset, tau, hard, dim)
+def _sample_backward_native(grad_y, *rest) -> Tensor:
+    return _sample_kl_backward_native(grad_y, None, *rest)
 
 
-def _sample_kl_backward_native(grad_y, grad_kl, logits, y, seed, offset, tau, hard, dim) -> Tensor:
+def _sample_kl_backward_native(grad_y, grad_kl, logits, y, *noise_and_settings) -> Tensor:
     grad_logits = _fake_logits(logits)
-    tensors = _described(grad_y), _described(logits), _described(y)
-    grad_rows = None if grad_kl is None else _described(grad_kl)
-    _call("gumbel_softmax_backward", logits, seed, offset, tau, dim, hard, *tensors, grad_rows, _described(grad_logits))
+    tensors = grad_y, grad_kl, logits, y, grad_logits
+    _native.call("gumbel_softmax_backward", logits.device, *tensors, *noise_and_settings)
     return grad_logits
 
 
 def _codebook_native(logits, codebook, seed, offset, tau, dim) -> tuple[Tensor, Tensor]:
     embedding = codebook.new_empty_strided(*_layout(logits.shape, dim, codebook.shape[1]))
     kl = _empty_kl(logits, dim)
-    tensors = _described(logits), _codebook(codebook), _described(embedding), kl.data_ptr()
-    _call("gumbel_codebook", logits, seed, offset, tau, dim, *tensors)
+    _native.call("gumbel_codebook", logits.device, logits, codebook, embedding, kl, seed, offset, tau, dim)
     return embedding, kl
 
 
-def _codebook_backward_native(grad_embedding, grad_kl, logits, codebook, seed, offset, tau, dim):
-    grad_logits, grad_codebook = _fake_logits(logits), torch.empty_like(codebook)
-    inputs = _described(grad_embedding), _described(grad_kl), _described(logits), _codebook(codebook)
-    outputs = _described(grad_logits), _codebook(grad_codebook)
-    _call("gumbel_codebook_backward", logits, seed, offset, tau, dim, *inputs, *outputs)
-    return grad_logits, grad_codebook
+def _codebook_backward_native(grad_embedding, grad_kl, logits, codebook, *noise_and_dim):
+    gradients = _fake_logits(logits), torch.empty_like(codebook)
+    inputs = grad_embedding, grad_kl, logits, codebook
+    _native.call("gumbel_codebook_backward", logits.device, *inputs, *gradients, *noise_and_dim)
+    return gradients
 
 
 def _unsupported_logits(logits: Tensor, tau: Tensor, dim: int) -> str | None:
@@ -332,11 +317,25 @@ def _check(logits: Tensor, tau: float, dim: int) -> None:
         raise ValueError(f"expected a finite temperature tau above 0, got {tau}; for a one-hot sample pass hard=True")
 
 
+def _check_codebook(logits: Tensor, codebook: Tensor, dim: int) -> None:
+    if not isinstance(codebook, Tensor) or not codebook.is_floating_point():
+        got = codebook.dtype if isinstance(codebook, Tensor) else type(codebook).__name__
+        raise TypeError(f"expected codebook as a floating-point tensor, got {got}; convert it with codebook.float()")
+    if codebook.dim() != 2 or codebook.shape[0] != logits.shape[dim]:
+        raise ValueError(
+            f"expected a codebook of shape [{logits.shape[dim]}, D], one row per code along dim {dim} of the logits, "
+            f"got {tuple(codebook.shape)}"
+        )
+    if codebook.device != logits.device:
+        raise ValueError(
+            f"expected the codebook on the logits' device {logits.device}, got {codebook.device}; move it with .to()"
+        )
+
+
 def _sample(op: Op, tensors: tuple[Tensor, ...], tau: float, generator: torch.Generator | None, *settings):
     """What ``op`` gives for ``tensors``, whose first are the logits, with a seed drawn for the call.
 
-    Seed, offset and temperature are scalar tensors on the logits' device. A call that is over when it returns, and of
-    which no backward keeps anything, finds all three in memory that is there.
+    Seed, offset and temperature are scalar tensors on the logits' device.
     """
     device, dtype = tensors[0].device, reference.compute_dtype(tensors[0].dtype)
     if torch.compiler.is_dynamo_compiling():
@@ -345,15 +344,23 @@ def _sample(op: Op, tensors: tuple[Tensor, ...], tau: float, generator: torch.Ge
     elif device != _CPU or dispatcher_is_needed(tensors):
         temperature = torch.full((), float(tau), dtype=dtype, device=device)
     else:
-        scalars = _kept_scalars(float(tau), dtype)
-        if is_differentiated(tensors):
-            return op(*tensors, new_seed(device, generator), *scalars, *settings)
-        return op.run(*tensors, new_seed(device, generator, _of_thread.seed), *scalars, *settings)
+        return op(*tensors, new_seed(device, generator), *_kept_scalars(float(tau), dtype), *settings)
     offset = torch.zeros((), dtype=torch.int64, device=device)
     return op(*tensors, new_seed(device, generator), offset, temperature, *settings)
 
 
 _CPU = torch.device("cpu")
+
+
+@lru_cache(maxsize=16)
+def _kept_scalars(tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Offset 0 and the temperature as CPU scalars, made once, for nobody writes to them; anew they take 4 µs a call."""
+    with torch.inference_mode(False):  # a backward may save them
+        zero = torch.zeros((), dtype=torch.int64, device="cpu")
+        return zero, torch.full((), tau, dtype=dtype, device="cpu")
+
+
+# ---- Eager calls without a gradient. They are over when they return, so that the seed too finds memory that is there.
 
 
 class _OfThread(threading.local):
@@ -367,12 +374,69 @@ class _OfThread(threading.local):
 _of_thread = _OfThread()
 
 
-@lru_cache(maxsize=16)
-def _kept_scalars(tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Offset 0 and the temperature as CPU scalars, made once, for nobody writes to them; anew they take 4 µs a call."""
-    with torch.inference_mode(False):  # a backward may save them
-        zero = torch.zeros((), dtype=torch.int64, device="cpu")
-        return zero, torch.full((), tau, dtype=dtype, device="cpu")
+def _native_scalars(op: Op, tensors: tuple[Tensor, ...], tau: float, *settings) -> tuple[Tensor, Tensor] | None:
+    """Offset and temperature of calls that look like this one, or None without a compiled kernel for them."""
+    offset, temperature = _kept_scalars(float(tau), reference.compute_dtype(tensors[0].dtype))
+    provider = op.choose("cpu", (*tensors, offset, offset, temperature, *settings))
+    return (offset, temperature) if provider.name == "native" else None
+
+
+def _seed(generator: torch.Generator | None) -> Tensor:
+    return new_seed(_CPU, generator, _of_thread.seed)
+
+
+def _prepare_sample(logits: Tensor, tau: float, hard: bool, dim: int) -> Callable | None:
+    _check(logits, tau, dim)
+    scalars = _native_scalars(gumbel_softmax_op, (logits,), tau, hard, dim)
+    if scalars is None:
+        return None
+    kernel, shape, strides = _native.cpu_kernel("gumbel_softmax"), logits.shape, contiguous_strides(logits.shape)
+
+    def run(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        y = logits.new_empty_strided(shape, strides)
+        kernel(logits, y, None, _seed(generator), *scalars, hard, dim, torch.get_num_threads())
+        return y
+
+    return run
+
+
+def _prepare_sample_kl(logits: Tensor, tau: float, hard: bool, dim: int) -> Callable | None:
+    _check(logits, tau, dim)
+    scalars = _native_scalars(gumbel_softmax_kl_op, (logits,), tau, hard, dim)
+    if scalars is None:
+        return None
+    kernel, shape, strides = _native.cpu_kernel("gumbel_softmax"), logits.shape, contiguous_strides(logits.shape)
+    rows = _layout(shape, dim)
+
+    def run(logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        y = logits.new_empty_strided(shape, strides)
+        kl = logits.new_empty_strided(*rows, dtype=torch.float32)
+        kernel(logits, y, kl, _seed(generator), *scalars, hard, dim, torch.get_num_threads())
+        return y, kl
+
+    return run
+
+
+def _prepare_codebook(logits: Tensor, codebook: Tensor, tau: float, dim: int) -> Callable | None:
+    _check(logits, tau, dim)
+    _check_codebook(logits, codebook, dim)
+    scalars = _native_scalars(gumbel_codebook_op, (logits, codebook), tau, dim)
+    if scalars is None:
+        return None
+    kernel, rows = _native.cpu_kernel("gumbel_codebook"), _layout(logits.shape, dim)
+    vectors = _layout(logits.shape, dim, codebook.shape[1])
+
+    def run(logits: Tensor, codebook: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        embedding = codebook.new_empty_strided(*vectors)
+        kl = logits.new_empty_strided(*rows, dtype=torch.float32)
+        kernel(logits, codebook, embedding, kl, _seed(generator), *scalars, dim, torch.get_num_threads())
+        return embedding, kl
+
+    return run
+
+
+_prepared_sample, _prepared_sample_kl = Prepared(_prepare_sample), Prepared(_prepare_sample_kl)
+_prepared_codebook = Prepared(_prepare_codebook)
 
 
 def gumbel_softmax(
@@ -396,6 +460,9 @@ def gumbel_softmax(
         TypeError, ValueError: logits not floating or without a code, dim out of range, tau not above 0, or a generator
             on another device.
     """
+    run = _prepared_sample.find((logits,), (tau, hard, dim))
+    if run is not None:
+        return run(logits, generator)
     _check(logits, tau, dim)
     return _sample(gumbel_softmax_op, (logits,), tau, generator, hard, dim)
 
@@ -409,6 +476,9 @@ def gumbel_softmax_kl(
     number per row: the logits' shape without ``dim``, float32 (float64 for float64 logits), 0 <= kl <= ln K.
     Arguments, y and errors are those of :func:`gumbel_softmax`. Both outputs carry gradients to the logits.
     """
+    run = _prepared_sample_kl.find((logits,), (tau, hard, dim))
+    if run is not None:
+        return run(logits, generator)
     _check(logits, tau, dim)
     return _sample(gumbel_softmax_kl_op, (logits,), tau, generator, hard, dim)
 
@@ -431,17 +501,9 @@ def gumbel_codebook(
     Raises:
         TypeError, ValueError: as :func:`gumbel_softmax`, or a codebook that is not ``[K, D]`` on the logits' device.
     """
+    run = _prepared_codebook.find((logits, codebook), (tau, dim))
+    if run is not None:
+        return run(logits, codebook, generator)
     _check(logits, tau, dim)
-    if not isinstance(codebook, Tensor) or not codebook.is_floating_point():
-        got = codebook.dtype if isinstance(codebook, Tensor) else type(codebook).__name__
-        raise TypeError(f"expected codebook as a floating-point tensor, got {got}; convert it with codebook.float()")
-    if codebook.dim() != 2 or codebook.shape[0] != logits.shape[dim]:
-        raise ValueError(
-            f"expected a codebook of shape [{logits.shape[dim]}, D], one row per code along dim {dim} of the logits, "
-            f"got {tuple(codebook.shape)}"
-        )
-    if codebook.device != logits.device:
-        raise ValueError(
-            f"expected the codebook on the logits' device {logits.device}, got {codebook.device}; move it with .to()"
-        )
+    _check_codebook(logits, codebook, dim)
     return _sample(gumbel_codebook_op, (logits, codebook), tau, generator, dim)

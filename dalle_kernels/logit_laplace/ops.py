@@ -24,52 +24,26 @@ def _fake_backward(grad_loss: Tensor, x: Tensor, mu: Tensor, log_b: Tensor, redu
     return mu.new_empty(mu.shape), log_b.new_empty(log_b.shape)
 
 
-def _described(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    return tensor.data_ptr(), _native.DTYPES[tensor.dtype], tensor.stride()
-
-
 def _divisor(x: Tensor, reduction: str) -> float:
     return float(x.numel() if reduction == "mean" else 1)
 
 
 def _native_loss(x: Tensor, mu: Tensor, log_b: Tensor, reduction: str) -> Tensor:
-    # Not by torch.empty, which takes twice as long to read its arguments. Of the partial sums there is at least one, so
-    # that the address is one when there are no elements.
+    # Not by torch.empty, which takes twice as long to read its arguments. Of the partial sums there is at least one.
     if reduction == "none":
-        loss, partial = torch.empty(x.shape, dtype=torch.float32), 0
+        loss, partial = torch.empty(x.shape, dtype=torch.float32), None
     else:
         loss = torch.empty_strided((), (), dtype=torch.float32)
-        sums = torch.empty_strided((x.numel() // _BLOCK + 1,), (1,), dtype=torch.float64)
-        partial = sums.data_ptr()
-    _native.call(
-        "logit_laplace_loss",
-        x.device,
-        x.shape,
-        _described(x),
-        _described(mu),
-        _described(log_b),
-        loss.data_ptr(),
-        partial,
-        _divisor(x, reduction),
-    )
+        partial = torch.empty_strided((x.numel() // _BLOCK + 1,), (1,), dtype=torch.float64)
+    _native.call("logit_laplace_loss", x.device, x, mu, log_b, loss, partial, _divisor(x, reduction))
     return loss
 
 
 def _native_backward(grad_loss: Tensor, x: Tensor, mu: Tensor, log_b: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    grad_mu, grad_log_b = _fake_backward(grad_loss, x, mu, log_b, reduction)
-    _native.call(
-        "logit_laplace_loss_backward",
-        x.device,
-        x.shape,
-        _described(grad_loss.expand(x.shape)),
-        _described(x),
-        _described(mu),
-        _described(log_b),
-        grad_mu.data_ptr(),
-        grad_log_b.data_ptr(),
-        _divisor(x, reduction),
-    )
-    return grad_mu, grad_log_b
+    gradients = _fake_backward(grad_loss, x, mu, log_b, reduction)
+    inputs = grad_loss.expand(x.shape), x, mu, log_b
+    _native.call("logit_laplace_loss_backward", x.device, *inputs, *gradients, _divisor(x, reduction))
+    return gradients
 
 
 def _native_unsupported(*arguments) -> str | None:
