@@ -343,13 +343,37 @@ def _machine_line(found: dict) -> str:
     return f"On {found['processor']} ({details}):"
 
 
+def device_runs(path: Path) -> str:
+    """What a lent GPU showed in passing: no run of the benchmarks, so a list of its own."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    found = content["machine"]
+    rows = []
+    for row in content["rows"]:
+        took = row["microseconds"]
+        others = [f"{name} {_microseconds(time)} · {times(time / took)}" for name, time in row["others"].items()]
+        rows.append([row["work"], row["shape"], row["dtype"], row["kernel"], _microseconds(took), "; ".join(others)])
+    header = ["work", "shape", "dtype", "kernel", "µs", "beside it, µs · times ours"]
+    copy, products = found["copy_bytes_per_s"] / 1e12, found["gemm_bfloat16_per_s"] / 1e12
+    rates = f"copy {copy:.2f} TB/s, bf16 GEMM {products:.0f} TFLOP/s"
+    link = path.relative_to(ROOT).as_posix()
+    return (
+        f"On {found['gpu']} (torch {found['torch']}, triton {found['triton']}; {rates}), [{path.stem}]({link}). "
+        f"{content['how']} Dense causal attention is another function, with more pairs.\n\n{grid(header, rows, 4)}"
+    )
+
+
+def _microseconds(time: float) -> str:
+    return f"{time:,.0f}" if time >= 100 else f"{time:.3g}"
+
+
 def tables(paths: Iterable[Path]) -> str:
     """The tables of all results files, machine by machine."""
     machines: dict[str, list[tuple[Path, dict]]] = {}
     for path in sorted(paths):
         content = json.loads(path.read_text(encoding="utf-8"))
         machines.setdefault(slug(content["machine"]), []).append((path, content))
-    return "\n\n".join(machine_section(contents) for contents in machines.values())
+    sections = [machine_section(contents) for contents in machines.values()]
+    return "\n\n".join([*sections, *map(device_runs, sorted((RESULTS / "device_runs").glob("*.json")))])
 
 
 def main() -> None:
