@@ -344,7 +344,7 @@ def _machine_line(found: dict) -> str:
 
 
 def device_runs(path: Path) -> str:
-    """What a lent GPU showed in passing: no run of the benchmarks, so a list of its own."""
+    """What a GPU showed while kernels were written: no run of the benchmarks, so a list of its own."""
     content = json.loads(path.read_text(encoding="utf-8"))
     found = content["machine"]
     rows = []
