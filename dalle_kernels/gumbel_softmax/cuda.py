@@ -1,4 +1,4 @@
-"""Which calls the CUDA kernels of csrc/gumbel_softmax serve, by what registers hold, and which of these before Triton's."""
+"""Which calls the CUDA kernels of csrc/gumbel_softmax serve, by what registers hold, and which before Triton's."""
 
 from __future__ import annotations
 
