@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,24 +29,13 @@ def test_hopper_kernels_compile_to_what_is_known():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc").rglob("*.cu")), ids=lambda path: path.stem)
-def test_cuda_kernels_do_not_spill(source, tmp_path):
-    command = [
-        "nvcc",
-        "-std=c++17",
-        "-O3",
-        "-I",
-        str(ROOT / "csrc"),
-        "-Xptxas",
-        "-v",
-        "-c",
-        "-o",
-        str(tmp_path / "object"),
-    ]
-    architectures = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ("80", "90a")]
-    result = subprocess.run([*command, *architectures, str(source)], check=True, capture_output=True, text=True)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stdout + result.stderr)
-    assert spills
-    assert all(spill == ("0", "0") for spill in spills)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's cuobjdump")
+@pytest.mark.skipif(importlib.util.find_spec("dalle_kernels._cuda") is None, reason="the CUDA library is not built")
+def test_compiled_cuda_kernels_do_not_spill():
+    """A kernel that spills registers, on any architecture in the library, has a stack frame to spill them to."""
+    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    library = importlib.util.find_spec("dalle_kernels._cuda").origin
+    done = subprocess.run([tool, "--dump-resource-usage", library], check=True, capture_output=True, text=True)
+    kernels = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", done.stdout)
+    assert kernels
+    assert [name for name, stack in kernels if stack != "0"] == []
