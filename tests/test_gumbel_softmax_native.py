@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import dalle_kernels
 from dalle_kernels import _native, _triton, philox
-from dalle_kernels.gumbel_softmax import gumbel_softmax, ops
+from dalle_kernels.gumbel_softmax import cuda, gumbel_softmax, ops
 from dalle_kernels.testing import poisoned_allocations
 
 pytestmark = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the CPU library is not built")
@@ -194,7 +194,7 @@ def test_generator_and_public_function_use_the_kernel():
 )
 def test_on_cuda_triton_serves_what_it_is_faster_at(shape, dim, dtype, hard, left, monkeypatch):
     """A check of the arguments alone: fake tensors of a chip that need not be here."""
-    monkeypatch.setattr(ops, "_triton_unavailable", lambda device_type: None)
+    monkeypatch.setattr(cuda, "_triton_unavailable", lambda device_type: None)
     names = ("gumbel_softmax", "gumbel_softmax_kl", "gumbel_softmax_backward", "gumbel_softmax_kl_backward")
     too_long = shape[dim] > 8192
     with FakeTensorMode(), _triton.assume(90, 132):
