@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import OURS, Candidate, Case, Goal, by_provider
+from harness import OURS, Candidate, Case, Goal, by_triton
 
 import dalle_kernels
 from dalle_kernels import AdamW16
@@ -56,7 +56,7 @@ def test_step(side_by_side, device, dtype, count):
             rivals=[
                 Candidate(FUSED, fused.step, note="28 bytes a parameter"),
                 Candidate("copy of 14 bytes a parameter", lambda: target.copy_(source), same_function=False),
-                *([by_provider("triton", ours.step)] if device == "cuda" else []),
+                *by_triton(device, ours.step),
             ],
             check=lambda: check(dtype, device),
             goals=[Goal("speed", GOALS[device], FUSED)],

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import OURS, Candidate, Case, Goal, by_provider, compiled
+from harness import OURS, Candidate, Case, Goal, by_triton, compiled
 from torch import Tensor
 
 import dalle_kernels
@@ -61,7 +61,7 @@ def test_grad_scale(side_by_side, device, work, dtype):
                 Candidate(EAGER, partial(plain, *args)),
                 compiled("torch, compiled", plain, lambda function: function(*args)),
                 Candidate("copy of as many bytes", lambda: target.copy_(source), same_function=False),
-                *([by_provider("triton", partial(ours, *args))] if device == "cuda" else []),
+                *by_triton(device, partial(ours, *args)),
             ],
             check=check,
             goals=[Goal("speed", 3, EAGER)] if device == "cuda" else [],

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import OURS, Candidate, Case, Goal, by_provider, compiled
+from harness import OURS, Candidate, Case, Goal, by_triton, compiled
 from torch import Tensor
 
 from dalle_kernels import gumbel_softmax, gumbel_softmax_kl
@@ -64,10 +64,6 @@ def speed_goals(cpu: float, eager: float, device: str) -> list[Goal]:
     return [Goal("speed", eager, EAGER), Goal("speed", 1.3, COMPILED)]
 
 
-def triton(device: str, run: Callable[[], object]) -> list[Candidate]:
-    return [by_provider("triton", run)] if device == "cuda" else []
-
-
 @each_dtype
 def test_forward(side_by_side, device, dtype):
     rows = 8 * 1024
@@ -94,7 +90,7 @@ def test_forward(side_by_side, device, dtype):
                 rivals=[
                     Candidate(EAGER, lambda: F.gumbel_softmax(logits)),
                     compiled(COMPILED, F.gumbel_softmax, lambda function: function(logits)),
-                    *triton(device, lambda: gumbel_softmax(logits)),
+                    *by_triton(device, lambda: gumbel_softmax(logits)),
                 ],
                 check=check,
                 goals=[*speed_goals(12, 6, device), Goal("extra bytes", 4 * rows + EXTRA_BYTES)],
@@ -145,7 +141,7 @@ def test_with_kl_and_backward(side_by_side, device, dtype, layout):
                 Candidate(EAGER, partial(with_gradient, eager_kl, logits, grad_y)),
                 compiled_rival,
                 Candidate("as DALLE-pytorch writes it", partial(with_gradient, dalle_pytorch_kl, logits, grad_y)),
-                *triton(device, partial(with_gradient, ours, logits, grad_y)),
+                *by_triton(device, partial(with_gradient, ours, logits, grad_y)),
             ],
             check=check,
             goals=[

@@ -63,6 +63,11 @@ def by_provider(provider: str, run: Callable[[], object]) -> Candidate:
     return Candidate(f"{OURS}, {provider}", forced)
 
 
+def by_triton(device: str, run: Callable[[], object]) -> list[Candidate]:
+    """Our own work by Triton on a GPU, where it may not be the default; nothing on a CPU."""
+    return [by_provider("triton", run)] if device == "cuda" else []
+
+
 @dataclass(frozen=True)
 class Unavailable:
     """A rival that cannot run here, and why."""
