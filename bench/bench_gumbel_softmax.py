@@ -71,8 +71,9 @@ def test_forward(side_by_side, device, dtype):
 
     def check() -> None:
         some = 64
+        numbers = torch.arange(some, device=device).view(-1, 1, 1)
         actual = gumbel_softmax(logits, generator=seeded(device))[:some]
-        noise = partial(gumbel_noise, new_seed(logits.device, seeded(device)), torch.arange(some).view(-1, 1, 1), CODES)
+        noise = partial(gumbel_noise, new_seed(logits.device, seeded(device)), numbers, CODES)
         near, exact = (
             plain(logits[:some].to(kind), 1.0, -1, noise(wide).view(some, CODES))[0]
             for kind, wide in ((dtype, torch.float32), (torch.float64, torch.float64))
@@ -112,7 +113,7 @@ def test_with_kl_and_backward(side_by_side, device, dtype, layout):
 
     def check() -> None:
         few = (slice(1), slice(None), slice(4))
-        rows = torch.arange(4 * side).view(1, 1, -1)
+        rows = torch.arange(4 * side, device=device).view(1, 1, -1)
         actual = with_gradient(partial(gumbel_softmax_kl, dim=1, generator=seeded(device)), logits, grad_y)
         actual = (actual[0][few], actual[1][0:1, :4], actual[2][few])
         noise = partial(gumbel_noise, new_seed(logits.device, seeded(device)), rows, CODES)
