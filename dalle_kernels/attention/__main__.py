@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 
+from dalle_kernels._picture_command import picture_command
 from dalle_kernels.attention.pattern import AttentionPattern
 
 TEXT_LEN, GRID, KERNEL_SIZE = 6, (4, 4), 3
@@ -65,16 +65,7 @@ def draw(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dalle_kernels.attention", description="Draw the attention masks.")
-    parser.add_argument("out", type=Path, help="the PNG to write")
-    path = parser.parse_args().out
-    if not path.parent.is_dir():
-        parser.error(f"expected a path in an existing folder, got {path}")
-    try:
-        draw(path)
-    except OSError as error:
-        parser.error(f"{path} cannot be written: {error.strerror or error}")
-    print(path)
+    picture_command("attention", "Draw the attention masks.", draw)
 
 
 if __name__ == "__main__":

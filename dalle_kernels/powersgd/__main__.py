@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dalle_kernels._picture_command import picture_command
 from dalle_kernels.powersgd import models, orthogonalize
 
 ROWS, COLUMNS = 992, 128
@@ -76,18 +76,7 @@ def draw(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dalle_kernels.powersgd", description="Draw losses of orthogonality."
-    )
-    parser.add_argument("out", type=Path, help="the PNG to write")
-    path = parser.parse_args().out
-    if not path.parent.is_dir():
-        parser.error(f"expected a path in an existing folder, got {path}")
-    try:
-        draw(path)
-    except OSError as error:
-        parser.error(f"{path} cannot be written: {error.strerror or error}")
-    print(path)
+    picture_command("powersgd", "Draw losses of orthogonality.", draw)
 
 
 if __name__ == "__main__":
