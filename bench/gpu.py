@@ -5,10 +5,10 @@
     python bench/gpu.py benchmarks --families attention float16 --seconds 240
 
 The tests that need a GPU come first, Triton's and those of captured graphs among them, in as many processes as there
-are cores, since most of their time is Triton's compiler's. Then NVIDIA's sanitizers, where they are installed, over
-short tests of the CUDA kernels. Then the benchmarks: all at once for one round, which leaves what they compile in
-caches, and one after another for their figures, until the time is over; the JSON is under ``bench/results/``. The last
-lines are a table of what was measured.
+are cores, since most of their time is Triton's compiler's. Beside them, for the same reason, run NVIDIA's sanitizers,
+where they are installed, over short tests of the CUDA kernels, and one round of every benchmark, which leaves what it
+compiles in caches. Then the benchmarks run alone, one after another, until the time is over; the JSON is under
+``bench/results/``. The last lines are a table of what was measured.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import compare
 import torch
@@ -44,6 +47,8 @@ SANITIZED = (
 OUR_KERNELS = "kernel_substring=5dalle"  # as names of csrc's namespace are mangled
 FAMILIES = ("attention", "gumbel_softmax", "cross_entropy", "adamw", "grad_scale", "logit_laplace", "float16", "model")
 """In the order in which their figures matter; any others follow."""
+PARTS_OF = {"attention": [("-k", kind) for kind in ("row", "column", "conv")]}
+"""Of families that compile much: what to compile side by side."""
 CPU_ONLY = ("linear", "mlp", "overhead")
 
 begin = time.perf_counter()
@@ -59,60 +64,62 @@ class Budget:
     def left(self) -> float:
         return max(1.0, self.seconds - (time.perf_counter() - begin))
 
-    def run(self, *command: str, seconds: float | None = None) -> bool:
-        """Whether the command succeeded, in the time that is left or in ``seconds``."""
-        print("+", " ".join(command), flush=True)
-        limit = min(seconds or self.left, self.left)
+    def run(self, *command: str, seconds: float | None = None, quiet: bool = False) -> bool:
+        """Whether the command succeeded, in the time that is left or in ``seconds``; a quiet one's output is not shown.
+
+        Others' output comes in one piece at the end, for several run side by side.
+        """
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            return subprocess.run(command, cwd=ROOT, check=False, timeout=limit).returncode == 0
+            output, _ = process.communicate(timeout=min(seconds or self.left, self.left))
         except subprocess.TimeoutExpired:
-            print("stopped: the time is over", flush=True)
-            return False
-
-
-def processes() -> int:
-    return max(1, (os.cpu_count() or 1) - 1)
+            os.killpg(process.pid, signal.SIGKILL)  # with its own processes
+            output, _ = process.communicate()
+            output += b"\nstopped: the time is over"
+        if not quiet:
+            print("+", " ".join(command), output.decode(errors="replace"), sep="\n", flush=True)
+        return process.returncode == 0
 
 
 def test(budget: Budget) -> list[str]:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of each process
-    failed = [] if budget.run(sys.executable, "-m", "dalle_kernels") else ["python -m dalle_kernels"]
-    if not budget.run(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", str(processes())):
-        failed.append("tests")
-    return failed
+    """As many tests at once as there are cores, with half of the time."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", str(max(1, (os.cpu_count() or 1) - 1)))
+    good = {
+        "python -m dalle_kernels": budget.run(sys.executable, "-m", "dalle_kernels"),
+        "tests": budget.run(*pytest, seconds=budget.left / 2),
+    }
+    return [name for name, passed in good.items() if not passed]
 
 
 def sanitize(budget: Budget) -> list[str]:
-    """Each of NVIDIA's sanitizers over our kernels alone, side by side: the time is the processor's."""
+    """Each of NVIDIA's sanitizers over our kernels alone."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer is not installed: accesses out of bounds, races and barriers are not checked")
         return []
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", *SANITIZED)
     checked = ("--kernel-name", OUR_KERNELS, "--error-exitcode=1")
-    with ThreadPoolExecutor(len(SANITIZERS)) as pool:
-        commands = [(sanitizer, "--tool", tool, *checked, *pytest) for tool in SANITIZERS]
-        passed = pool.map(lambda command: budget.run(*command, seconds=SECONDS_OF_SANITIZER), commands)
-        return [tool for tool, good in zip(SANITIZERS, passed) if not good]
+    commands = [(sanitizer, "--tool", tool, *checked, *pytest) for tool in SANITIZERS]
+    passed = side_by_side(lambda command: budget.run(*command, seconds=SECONDS_OF_SANITIZER), commands)
+    return [tool for tool, good in zip(SANITIZERS, passed) if not good]
 
 
 def warm_caches(budget: Budget, families: list[str]) -> None:
-    """One round of every family side by side, for what Triton and torch compile; times and failures do not count."""
-    command = [sys.executable, "bench/compare.py", "--device=cuda", "--rounds=1", "--dry"]
-    jobs = [
-        subprocess.Popen([*command, family], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for family in families
-    ]
-    for job in jobs:
-        try:
-            job.wait(budget.left / 3)
-        except subprocess.TimeoutExpired:
-            job.kill()
+    """One round of every family, for what Triton and torch compile; times and failures do not count."""
+    command = (sys.executable, "bench/compare.py", "--device=cuda", "--rounds=1", "--dry")
+    parts = [(family, *part) for family in families for part in PARTS_OF.get(family, [()])]
+    side_by_side(lambda part: budget.run(*command, *part, seconds=budget.left / 2, quiet=True), parts)
+
+
+def side_by_side(do: Callable[[Any], Any], things: Sequence[Any]) -> list[Any]:
+    with ThreadPoolExecutor(max(1, len(things))) as pool:
+        return list(pool.map(do, things))
 
 
 def measure(budget: Budget, families: list[str]) -> list[str]:
     """Run the benchmarks; the families that failed or for which no time was left."""
-    warm_caches(budget, families)
     print(f"{budget.left:.0f} s are left for the figures", flush=True)
     return [name for name in families if not budget.run(sys.executable, "bench/compare.py", name, "--device=cuda")]
 
@@ -149,11 +156,14 @@ def main() -> None:
     reason = _native.unavailable("cuda") or _triton.unavailable("cuda")
     if reason is not None:
         sys.exit(f"make gpu: {reason}")
-    budget, failed = Budget(options.seconds), []
-    if "tests" in options.parts:
-        failed += test(budget)
-    if "sanitizers" in options.parts:
-        failed += sanitize(budget)
+    budget = Budget(options.seconds)
+    parts = {
+        "tests": lambda: test(budget),
+        "sanitizers": lambda: sanitize(budget),
+        "benchmarks": lambda: warm_caches(budget, options.families) or [],
+    }
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each process
+    failed = [name for names in side_by_side(lambda part: parts[part](), options.parts) for name in names]
     if "benchmarks" in options.parts:
         failed += measure(budget, options.families)
     print(table())

@@ -44,6 +44,15 @@ def _probabilities(scores, exponent, shift, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _grad_dots(a, b):
+    """The dot products of output gradients and values.
+
+    Delta is taken from them, and does not err alike: so what one chain of 80 sums errs by is too much on an H200.
+    """
+    return dots(a, b, LONGEST=64)
+
+
+@triton.jit
 def _shift_of(lse, EXACT: tl.constexpr):
     return lse if EXACT else lse * _LOG2E
 
@@ -98,7 +107,7 @@ def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v,
         key = t * BLOCK_TEXT + tl.arange(0, BLOCK_TEXT)
         keys = load_rows(k, key, k_strides[2], HEAD_DIM, BLOCK_D)
         values = load_rows(v, key, v_strides[2], HEAD_DIM, BLOCK_D)
-        scores, grad_scores = dots(queries, keys), dots(grads, values)
+        scores, grad_scores = dots(queries, keys), _grad_dots(grads, values)
         gradient, total, excess, mean = _query_gradient(
             scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
         )
@@ -108,7 +117,7 @@ def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v,
             keys = load_real_rows(k, key, key < text_len, k_strides[2], HEAD_DIM, BLOCK_D)
             values = load_real_rows(v, key, key < text_len, v_strides[2], HEAD_DIM, BLOCK_D)
             scores = tl.where((key < text_len)[None, :], dots(queries, keys), -float("inf"))
-            grad_scores = dots(grads, values)
+            grad_scores = _grad_dots(grads, values)
             gradient, total, excess, mean = _query_gradient(
                 scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
             )
@@ -117,7 +126,7 @@ def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v,
             key = tokens_of(begin + t * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS), True, text_len, rows, width, KIND)
             keys = load_rows(k, key, k_strides[2], HEAD_DIM, BLOCK_D)
             values = load_rows(v, key, v_strides[2], HEAD_DIM, BLOCK_D)
-            scores, grad_scores = dots(queries, keys), dots(grads, values)
+            scores, grad_scores = dots(queries, keys), _grad_dots(grads, values)
             gradient, total, excess, mean = _query_gradient(
                 scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
             )
@@ -131,7 +140,7 @@ def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v,
         values = load_real_rows(v, key, exists, v_strides[2], HEAD_DIM, BLOCK_D)
         visible = sees(place[:, None], key_place[None, :], image, rows, width, kernel_size, KIND)
         scores = tl.where(visible, dots(queries, keys), -float("inf"))
-        grad_scores = dots(grads, values)
+        grad_scores = _grad_dots(grads, values)
         gradient, total, excess, mean = _query_gradient(
             scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
         )
@@ -213,7 +222,7 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
         total = tl.load(totals + statistics + query, mask=exists, other=1.0) if EXACT else delta
         visible = sees(query_place[None, :], place[:, None], image, rows, width, kernel_size, KIND)
         scores = tl.where(visible, dots(signed_keys, queries), -float("inf"))
-        grad_scores = dots(values, grads)
+        grad_scores = _grad_dots(values, grads)
         key_gradient, value_gradient = _key_gradients(
             scores, grad_scores, queries, grads, key_gradient, value_gradient, shift, delta, total, exponent, EXACT
         )
@@ -229,7 +238,7 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
         delta = tl.load(deltas + statistics + query, mask=exists, other=0.0)
         total = tl.load(totals + statistics + query, mask=exists, other=1.0) if EXACT else delta
         scores = dots(signed_keys, queries)
-        grad_scores = dots(values, grads)
+        grad_scores = _grad_dots(values, grads)
         key_gradient, value_gradient = _key_gradients(
             scores, grad_scores, queries, grads, key_gradient, value_gradient, shift, delta, total, exponent, EXACT
         )

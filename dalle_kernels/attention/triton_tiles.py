@@ -20,8 +20,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
-# How many columns of float32 heads wider than 128 are multiplied in one chain of sums.
-_PART = tl.constexpr(64)
+# Into how many parts the columns of wide float32 heads are cut, each multiplied in a chain of sums of its own.
+_PARTS = tl.constexpr(4)
 
 
 @triton.jit
@@ -99,13 +99,13 @@ def product(a, b):
 
 
 @triton.jit
-def dots(a, b):
+def dots(a, b, LONGEST: tl.constexpr = 128):
     """The dot products of each row of ``a`` with each of ``b``.
 
-    Those of wide float32 heads are sums over parts of the columns: one chain of all of them may err twice as much as a
-    BLAS, and its operands would not fit the registers.
+    Those of float32 heads wider than ``LONGEST`` are sums over parts of the columns: one chain of all of them may err
+    twice as much as a BLAS, and its operands would not fit the registers.
     """
-    if a.dtype == tl.float32 and a.shape[1] > 128:
+    if a.dtype == tl.float32 and a.shape[1] > LONGEST:
         return tl.sum(product(_parted(a), tl.permute(_parted(b), [0, 2, 1])), axis=0)
     return product(a, tl.trans(b))
 
@@ -113,7 +113,7 @@ def dots(a, b):
 @triton.jit
 def _parted(rows):
     """Rows as ``[parts, rows, columns of a part]``."""
-    return tl.permute(tl.reshape(rows, [rows.shape[0], rows.shape[1] // _PART, _PART]), [1, 0, 2])
+    return tl.permute(tl.reshape(rows, [rows.shape[0], _PARTS, rows.shape[1] // _PARTS]), [1, 0, 2])
 
 
 @triton.jit
