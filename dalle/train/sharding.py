@@ -1,0 +1,131 @@
+"""Shard a transformer over the GPUs of a machine and replicate it over machines (paper 2.5, App. E), by FSDP2.
+
+What goes where:
+
+- The matrices of a resblock, which hold nearly all parameters, are sharded over the GPUs of a machine. A resblock (the
+  attention's and the MLP's each) is one unit: its matrices are gathered by one all-gather while the resblock before it
+  computes, dropped after use, and its gradients reduced by one reduce-scatter, all in 16 bit where one is asked for.
+- Its gains and biases, one vector in a thousand parameters, stay whole on every GPU, in 32 bit. FSDP knows nothing of
+  them: :func:`average_replicated` averages their gradients in one all-reduce.
+- Embeddings, unembeddings and the last norm are sharded too, one unit of the whole model, in 32 bit throughout.
+
+The paper shards matrices [in, out] on axis 1 and the second matrix of the MLP on axis 0. ``nn.Linear`` holds [out, in],
+so here that is axis 0 and, for the second matrix, axis 1: both matrices of the MLP are cut at its hidden width.
+
+Nothing here needs a real device: a meta model under a fake process group of any size is sharded alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from dalle.errors import UserError
+from dalle.transformer import DALLE, AttentionBlock, MLPBlock
+
+MACHINE, GPU = "machine", "gpu"
+
+
+def mesh_of(machines: int, gpus: int, device_type: str = "cpu") -> DeviceMesh:
+    """The mesh ("machine", "gpu") of all processes, rank = machine x gpus + gpu.
+
+    Needs a process group: gloo for ``device_type`` "cpu", NCCL for "cuda". Raises UserError when it has not
+    machines x gpus processes.
+    """
+    if machines < 1 or gpus < 1 or machines * gpus != dist.get_world_size():
+        raise UserError(
+            f"expected machines x GPUs a machine to be the number of processes, {dist.get_world_size()}, "
+            f"got {machines} x {gpus}"
+        )
+    return init_device_mesh(device_type, (machines, gpus), mesh_dim_names=(MACHINE, GPU))
+
+
+def resblocks(model: DALLE) -> list[AttentionBlock | MLPBlock]:
+    """The branches of the resblocks, in the order in which they run."""
+    return [module for module in model.modules() if isinstance(module, (AttentionBlock, MLPBlock))]
+
+
+def replicated(model: DALLE) -> list[nn.Parameter]:
+    """The gains and biases of the resblocks: what stays whole on every GPU."""
+    return [parameter for block in resblocks(model) for parameter in block.parameters() if parameter.dim() == 1]
+
+
+def shard(model: DALLE, mesh: DeviceMesh, dtype: torch.dtype | None = None, compressed: bool = False) -> DALLE:
+    """Shard ``model``, in place, over the mesh of :func:`mesh_of`; returns it.
+
+    The resblocks' matrices are gathered, and their gradients reduced, in ``dtype`` (None: the parameters' own); the
+    blocks' inputs are left as they are, so with a 16-bit ``dtype`` the model casts or autocasts. Gradients become the
+    mean over all processes, as DTensors on the mesh.
+
+    With ``compressed`` the gradients of a resblock's matrices are averaged over the GPUs of a machine only, and their
+    DTensors know the mesh's "gpu" dimension alone: what happens between machines is left to an all-reduce hook
+    (``set_all_reduce_hook`` of the modules of :func:`resblocks`), whose argument holds the shards of the block's
+    matrices one after another, in the order of ``parameters()``.
+    """
+    # A block returns a view; the residual stream adds it out of place, which is what the warning asks for.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    whole = set(replicated(model))
+    _move(whole, mesh.device_type)
+    blocks = resblocks(model)
+    for block in blocks:
+        fully_shard(
+            block,
+            mesh=mesh[GPU] if compressed else mesh,
+            reshard_after_forward=True,
+            shard_placement_fn=_placements(block, mesh[GPU].size()),
+            mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, cast_forward_inputs=False),
+            ignored_params=whole,
+        )
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+    _prefetch(blocks)
+    return model
+
+
+def average_replicated(parameters: Sequence[nn.Parameter]) -> None:
+    """Average the gradients of :func:`replicated` parameters over all processes, in one fp32 all-reduce."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
+    joint = torch.cat([gradient.flatten().float() for gradient in gradients])
+    dist.all_reduce(joint)
+    joint /= dist.get_world_size()
+    for gradient, mean in zip(gradients, joint.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _move(parameters: Iterable[nn.Parameter], device_type: str) -> None:
+    """Move parameters that FSDP ignores, and so does not move, to the device on which it shards the others."""
+    for parameter in parameters:
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device_type)
+
+
+def _placements(block: nn.Module, gpus: int) -> Callable[[nn.Parameter], Shard]:
+    """The axis that each matrix of a resblock is sharded on; UserError unless it can be cut evenly."""
+    second = block.projection.weight if isinstance(block, MLPBlock) else None
+
+    def placement(matrix: nn.Parameter) -> Shard:
+        axis = 1 if matrix is second else 0
+        if matrix.shape[axis] % gpus:
+            raise UserError(
+                f"cannot shard a matrix {list(matrix.shape)} of the model over {gpus} GPUs: "
+                f"expected {matrix.shape[axis]} to be a multiple of {gpus}"
+            )
+        return Shard(axis)
+
+    return placement
+
+
+def _prefetch(blocks: Sequence[nn.Module]) -> None:
+    """Gather the next block's matrices while one computes, in the forward and in the backward."""
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
