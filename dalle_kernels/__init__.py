@@ -25,7 +25,9 @@ from dalle_kernels.float16.ops import (
     encode_fp169,
     encode_fp169_checked,
 )
+from dalle_kernels.grad_scale.modules import ScaledResBlock, scaled_resblock
 from dalle_kernels.grad_scale.ops import filter_cast_unscale, scale_cast_filter
+from dalle_kernels.grad_scale.scales import GradScales, squared_norms
 
 # The function gumbel_softmax takes the place of the folder of that name as an attribute of this package; import from
 # the folder by `from dalle_kernels.gumbel_softmax.ops import ...`, which goes by sys.modules.
@@ -43,11 +45,13 @@ __all__ = [
     "AdamW16",
     "AttentionPattern",
     "Explanation",
+    "GradScales",
     "KVCache",
     "LayerWeights",
     "Linear",
     "NativeError",
     "ProviderError",
+    "ScaledResBlock",
     "SparseSelfAttention",
     "__version__",
     "decode_attention",
@@ -72,7 +76,9 @@ __all__ = [
     "orthogonalize",
     "philox",
     "scale_cast_filter",
+    "scaled_resblock",
     "sparse_attention",
+    "squared_norms",
     "unmap_pixels",
     "use",
 ]

@@ -209,6 +209,23 @@ def test_grad_scaler_scales_and_skips():
     assert scaler.get_scale() == 512.0
 
 
+def test_each_group_may_have_a_scale_of_its_own():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    plain = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = AdamW16([{"params": [param]} for param in params], lr=0.1)
+    optimizer.grad_scale = torch.tensor([4.0, 64.0]).unbind()
+    reference = AdamW16(plain, lr=0.1)
+    for param, other, scale in zip(params, plain, (4.0, 64.0), strict=True):
+        other.grad = torch.randn(3)
+        param.grad = scale * other.grad
+    optimizer.step()
+    reference.step()
+    assert_same(params, plain)
+    optimizer.grad_scale = optimizer.grad_scale[:1]
+    with pytest.raises(ValueError, match="expected one tensor, or one for each of 2 parameter groups, got 1"):
+        optimizer.step()
+
+
 def test_works_with_schedulers_and_hooks():
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = AdamW16([param], lr=1.0)

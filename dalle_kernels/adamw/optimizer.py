@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ class AdamW16(torch.optim.Optimizer):
     ``torch.amp.GradScaler`` works as with torch's fused optimizers: gradients are divided by its scale and a step with
     a nonfinite gradient is skipped, on the device, with no synchronization. Without a GradScaler the same is had by
     setting the attributes ``grad_scale`` (float32) and ``found_inf`` (nonzero: skip), tensors of one element, before
-    ``step``. Otherwise gradients must be finite.
+    ``step``; ``grad_scale`` may also be a sequence of them, one a parameter group, as resblocks with loss scales of
+    their own need it. Otherwise gradients must be finite.
 
     State of a parameter: ``step`` (float32, one element), ``first_moment`` and ``second_moment`` (of its shape and
     strides, int16 codes or float32).
@@ -91,8 +92,8 @@ class AdamW16(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for group in self.param_groups:
+        found_inf = getattr(self, "found_inf", None)
+        for group, grad_scale in zip(self.param_groups, self._grad_scales(), strict=True):
             calls: dict[tuple, tuple[list[Tensor], ...]] = {}
             for param in group["params"]:
                 if param.grad is not None:
@@ -119,6 +120,18 @@ class AdamW16(torch.optim.Optimizer):
                     None if found_inf is None else found_inf.to(device, torch.bool, non_blocking=True),
                 )
         return loss
+
+    def _grad_scales(self) -> Sequence[Tensor | None]:
+        """By what the gradients of each group are divided."""
+        grad_scale, count = getattr(self, "grad_scale", None), len(self.param_groups)
+        if grad_scale is None or isinstance(grad_scale, Tensor):
+            return [grad_scale] * count
+        if len(grad_scale) != count:
+            raise ValueError(
+                f"AdamW16.grad_scale: expected one tensor, or one for each of {count} parameter groups, got "
+                f"{len(grad_scale)}"
+            )
+        return grad_scale
 
     def _state_of(self, param: Tensor, moments: str) -> tuple[Tensor, Tensor, Tensor]:
         """First moment, second moment and step, made when first asked for."""
