@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from dalle.errors import UserError
 
-JOBS = ("demo", "data", "train_dvae", "train", "generate", "import_openai")
+JOBS = ("demo", "data", "train_dvae", "train", "generate", "plan", "import_openai")
 
 
 def build_parser() -> argparse.ArgumentParser:
