@@ -86,14 +86,26 @@ def atomic_write_folder(folder: str | Path, files: Mapping[str, bytes]) -> None:
     or an interruption removes the temporary folder.
     """
     folder = Path(folder)
-    temporary, previous = _temporary(folder, "tmp"), _temporary(folder, "old")
+    temporary = _temporary(folder, "tmp")
     require_replaceable(folder, files)
     with _failure_is_a_user_error(folder):
+        temporary.mkdir(parents=True)
+    complete_folder(temporary, folder, files)
+
+
+def complete_folder(temporary: Path, folder: Path, files: Mapping[str, bytes]) -> None:
+    """Add ``files`` to the folder ``temporary`` beside ``folder``, sync it and give it the name ``folder``.
+
+    What is in subfolders must have been synced. An older folder of the name is replaced; a failure is a UserError, and
+    it or an interruption removes the temporary folder.
+    """
+    previous = _temporary(folder, "old")
+    with _failure_is_a_user_error(folder):
         try:
-            temporary.mkdir(parents=True)
             for name, data in files.items():
                 write_synced(temporary / name, data)
-            _sync_folder(temporary)
+            for written in (*(path for path in temporary.iterdir() if path.is_dir()), temporary):
+                _sync_folder(written)
             if folder.exists():
                 os.replace(folder, previous)
             os.replace(temporary, folder)

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from dalle.errors import UserError
@@ -42,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
+        _let_the_leader_speak()
         print(f"dalle: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        _let_the_leader_speak()
         print("dalle: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # The reader of our output has left, as `head` does.
@@ -62,6 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def _let_the_leader_speak() -> None:
+    # Processes that torchrun started together mostly make the same mistake. The first says it, and as it ends torchrun
+    # ends the others, which wait for that here. Who is still there made the mistake alone, and says it too.
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
 
 
 def _is_about_providers(error: Exception) -> bool:

@@ -14,6 +14,9 @@ HELP = "Train the transformer of stage 2 on captions and the tokens that a train
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_arguments(parser)
     parser.add_argument("--dvae", required=True, type=Path, help="model folder of stage 1 (RUN/model)")
+    parser.add_argument(
+        "--machines", type=int, help="machines to replicate the model over, under torchrun (default: as torchrun says)"
+    )
     parser.add_argument("--tokenizer", type=Path, help="a saved tokenizer (default: one trained on the captions)")
 
 
@@ -22,10 +25,15 @@ def run(args: argparse.Namespace) -> None:
     from dalle.config import DALLEConfig
     from dalle.tokenizer import Tokenizer
     from dalle.train.dalle import DALLEStage, DALLETraining
+    from dalle.train.team import Alone, join
 
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
 
-    def make(config, settings, images, held_out, device) -> DALLEStage:
-        return DALLEStage(config, settings, images, args.dvae, args.out / "cache", held_out, tokenizer, device)
+    def team_on(device: str) -> Alone:
+        return join(args.machines, device)
 
-    print(f"stage 2 is done; its model: {train_stage(args, 'dalle', DALLEConfig, DALLETraining, True, make)}")
+    def make(config, settings, images, held_out, team) -> DALLEStage:
+        return DALLEStage(config, settings, images, args.dvae, args.out / "cache", held_out, tokenizer, team)
+
+    model = train_stage(args, "dalle", DALLEConfig, DALLETraining, True, team_on, make)
+    print(f"stage 2 is done; its model: {model}")

@@ -18,5 +18,10 @@ def run(args: argparse.Namespace) -> None:
     """Train stage 1 and print where its model folder is."""
     from dalle.config import DVAEConfig
     from dalle.train.dvae import DVAEStage, DVAETraining
+    from dalle.train.team import alone
 
-    print(f"stage 1 is done; its model: {train_stage(args, 'dvae', DVAEConfig, DVAETraining, False, DVAEStage)}")
+    def make(config, settings, images, held_out, team) -> DVAEStage:
+        return DVAEStage(config, settings, images, held_out, team.device)
+
+    model = train_stage(args, "dvae", DVAEConfig, DVAETraining, False, alone, make)
+    print(f"stage 1 is done; its model: {model}")

@@ -16,6 +16,7 @@ from dalle.errors import UserError
 if TYPE_CHECKING:
     from dalle.data import ImageTextDataset
     from dalle.train.loop import RunSettings, Stage
+    from dalle.train.team import Alone
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OVERRIDES = ("updates", "batch_size", "learning_rate", "seed")
@@ -52,13 +53,14 @@ def train_stage(
     config_class: Any,
     settings_class: Any,
     captions: bool,
+    join: Callable[[str], Alone],
     make: Callable[..., Stage],
 ) -> Path:
     """Train one stage as the flags say and return its model folder.
 
     ``stage`` names the config's sections, ``[<stage>]`` of ``config_class`` and ``[<stage>_training]`` of
-    ``settings_class``; ``make(config, settings, images, held_out, device)`` builds what the loop drives. ``captions``:
-    whether images need them.
+    ``settings_class``; ``join(device)`` gives the processes to train with and ``make(config, settings, images,
+    held_out, team)`` builds what the loop drives. ``captions``: whether images need them.
     """
     device = _prepare_device(args)
 
@@ -66,12 +68,13 @@ def train_stage(
     from dalle.train.loop import require_startable, run
 
     driving = _run_settings(args)
-    require_startable(args.out, args.resume)
-    where, (model, training) = _read_sections(args, stage, f"{stage}_training")
-    config = model_config(config_class, model, f"{where}, [{stage}]")
-    settings = from_mapping(settings_class, training, f"{where}, [{stage}_training]")
-    images, held_out = _open_images(args.data, captions)
-    return run(make(config, settings, images, held_out, device), args.out, driving, args.resume)
+    with join(device) as team:
+        require_startable(args.out, args.resume, team)
+        where, (model, training) = _read_sections(args, stage, f"{stage}_training")
+        config = model_config(config_class, model, f"{where}, [{stage}]")
+        settings = from_mapping(settings_class, training, f"{where}, [{stage}_training]")
+        images, held_out = _open_images(args.data, captions, team.leads)
+        return run(make(config, settings, images, held_out, team), args.out, driving, args.resume)
 
 
 def _read_sections(args: argparse.Namespace, *names: str) -> tuple[str, list[dict[str, Any]]]:
@@ -145,11 +148,11 @@ def _keep_freed_memory() -> None:
     mallopt(-1, 2**31 - 1)
 
 
-def _open_images(path: Path, captions: bool) -> tuple[ImageTextDataset, ImageTextDataset | None]:
+def _open_images(path: Path, captions: bool, progress: bool) -> tuple[ImageTextDataset, ImageTextDataset | None]:
     """The training images and the held-out ones, where there are any; prints how many were skipped and why."""
     from dalle.data import open_dataset
 
-    images = open_dataset(path, "train", captions=captions, progress=True)
+    images = open_dataset(path, "train", captions=captions, progress=progress)
     print(f"train: {images.summary()}")
     try:
         held_out = open_dataset(path, "heldout", captions=captions)

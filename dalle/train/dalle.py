@@ -25,6 +25,7 @@ from dalle.train.loop import Stage
 from dalle.train.sampling import EpochOrder, derived_seed
 from dalle.train.schedules import PlateauHalving, cosine, warm_up
 from dalle.train.settings import STORED_DTYPES, require_choice, require_in_range
+from dalle.train.team import ALONE, Alone, Figures
 from dalle.train.tokens import encode_dataset
 from dalle.transformer import DALLE
 
@@ -96,19 +97,21 @@ class DALLEStage(Stage):
         cache: str | Path,
         held_out: ImageTextDataset | None = None,
         tokenizer: Tokenizer | None = None,
-        device: str = "cpu",
+        team: Alone = ALONE,
     ):
         if len(images) == 0:
             raise UserError("no image to train on: the data set is empty")
+        team.require_even(training.batch_size)
+        self.team = team
         self.config = config
         self.training = training
         self.updates = training.updates
         self.clip_norm = training.clip_norm
-        self.device = device
+        self.device = team.device
         self.dvae_folder = Path(dvae_folder)
-        self.dvae = load_dvae(dvae_folder).to(device)
+        self.dvae = load_dvae(dvae_folder).to(self.device)
         self.dvae_sha256 = dvae_sha256(dvae_folder)
-        self.tokenizer = tokenizer or Tokenizer.train(images.captions, config.text_vocab_size)
+        self.tokenizer = tokenizer or team.from_leader(lambda: Tokenizer.train(images.captions, config.text_vocab_size))
         self._check_fit()
         self.captions = list(images.captions)
         self.fingerprint = images.fingerprint
@@ -116,11 +119,11 @@ class DALLEStage(Stage):
         self.held_out_captions, self.held_out_tokens = self._held_out(held_out, cache)
         self.order = EpochOrder(len(images), training.seed)
         torch.manual_seed(derived_seed(training.seed, "dalle"))
-        self.model = DALLE(config).to(device)
+        self.place(DALLE(config))
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, training.weight_decay), betas=(0.9, 0.96), eps=1e-8, fused=True
+            parameter_groups(self.model, self.shards, training.weight_decay), betas=(0.9, 0.96), eps=1e-8, fused=True
         )
-        self.average = IterateAverage(self.model, training.average_decay, training.average_every)
+        self.average = IterateAverage(self.shards, training.average_decay, training.average_every)
         self.plateau = PlateauHalving(window=max(1, round(training.updates * training.plateau_fraction)))
 
     def _check_fit(self) -> None:
@@ -143,7 +146,9 @@ class DALLEStage(Stage):
         return list(held_out.captions), self._encode(held_out, 1, cache)[:, 0]
 
     def _encode(self, images: ImageTextDataset, crops: int, cache: str | Path) -> torch.Tensor:
-        return encode_dataset(self.dvae, self.dvae_sha256, images, crops, self.training.seed, cache, self.device)
+        return self.team.leader_first(
+            lambda: encode_dataset(self.dvae, self.dvae_sha256, images, crops, self.training.seed, cache, self.device)
+        )
 
     def learning_rate(self, update: int) -> float:
         settings = self.training
@@ -163,10 +168,12 @@ class DALLEStage(Stage):
         text = self.tokenizer.encode_batch(captions, self.config.text_len, dropout, truncate=True, generator=draw)
         return text.to(self.device)
 
-    def loss(self, update: int) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
+    def loss(self, update: int) -> tuple[torch.Tensor, Figures]:
         settings = self.training
         samples = self.order.batch(update, settings.batch_size)
+        # Dropout draws for the batch as a whole, so that it does not depend on how many processes share it.
         text = self._encode_captions([self.captions[i] for _, i in samples], settings.bpe_dropout, update)
+        text, samples = self.team.share(text), self.team.share(samples)
         rows = torch.tensor([i for _, i in samples])
         crops = torch.tensor([epoch % settings.crops for epoch, _ in samples])
         output = self.model(text, self.tokens[rows, crops].long().to(self.device))
@@ -193,7 +200,9 @@ class DALLEStage(Stage):
 
     @torch.no_grad()
     def draw_pictures(self, update: int, folder: Path) -> dict[str, float]:
-        model = self.average.model
+        model = self._averaged()
+        if model is None:
+            return {}
         half = PICTURED_CAPTIONS // 2
         seen = self.captions[:: max(1, len(self.captions) // half)][:half]
         held_out = self.held_out_captions[:: max(1, len(self.held_out_captions) // half)][:half]
@@ -207,7 +216,14 @@ class DALLEStage(Stage):
         output = model(text, self.held_out_tokens[:256].long().to(self.device))
         return {"held_out_text_loss": float(output.text_loss), "held_out_image_loss": float(output.image_loss)}
 
+    def _averaged(self) -> DALLE | None:
+        """The averaged model, whole, in the leader."""
+        return self.team.whole(self.model, self.average.model, lambda: DALLE(self.config))
+
     def model_files(self, updates: int, seconds: float) -> dict[str, bytes]:
+        model = self._averaged()
+        if model is None:
+            return {}
         if dvae_sha256(self.dvae_folder) != self.dvae_sha256:
             raise UserError(
                 f"the dVAE in {self.dvae_folder} is no longer the one that this run began with, whose SHA-256 is "
@@ -215,16 +231,15 @@ class DALLEStage(Stage):
             )
         note = {"training": asdict(self.training), "data": self.fingerprint, "seconds": round(seconds)}
         dtype = STORED_DTYPES[self.training.stored_dtype]
-        return dalle_files(self.average.model, self.tokenizer, self.dvae_folder, dtype, note)
+        return dalle_files(model, self.tokenizer, self.dvae_folder, dtype, note)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: the weights of linear layers decay; gains, biases, embeddings and learned tokens do not."""
-    decayed = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module.weight.requires_grad
-    }
-    parameters = list(model.parameters())
+def parameter_groups(model: nn.Module, shards: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups of the parameters in ``shards``, which are named as those of ``model``: the weights of linear
+    layers decay; gains, biases, embeddings and learned tokens do not."""
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    parameters = list(shards.named_parameters())
     return [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        {"params": [parameter for name, parameter in parameters if name in linear], "weight_decay": weight_decay},
+        {"params": [parameter for name, parameter in parameters if name not in linear], "weight_decay": 0.0},
     ]

@@ -23,6 +23,7 @@ from dalle.train.loop import Stage
 from dalle.train.sampling import derived_seed, generator
 from dalle.train.schedules import cosine
 from dalle.train.settings import STORED_DTYPES, require_choice, require_in_range
+from dalle.train.team import Alone
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class DVAEStage(Stage):
         self.updates = training.updates
         self.device = device
         torch.manual_seed(derived_seed(training.seed, "dvae"))
-        self.model = DVAE(config).to(device)
+        self.team = Alone(device)
+        self.place(DVAE(config))
         self.images = images
         self.batches = ImageBatches(images, config.image_size, "dvae", training.seed)
         if training.code_sharpness:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import shutil
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,13 +22,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dalle.checkpoint import FORMAT, check_sha256, read_tensors, to_safetensors
 from dalle.errors import UserError
-from dalle.files import atomic_write, atomic_write_folder, read_json, sha256, to_json
+from dalle.files import atomic_write, atomic_write_folder
 from dalle.pictures import loss_curve, read_log
 from dalle.train.averaging import IterateAverage
+from dalle.train.checkpoints import Checkpoints, clear_incomplete, latest_checkpoint, load
+from dalle.train.team import ALONE, Alone, Figures
 
-Window = list[dict[str, torch.Tensor | float]]
+Window = list[Figures]
 """The figures of the updates since the last line of the log, which averages them."""
 
 
@@ -54,17 +54,29 @@ class RunSettings:
 
 
 class Stage(ABC):
-    """What the loop needs to know of a stage. ``updates`` is the run's length."""
+    """What the loop needs to know of a stage. ``updates`` is the run's length.
 
+    The model runs in a team of processes; ``shards`` is this process's part of its parameters, which the optimizer and
+    the average are made of. A team of one has it all: there both are the same module.
+    """
+
+    team: Alone = ALONE
     model: nn.Module
+    shards: nn.Module
     optimizer: torch.optim.Optimizer
     average: IterateAverage
     updates: int
     clip_norm: float = math.inf
 
+    def place(self, model: nn.Module) -> None:
+        """Put ``model`` onto the team's devices, to be trained there."""
+        self.model = self.team.shard(model)
+        self.shards = self.team.shards(self.model)
+
     @abstractmethod
-    def loss(self, update: int) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
-        """The scalar loss of one update, all its randomness derived from ``update``, and what to log beside it."""
+    def loss(self, update: int) -> tuple[torch.Tensor, Figures]:
+        """The scalar loss of this process's share of one update, all its randomness derived from ``update``, and what
+        to log beside it."""
 
     @abstractmethod
     def learning_rate(self, update: int) -> float:
@@ -76,7 +88,10 @@ class Stage(ABC):
 
     @abstractmethod
     def draw_pictures(self, update: int, folder: Path) -> dict[str, float]:
-        """Write pictures of the averaged model's work, named by ``update``; returns held-out figures to log."""
+        """Write pictures of the averaged model's work, named by ``update``; returns held-out figures to log.
+
+        Every process of a team calls this, its leader writes; so too with :meth:`model_files`, empty in the others.
+        """
 
     @abstractmethod
     def model_files(self, updates: int, seconds: float) -> dict[str, bytes]:
@@ -106,36 +121,42 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
     finite.
     """
     out = Path(out)
+    team = stage.team
     update, seconds, window = _start(stage, out, resume)
-    bar = tqdm(total=stage.updates, initial=update, unit="update", dynamic_ncols=True, smoothing=0.05)
+    checkpoints = Checkpoints(stage, out, settings.keep_checkpoints)
+    bar = tqdm(
+        total=stage.updates, initial=update, unit="update", dynamic_ncols=True, smoothing=0.05, disable=not team.leads
+    )
     started = time.monotonic() - seconds
     with bar, _interruptible() as interrupted:
         while update < stage.updates:
-            window.append(_one_update(stage, update, out))
+            window.append(_one_update(stage, update, out, interrupted))
             update += 1
             bar.update()
             last = update == stage.updates
+            stopping = window[-1].pop("interrupted") > 0
             if update % settings.log_every == 0 or last:
                 entry = {"update": update, **_averages(window), "seconds": round(time.monotonic() - started, 3)}
                 window.clear()
-                _append(out / "log.jsonl", entry)
+                _log(stage, out, entry)
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
             if settings.picture_every and (update % settings.picture_every == 0 or last):
-                figures = stage.draw_pictures(update, out / "pictures")
-                if figures:
-                    _append(out / "log.jsonl", {"update": update, **figures})
-                _draw_loss(out)
-            if update % settings.checkpoint_every == 0 or last or interrupted():
-                _save(stage, out, update, time.monotonic() - started, window, settings.keep_checkpoints)
-            if interrupted():
-                tqdm.write(f"interrupted after update {update}; the same command with --resume goes on from there")
+                _draw(stage, out, update)
+            if update % settings.checkpoint_every == 0 or last or stopping:
+                checkpoints.save(update, time.monotonic() - started, window)
+            if stopping:
+                checkpoints.wait()
+                if team.leads:
+                    tqdm.write(f"interrupted after update {update}; the same command with --resume goes on from there")
                 raise KeyboardInterrupt
-    model = out / "model"
-    atomic_write_folder(model, stage.model_files(update, time.monotonic() - started))
-    return model
+    checkpoints.wait()
+    files = stage.model_files(update, time.monotonic() - started)
+    if team.leads:
+        atomic_write_folder(out / "model", files)
+    return out / "model"
 
 
-def _one_update(stage: Stage, update: int, out: Path) -> dict[str, torch.Tensor | float]:
+def _one_update(stage: Stage, update: int, out: Path, interrupted: Callable[[], bool]) -> Figures:
     rate = stage.learning_rate(update)
     for group in stage.optimizer.param_groups:
         group["lr"] = rate * group.get("rate_factor", 1.0)
@@ -143,12 +164,15 @@ def _one_update(stage: Stage, update: int, out: Path) -> dict[str, torch.Tensor 
     stage.optimizer.zero_grad(set_to_none=True)
     loss, figures = stage.loss(update)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(stage.model.parameters(), stage.clip_norm)
-    loss = loss.detach()
+    # Whether to stop is among the figures so that all processes of a team stop after the same update.
+    figures = {"loss": loss.detach(), "interrupted": float(interrupted()), **figures}
+    norm, figures = stage.team.combine(stage.model, stage.shards, figures)
+    nn.utils.clip_grads_with_norm_(stage.shards.parameters(), stage.clip_norm, norm)
+    loss = figures.pop("loss")
     # Before the step: parameters that are not finite must not reach a checkpoint and push out the good ones.
     _require_finite({"loss": float(loss), "gradient norm": float(norm)}, update + 1, out)
     stage.optimizer.step()
-    stage.average.observe(stage.model, update + 1)
+    stage.average.observe(stage.shards, update + 1)
     stage.observe(float(loss))
     return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, **figures}
 
@@ -166,6 +190,19 @@ def _require_finite(figures: dict[str, float], update: int, out: Path) -> None:
             )
 
 
+def _log(stage: Stage, out: Path, entry: dict[str, Any]) -> None:
+    if stage.team.leads:
+        _append(out / "log.jsonl", entry)
+
+
+def _draw(stage: Stage, out: Path, update: int) -> None:
+    figures = stage.draw_pictures(update, out / "pictures")
+    if figures:
+        _log(stage, out, {"update": update, **figures})
+    if stage.team.leads:
+        _draw_loss(out)
+
+
 def _append(path: Path, entry: dict[str, Any]) -> None:
     rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in entry.items()}
     try:
@@ -177,8 +214,10 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
         ) from error
 
 
-def require_startable(out: str | Path, resume: bool) -> None:
+def require_startable(out: str | Path, resume: bool, team: Alone = ALONE) -> None:
     """Raise UserError when ``out`` holds a run and ``resume`` is false, or holds none and it is true."""
+    if team.resumes:  # from whatever the start that failed has left
+        return
     checkpoint = latest_checkpoint(out)
     if checkpoint and not resume:
         raise UserError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
@@ -187,25 +226,28 @@ def require_startable(out: str | Path, resume: bool) -> None:
 
 
 def _start(stage: Stage, out: Path, resume: bool) -> tuple[int, float, Window]:
-    require_startable(out, resume)
+    require_startable(out, resume, stage.team)
+    checkpoint = stage.team.from_leader(lambda: _prepare_folder(out))
+    if checkpoint is None:
+        return 0, 0.0, []
+    progress = load(stage, checkpoint)
+    if stage.team.leads:
+        _cut_log(out / "log.jsonl", progress[0])
+    return progress
+
+
+def _prepare_folder(out: Path) -> Path | None:
+    """Make the run folder ready to write to; returns the checkpoint to go on from."""
     checkpoint = latest_checkpoint(out)
     try:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
         (out / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the run folder {out}: {error.strerror}") from None
+    clear_incomplete(out)
     if not checkpoint:
         (out / "log.jsonl").unlink(missing_ok=True)
-        return 0, 0.0, []
-    progress = _load(stage, checkpoint)
-    _cut_log(out / "log.jsonl", progress[0])
-    return progress
-
-
-def latest_checkpoint(out: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, or None."""
-    folders = sorted(Path(out).glob("checkpoints/update-*"))
-    return folders[-1] if folders else None
+    return checkpoint
 
 
 def _cut_log(path: Path, update: int) -> None:
@@ -219,69 +261,6 @@ def _cut_log(path: Path, update: int) -> None:
 def _draw_loss(out: Path) -> None:
     if importlib.util.find_spec("matplotlib"):
         atomic_write(out / "pictures" / "loss.png", loss_curve(out / "log.jsonl"))
-
-
-def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
-    tensors = {f"model.{name}": tensor for name, tensor in stage.model.state_dict().items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in stage.average.model.state_dict().items()}
-    for name, parameter in stage.model.named_parameters():
-        for key, value in stage.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
-    return tensors
-
-
-def _save(stage: Stage, out: Path, update: int, seconds: float, window: Window, keep: int) -> None:
-    data = to_safetensors(_tensors(stage))
-    description = {
-        "format": FORMAT,
-        "kind": "training",
-        "update": update,
-        "seconds": seconds,
-        "window": [{name: float(value) for name, value in figures.items()} for figures in window],
-        "identity": stage.identity(),
-        "state": stage.state(),
-        "sha256": sha256(data),
-    }
-    files = {"training.safetensors": data, "checkpoint.json": to_json(description), **stage.extra_files()}
-    folder = out / "checkpoints" / f"update-{update:08d}"
-    atomic_write_folder(folder, files)
-    for old in sorted(folder.parent.glob("update-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _load(stage: Stage, folder: Path) -> tuple[int, float, Window]:
-    description = read_json(folder / "checkpoint.json", "training checkpoint")
-    if description.get("format") != FORMAT or description.get("kind") != "training":
-        raise UserError(f"{folder / 'checkpoint.json'}: expected a training checkpoint in format {FORMAT}")
-    if not {"identity", "state", "update", "seconds"} <= description.keys():
-        raise UserError(f"{folder / 'checkpoint.json'} is damaged: expected what it says of the run")
-    _require_same(description["identity"], json.loads(to_json(stage.identity())), folder)
-    path = folder / "training.safetensors"
-    check_sha256(path, description.get("sha256"))
-    tensors = read_tensors(path, "training checkpoint")
-    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-    for name, tensor in tensors.items():
-        group, _, rest = name.partition(".")
-        groups[group][rest] = tensor
-    stage.model.load_state_dict(groups["model"])
-    stage.average.model.load_state_dict(groups["average"])
-    parameters = dict(stage.model.named_parameters())
-    for name, tensor in groups["optimizer"].items():
-        parameter, _, key = name.rpartition(".")
-        stage.optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device)
-    stage.load_state(description["state"])
-    return description["update"], description["seconds"], description.get("window", [])
-
-
-def _require_same(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    for section in saved.keys() | current.keys():
-        old, new = saved.get(section), current.get(section)
-        if old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            name = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))[0]
-            section, old, new = f"{section}.{name}", old.get(name), new.get(name)
-        raise UserError(f"cannot resume {folder}: its {section} is {old!r}, this command's is {new!r}; give the same")
 
 
 @contextmanager

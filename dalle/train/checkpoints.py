@@ -1,0 +1,168 @@
+"""The checkpoints of a run folder: complete or absent, whatever happens while one is written.
+
+A run of one process writes a checkpoint at once, its tensors in ``training.safetensors``. One of several writes it by
+torch.distributed.checkpoint, each process its shards, from a copy and in a thread, while training goes on: into a
+hidden folder ``.update-XXXXXXXX.saving``, which the leader syncs and renames when all have written. Both kinds are read
+by any number of processes.
+
+Order, augmentation and dropout are functions of the seed and the update's number, which ``checkpoint.json`` keeps: so
+the place in the data and the state of the random numbers need no more.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dalle.checkpoint import FORMAT, check_sha256, read_tensors, to_safetensors
+from dalle.errors import UserError
+from dalle.files import atomic_write_folder, complete_folder, read_json, sha256, to_json
+
+if TYPE_CHECKING:
+    from dalle.train.loop import Stage, Window
+
+TENSORS, SHARDS, DESCRIPTION = "training.safetensors", "shards", "checkpoint.json"
+
+
+def latest_checkpoint(out: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run folder, or None."""
+    folders = sorted(Path(out).glob("checkpoints/update-*"))
+    return folders[-1] if folders else None
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run, of which the last ``keep`` are kept."""
+
+    def __init__(self, stage: Stage, out: Path, keep: int):
+        self.stage = stage
+        self.folder = out / "checkpoints"
+        self.keep = keep
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def save(self, update: int, seconds: float, window: Window) -> None:
+        """Write the state after ``update`` updates: at once, or the shards of a team in the background."""
+        stage = self.stage
+        folder = self.folder / f"update-{update:08d}"
+        description = {
+            "format": FORMAT,
+            "kind": "training",
+            "update": update,
+            "seconds": seconds,
+            "window": [{name: float(value) for name, value in figures.items()} for figures in window],
+            "identity": stage.identity(),
+            "state": stage.state(),
+        }
+        if stage.team.size == 1:
+            data = to_safetensors(_tensors(stage))
+            description["sha256"] = sha256(data)
+            files = {TENSORS: data, DESCRIPTION: to_json(description), **stage.extra_files()}
+            atomic_write_folder(folder, files)
+            self._drop_old()
+            return
+        self.wait()
+        files = {DESCRIPTION: to_json(description), **stage.extra_files()}
+        parameters = dict(stage.model.named_parameters())
+        copies = {
+            name: stage.team.stored(parameters.get(_parameter_name(name)), tensor)
+            for name, tensor in _tensors(stage).items()
+        }
+        self._pending = self._thread.submit(self._write_shards, folder, copies, files)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is complete; UserError if it could not be written."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _write_shards(self, folder: Path, tensors: dict[str, torch.Tensor], files: dict[str, bytes]) -> None:
+        temporary = folder.with_name(f".{folder.name}.saving")
+        from dalle.train import shard_files
+
+        shard_files.write(temporary / SHARDS, tensors, self.stage.team.saving)
+        if self.stage.team.leads:
+            complete_folder(temporary, folder, files)
+            self._drop_old()
+
+    def _drop_old(self) -> None:
+        for old in sorted(self.folder.glob("update-*"))[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_incomplete(out: Path) -> None:
+    """Remove what processes that were killed left of the checkpoints that they wrote."""
+    for folder in out.glob("checkpoints/.update-*.saving"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load(stage: Stage, folder: Path) -> tuple[int, float, Window]:
+    """Put the state of a checkpoint into ``stage``; returns its update, seconds and window.
+
+    Raises UserError when it is damaged or of another run.
+    """
+    description = read_json(folder / DESCRIPTION, "training checkpoint")
+    if description.get("format") != FORMAT or description.get("kind") != "training":
+        raise UserError(f"{folder / DESCRIPTION}: expected a training checkpoint in format {FORMAT}")
+    if not {"identity", "state", "update", "seconds"} <= description.keys():
+        raise UserError(f"{folder / DESCRIPTION} is damaged: expected what it says of the run")
+    _require_same(description["identity"], json.loads(to_json(stage.identity())), folder)
+    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+    for name, tensor in _read(stage, folder, description.get("sha256")).items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = tensor
+    stage.shards.load_state_dict(groups["model"])
+    stage.average.model.load_state_dict(groups["average"])
+    parameters = dict(stage.shards.named_parameters())
+    for name, tensor in groups["optimizer"].items():
+        parameter, _, key = name.rpartition(".")
+        stage.optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device)
+    stage.load_state(description["state"])
+    return description["update"], description["seconds"], description.get("window", [])
+
+
+def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
+    tensors = {f"model.{name}": tensor for name, tensor in stage.shards.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in stage.average.model.state_dict().items()}
+    for name, parameter in stage.shards.named_parameters():
+        for key, value in stage.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def _parameter_name(name: str) -> str:
+    """The parameter that a tensor of a checkpoint belongs to."""
+    group, _, rest = name.partition(".")
+    return rest.rpartition(".")[0] if group == "optimizer" else rest
+
+
+def _read(stage: Stage, folder: Path, digest: str | None) -> dict[str, torch.Tensor]:
+    """This process's part of each tensor of a checkpoint."""
+    parameters = dict(stage.model.named_parameters())
+
+    def parameter(name: str) -> torch.nn.Parameter | None:
+        return parameters.get(_parameter_name(name))
+
+    path = folder / TENSORS
+    if path.exists() or not (folder / SHARDS).exists():
+        check_sha256(path, digest)
+        tensors = read_tensors(path, "training checkpoint")
+        return {name: stage.team.part(parameter(name), tensor) for name, tensor in tensors.items()}
+    from dalle.train import shard_files  # torch takes long to import what that needs
+
+    return shard_files.read(folder / SHARDS, lambda name, *size: stage.team.empty(parameter(name), *size))
+
+
+def _require_same(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    for section in saved.keys() | current.keys():
+        old, new = saved.get(section), current.get(section)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            name = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))[0]
+            section, old, new = f"{section}.{name}", old.get(name), new.get(name)
+        raise UserError(f"cannot resume {folder}: its {section} is {old!r}, this command's is {new!r}; give the same")

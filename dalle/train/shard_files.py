@@ -1,0 +1,52 @@
+"""Tensors of several processes in one folder, by torch.distributed.checkpoint: read by any number of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from dalle.errors import UserError
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Write, in every process of ``group``, its parts of ``tensors``: DTensors, or tensors that all have whole.
+
+    Returns when all parts are written and synced; raises UserError in every process when that fails in one.
+    """
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
+    except CheckpointException as error:
+        reason = _reason(error)
+        raise UserError(f"cannot write {folder}: {reason}; nothing that was there before is lost") from error
+
+
+def read(folder: Path, empty: Callable[[str, torch.Size, torch.dtype], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Read this process's part of every tensor in ``folder``.
+
+    ``empty(name, shape, dtype)``, given the whole shape, makes the tensor to read into: of that shape, or a DTensor of
+    it, whose part is returned. Raises UserError when the folder is damaged.
+    """
+    reader = dcp.FileSystemReader(folder)
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+        tensors = {name: empty(name, entry.size, entry.properties.dtype) for name, entry in stored.items()}
+        # Each process reads by itself: where to find its part it can tell without the others.
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (CheckpointException, Exception) as error:  # torch raises anything for a damaged file
+        raise UserError(
+            f"{folder} is damaged ({_reason(error)}): remove its checkpoint to resume from the one before"
+        ) from error
+    return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in the first process in which it did, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = min(error.failures.items())[1][0]
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__

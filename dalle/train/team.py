@@ -1,0 +1,113 @@
+"""The processes of a training run: one, or as many as torchrun started. What a run does differently for their number
+is all here and in :mod:`dalle.train.torchrun`; nothing else knows of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from dalle.errors import UserError
+
+Item = TypeVar("Item")
+Figures = dict[str, "torch.Tensor | float"]
+
+
+class Alone:
+    """A run of one process: nothing to shard, share or agree on.
+
+    ``leads`` is true in the one process of a team that shows progress, writes the log, pictures and model, and reads
+    what all need. ``shards`` below is a module with the model's parameter names that holds this process's part of each
+    parameter: what the optimizer and the iterate average see. Alone it is the model itself.
+    """
+
+    leads = True
+    size = 1
+    device = "cpu"
+    resumes = False
+    """Whether this is a second start of a run that failed, which goes on from its last checkpoint."""
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(self, *_exception: Any) -> None:
+        pass
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        """Put ``model`` onto the team's devices."""
+        return model.to(self.device)
+
+    def shards(self, model: nn.Module) -> nn.Module:
+        """This process's part of a model that :meth:`shard` returned."""
+        return model
+
+    def require_even(self, batch_size: int) -> None:
+        """Raise UserError unless a batch can be shared out evenly."""
+
+    def share(self, batch: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of the batch of an update."""
+        return batch
+
+    def combine(self, model: nn.Module, shards: nn.Module, figures: Figures) -> tuple[torch.Tensor, Figures]:
+        """After the backward: the gradients of the whole batch in ``shards``, their norm over all parameters, and the
+        mean of ``figures``; the latter two are the same in every process, so that all decide alike."""
+        return nn.utils.get_total_norm([p.grad for p in shards.parameters() if p.grad is not None]), figures
+
+    def whole(self, model: nn.Module, shards: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
+        """The model, in eval mode, whose parameters ``shards`` holds this team's parts of; None but in the leader.
+
+        ``build`` makes a model of its shape. All processes must call this.
+        """
+        return shards
+
+    def empty(self, parameter: nn.Parameter | None, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for this process's part of what is shaped like ``parameter``, on the CPU; a DTensor where it is not
+        all. ``shape`` is the whole; another one than the parameter's is not divided."""
+        return torch.empty(shape, dtype=dtype)
+
+    def part(self, parameter: nn.Parameter | None, tensor: torch.Tensor) -> torch.Tensor:
+        """This process's part of a whole ``tensor`` shaped like ``parameter``."""
+        return tensor
+
+    def from_leader(self, make: Callable[[], Item]) -> Item:
+        """What ``make`` returns in the leader, in every process."""
+        return make()
+
+    def leader_first(self, make: Callable[[], Item]) -> Item:
+        """What ``make`` returns, called in the leader before the others: it leaves files that they find."""
+        return make()
+
+
+ALONE = Alone()
+
+
+def join(machines: int | None, device: str) -> Alone:
+    """The team of the processes that torchrun started, this one among them, or this process alone.
+
+    ``machines`` is how many machines they are spread over, each with as many GPUs; None: as torchrun says.
+    """
+    if _under_torchrun():
+        from dalle.train.torchrun import Team  # torch takes seconds to import what that needs
+
+        return Team(machines, device)
+    if machines not in (None, 1):
+        raise UserError(f"--machines {machines}: expected several processes, started by torchrun, got one")
+    return Alone(device)
+
+
+def alone(device: str) -> Alone:
+    """This process alone; UserError under torchrun."""
+    if _under_torchrun() and os.environ["WORLD_SIZE"] != "1":
+        raise UserError(f"expected one process for this job, got {os.environ['WORLD_SIZE']}; start it without torchrun")
+    return Alone(device)
+
+
+def _under_torchrun() -> bool:
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()

@@ -1,0 +1,165 @@
+"""A run of several processes, started by torchrun: one a GPU, or on CPUs for tests."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dalle.errors import UserError
+from dalle.train.sharding import GPU, average_replicated, mesh_of, shard
+from dalle.train.team import Alone, Figures, Item
+
+# While the leader encodes a data set the others wait.
+PATIENCE = datetime.timedelta(days=2)
+
+
+class Team(Alone):
+    """The processes of a run, rank = machine x GPUs a machine + GPU; the model is sharded over them as
+    :mod:`dalle.train.sharding` says."""
+
+    def __init__(self, machines: int | None, device: str):
+        kind = torch.device(device).type
+        if kind == "cuda":
+            super().__init__(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(self.device)
+        else:
+            super().__init__(kind)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.leads = self.rank == 0
+        self.resumes = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        machines = machines or _machines_of_torchrun(self.size)
+        if machines < 1 or self.size % machines:
+            raise UserError(
+                f"--machines {machines}: expected a divisor of the number of processes, {self.size} by torchrun"
+            )
+        self.machines = machines
+        self.mesh = mesh_of(machines, self.size // machines, kind)
+        # Checkpoints and the averaged model are on the CPU, whatever the model is on.
+        self.cpu_mesh = self.mesh if kind == "cpu" else mesh_of(machines, self.size // machines)
+        self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.saving = dist.new_group(backend="gloo", timeout=PATIENCE)  # for the thread that writes checkpoints
+        if not self.leads:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the process's end)
+
+    def __exit__(self, kind: Any, *_exception: Any) -> None:
+        # After a failure the others may not come: then torchrun ends them.
+        if kind is None:
+            dist.destroy_process_group()
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        return shard(model, self.mesh)
+
+    def shards(self, model: nn.Module) -> nn.Module:
+        tree = nn.Module()
+        for name, parameter in model.named_parameters():
+            *path, last = name.split(".")
+            module = tree
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            module.register_parameter(last, _local(parameter))
+        return tree
+
+    def require_even(self, batch_size: int) -> None:
+        if batch_size % self.size:
+            raise UserError(f"batch_size: expected a multiple of the {self.size} processes, got {batch_size}")
+
+    def share(self, batch: Sequence[Item]) -> Sequence[Item]:
+        part = len(batch) // self.size
+        return batch[self.rank * part : (self.rank + 1) * part]
+
+    def combine(self, model: nn.Module, shards: nn.Module, figures: Figures) -> tuple[torch.Tensor, Figures]:
+        sharded, whole = [], []
+        for parameter, local in zip(model.parameters(), shards.parameters()):
+            if parameter is local:
+                whole.append(local)
+            else:
+                local.grad, parameter.grad = parameter.grad.to_local(), None
+                sharded.append(local)
+        average_replicated(whole)
+        # Each machine holds all shards once, each process all that is whole: so the mean below counts both once.
+        squares = _norm(sharded) ** 2 * (self.size / self.machines) + _norm(whole) ** 2
+        joint = [torch.as_tensor(value, device=self.device).double() for value in (squares, *figures.values())]
+        means = torch.stack(joint)
+        dist.all_reduce(means)
+        means /= self.size
+        return means[0].sqrt().float(), dict(zip(figures, means[1:].unbind()))
+
+    def whole(self, model: nn.Module, shards: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
+        parameters, tensors = dict(model.named_parameters()), {}
+        for name, tensor in shards.named_parameters():
+            stored = self.stored(parameters[name], tensor)
+            full = stored.full_tensor() if isinstance(stored, DTensor) else stored
+            if self.leads:
+                tensors[name] = full
+        if not self.leads:
+            return None
+        built = build()
+        built.load_state_dict(tensors)
+        return built.to(self.device).eval().requires_grad_(False)
+
+    def from_leader(self, make: Callable[[], Item]) -> Item:
+        box = [make() if self.leads else None]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def leader_first(self, make: Callable[[], Item]) -> Item:
+        made = make() if self.leads else None
+        dist.barrier(group=self._control)
+        return made if self.leads else make()
+
+    def stored(self, parameter: nn.Parameter | None, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a part of ``parameter``, or of what is shaped like it, for a checkpoint."""
+        return self._spread(parameter, tensor.detach().to("cpu", copy=True))
+
+    def empty(self, parameter: nn.Parameter | None, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        if isinstance(parameter, DTensor) and shape == parameter.shape:
+            shape = parameter.to_local().shape
+        return self._spread(parameter, torch.empty(shape, dtype=dtype))
+
+    def part(self, parameter: nn.Parameter | None, tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+            return tensor
+        mesh = self._cpu_mesh_of(parameter)
+        return distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None).to_local()
+
+    def _spread(self, parameter: nn.Parameter | None, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor as what it is a part of: where it has the shape of the parameter's shard, of such a whole."""
+        if not isinstance(parameter, DTensor) or tensor.shape != parameter.to_local().shape:
+            return tensor
+        return DTensor.from_local(
+            tensor,
+            self._cpu_mesh_of(parameter),
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+    def _cpu_mesh_of(self, parameter: DTensor) -> DeviceMesh:
+        return self.cpu_mesh if parameter.device_mesh.ndim == 2 else self.cpu_mesh[GPU]
+
+
+def _machines_of_torchrun(size: int) -> int:
+    return size // int(os.environ.get("LOCAL_WORLD_SIZE", size))
+
+
+def _local(parameter: nn.Parameter) -> nn.Parameter:
+    """The shard of a parameter, in the same memory; a parameter that is whole itself."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return nn.Parameter(parameter.detach().to_local(), parameter.requires_grad)
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
