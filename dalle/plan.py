@@ -150,8 +150,9 @@ class Resblock(NamedTuple):
 
     def factor_sizes(self, gpus: int, rank: int) -> tuple[int, int]:
         """Elements of P, and of Q, of one GPU's shards, at ``rank`` over all GPUs of a machine."""
-        shorter, longer = zip(*(matrix.shard(gpus) for matrix in self.matrices))
-        return sum(shorter) * rank // gpus, sum(longer) * rank // gpus
+        shards = [matrix.shard(gpus) for matrix in self.matrices]
+        ranks = [min(rank // gpus, shorter) for shorter, _ in shards]
+        return tuple(sum(side * rank for side, rank in zip(sides, ranks)) for sides in zip(*shards))
 
 
 def resblocks(config: DALLEConfig) -> list[Resblock]:
@@ -291,11 +292,13 @@ def plan_memory(job: Job) -> dict[str, int]:
     largest = max(block.size for block in blocks)
     rows = job.images_per_gpu * (config.text_len + config.image_len)
     activations = [block_activations(config, block.kind, size.working) * job.images_per_gpu for block in blocks]
-    short, long = (sum(sizes) for sizes in zip(*(block.factor_sizes(job.gpus, job.rank) for block in blocks)))
+    factors = [block.factor_sizes(job.gpus, job.rank) for block in blocks]
+    # Of one resblock: errors and what replaces the gradients in fp32, the factors in fp32 and as codes.
+    compression = 2 * 4 * largest // job.gpus + max(map(sum, factors)) * (4 + CODE_BYTES) if job.rank else 0
     memory = {
         "parameters of resblocks": matrices * size.stored,
         "parameters in 32 bit": single * 4,
-        "error buffers" if job.rank else "gradients of resblocks": matrices * (CODE_BYTES if job.rank else size.stored),
+        "gradients of resblocks": matrices * size.stored,
         "gradients in 32 bit": single * 4,
         "moments of resblocks": matrices * size.moments,
         "moments in 32 bit": single * 8,
@@ -303,8 +306,9 @@ def plan_memory(job: Job) -> dict[str, int]:
         "gathered embeddings": outer * 4,
         "gradient of a resblock": largest * size.working,
         "gradients of embeddings": outer * 4,
-        "P and Q": (short + long) * CODE_BYTES,
-        "fixed Q": long * CODE_BYTES,
+        "error buffers": matrices * CODE_BYTES if job.rank else 0,
+        "fixed Q": sum(longer for _, longer in factors) * CODE_BYTES,
+        "compression of a resblock": compression,
         "inputs of resblocks": rows * config.dim * 4 * len(blocks),
         "activations of resblocks": max(activations) if job.checkpoint else sum(activations),
         "logits, a chunk": 2 * 4 * LOGITS_AT_ONCE,
@@ -344,11 +348,15 @@ def plan_traffic(job: Job) -> list[Traffic]:
 
 
 def _factor_traffic(job: Job) -> list[Traffic]:
-    """The grouped all-reduces in 1-6-9 of P and of Q: codes to who sums them, an all-to-all, and the sums to all."""
+    """The grouped all-reduces in 1-6-9 of P and of Q: codes to who sums them, an all-to-all, and the sums to all.
+
+    Each matrix adds one code, whether it is finite; machines take equal parts.
+    """
     calls: dict[str, list[int]] = {"P": [], "Q": []}
     for block in resblocks(job.config):
         for factor, size in zip(calls, block.factor_sizes(job.gpus, job.rank)):
-            calls[factor].append(math.ceil(size / job.machines) * job.machines * CODE_BYTES)
+            part = math.ceil((size + len(block.matrices)) / job.machines)
+            calls[factor].append(part * job.machines * CODE_BYTES)
     return [
         Traffic(f"{factor} in 1-6-9", kind, MACHINE, len(sizes), sum(sizes))
         for factor, sizes in calls.items()
@@ -393,10 +401,10 @@ def plan_work(job: Job) -> Work:
 
 def _compression_flops(job: Job) -> int:
     """E Q, E' P, P Q' and an orthonormal basis of P by Householder."""
-    rank = job.rank // job.gpus
     total = 0
     for matrix in (matrix for block in resblocks(job.config) for matrix in block.matrices):
         shorter, longer = matrix.shard(job.gpus)
+        rank = min(job.rank // job.gpus, shorter)
         total += 6 * shorter * longer * rank + 4 * shorter * rank**2
     return total
 
@@ -414,7 +422,8 @@ def _memory_traffic(job: Job) -> int:
     # Written and read by the forward, again likewise; in the backward read, their gradients written and read.
     inside = sum(block_activations(config, block.kind, size.working) for block in blocks) * (5 + 2 * again)
     stream = len(blocks) * (config.text_len + config.image_len) * config.dim * 4 * (4 + again)
-    # Parameters and moments read and written. The error buffer: gradient added, two products, error subtracted.
-    gradient = 6 * CODE_BYTES if job.rank else 2 * size.stored
+    # Parameters, moments and gradients read and written. The error buffer: gradient added, two products, the result
+    # subtracted, all but the products read and written.
+    gradient = 2 * size.stored + (6 * CODE_BYTES if job.rank else 0)
     update = whole // job.gpus * (2 * (size.stored + size.moments) + gradient) + single * 4 * 8
     return weights + job.images_per_gpu * (inside + stream) + update

@@ -121,7 +121,7 @@ def test_memory_by_precision_and_choices():
     kept = plan_memory(Job(PAPER, 1, 8, 8, precision="mixed", checkpoint=False))
     assert plain["parameters of resblocks"] == mixed["parameters of resblocks"] == plain["gradients of resblocks"]
     assert plain["gathered resblocks, two"] == 2 * mixed["gathered resblocks, two"]
-    assert "P and Q" not in plain and "error buffers" not in plain
+    assert "fixed Q" not in plain and "error buffers" not in plain
     blocks = [block_activations(PAPER, kind, 2) for kind in ("attention", "mlp")]
     assert mixed["activations of resblocks"] == max(blocks) and kept["activations of resblocks"] == 64 * sum(blocks)
 
