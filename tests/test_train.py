@@ -75,6 +75,14 @@ def final_tensors(folder):
     return load_file(latest_checkpoint(folder) / "training.safetensors")
 
 
+CLOCKED = {"seconds", "tokens_per_second", "share_of_peak"}
+"""What the log says of the time, which no two runs share."""
+
+
+def timeless(folder):
+    return [{name: value for name, value in entry.items() if name not in CLOCKED} for entry in log(folder)]
+
+
 def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -101,11 +109,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(which, pictures, trained_d
     for path in (tmp_path / "whole" / "model").iterdir():
         if path.suffix != ".json":  # The description holds the wall-clock time.
             assert path.read_bytes() == (tmp_path / "parts" / "model" / path.name).read_bytes()
-    timeless = [
-        [{key: value for key, value in entry.items() if key != "seconds"} for entry in log(tmp_path / name)]
-        for name in ("whole", "parts")
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
 
 
 def test_a_log_after_the_checkpoint_is_made_again_once(pictures, tmp_path):
@@ -125,7 +129,7 @@ def test_the_log_averages_over_an_interruption(pictures, tmp_path):
     with open(tmp_path / "parts" / "log.jsonl", "a") as file:
         file.write('null\n{"loss": 1.0}\n{"update": 4, "lo')
     run(dvae_stage(pictures), tmp_path / "parts", every, resume=True)
-    whole, parts = ([{**entry, "seconds": 0} for entry in log(tmp_path / name)] for name in ("whole", "parts"))
+    whole, parts = timeless(tmp_path / "whole"), timeless(tmp_path / "parts")
     assert whole == parts and [entry["update"] for entry in parts] == [3, 6, 7]
 
 

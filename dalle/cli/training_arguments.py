@@ -45,6 +45,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint-every", type=int, default=500, help="updates a checkpoint (default: %(default)s)")
     parser.add_argument("--keep-checkpoints", type=int, default=3, help="how many to keep (default: %(default)s)")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=0.0, help="of a device, for the share that is used (default: measured)"
+    )
 
 
 def train_stage(
@@ -115,7 +118,7 @@ def _run_settings(args: argparse.Namespace) -> RunSettings:
     """The settings of the loop that the flags give."""
     from dalle.train.loop import RunSettings
 
-    names = ("log_every", "picture_every", "checkpoint_every", "keep_checkpoints")
+    names = ("log_every", "picture_every", "checkpoint_every", "keep_checkpoints", "peak_tflops")
     return RunSettings(**{name: getattr(args, name) for name in names})
 
 

@@ -19,6 +19,7 @@ from dalle.errors import UserError
 from dalle.files import atomic_write, sha256
 from dalle.generation import generate
 from dalle.pictures import labelled_grid, png
+from dalle.plan import model_flops
 from dalle.tokenizer import Tokenizer
 from dalle.train.averaging import IterateAverage
 from dalle.train.loop import Stage
@@ -107,6 +108,8 @@ class DALLEStage(Stage):
         self.training = training
         self.updates = training.updates
         self.clip_norm = training.clip_norm
+        self.tokens_per_update = training.batch_size * (config.text_len + config.image_len)
+        self.flops_per_update = training.batch_size * model_flops(config)
         self.device = team.device
         self.dvae_folder = Path(dvae_folder)
         self.dvae = load_dvae(dvae_folder).to(self.device)

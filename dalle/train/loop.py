@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from dalle.pictures import loss_curve, read_log
 from dalle.train.averaging import IterateAverage
 from dalle.train.checkpoints import Checkpoints, clear_incomplete, latest_checkpoint, load
 from dalle.train.team import ALONE, Alone, Figures
+from dalle.train.telemetry import Telemetry, averages
+from dalle_kernels import GradScales
 
 Window = list[Figures]
 """The figures of the updates since the last line of the log, which averages them."""
@@ -37,24 +39,29 @@ Window = list[Figures]
 class RunSettings:
     """How a run is driven. None of these changes the numbers, so a resumed run may choose anew.
 
-    ``log_every``, ``picture_every`` and ``checkpoint_every`` count updates; 0 pictures means none.
+    ``log_every``, ``picture_every`` and ``checkpoint_every`` count updates; 0 pictures means none. ``peak_tflops`` is
+    what each device can do, of which the log gives the share that is used; 0: measured.
     """
 
     log_every: int = 20
     picture_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
+    peak_tflops: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name == "picture_every" else 1
+        for name in ("log_every", "picture_every", "checkpoint_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            least = 0 if name == "picture_every" else 1
             if not isinstance(value, int) or value < least:
-                raise UserError(f"{field.name}: expected a whole number of at least {least}, got {value!r}")
+                raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        if not 0 <= self.peak_tflops < math.inf:
+            raise UserError(f"peak_tflops: expected a number of at least 0, got {self.peak_tflops!r}")
 
 
 class Stage(ABC):
-    """What the loop needs to know of a stage. ``updates`` is the run's length.
+    """What the loop needs to know of a stage. ``updates`` is the run's length. For the log, ``scales`` are the loss
+    scales of the resblocks, and an update takes ``tokens_per_update`` tokens and ``flops_per_update`` operations.
 
     The model runs in a team of processes; ``shards`` is this process's part of its parameters, which the optimizer and
     the average are made of. A team of one has it all: there both are the same module.
@@ -67,6 +74,9 @@ class Stage(ABC):
     average: IterateAverage
     updates: int
     clip_norm: float = math.inf
+    scales: GradScales | None = None
+    tokens_per_update: int = 0
+    flops_per_update: int = 0
 
     def place(self, model: nn.Module) -> None:
         """Put ``model`` onto the team's devices, to be trained there."""
@@ -128,17 +138,19 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
         total=stage.updates, initial=update, unit="update", dynamic_ncols=True, smoothing=0.05, disable=not team.leads
     )
     started = time.monotonic() - seconds
+    telemetry = Telemetry(stage, settings.peak_tflops * 1e12)
     with bar, _interruptible() as interrupted:
         while update < stage.updates:
-            window.append(_one_update(stage, update, out, interrupted))
+            with telemetry.update():
+                window.append(_one_update(stage, update, out, interrupted))
             update += 1
             bar.update()
             last = update == stage.updates
             stopping = window[-1].pop("interrupted") > 0
             if update % settings.log_every == 0 or last:
-                entry = {"update": update, **_averages(window), "seconds": round(time.monotonic() - started, 3)}
+                entry = {"update": update, **averages(window), **telemetry.line()}
                 window.clear()
-                _log(stage, out, entry)
+                _log(stage, out, {**entry, "seconds": round(time.monotonic() - started, 3)})
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
             if settings.picture_every and (update % settings.picture_every == 0 or last):
                 _draw(stage, out, update)
@@ -175,10 +187,6 @@ def _one_update(stage: Stage, update: int, out: Path, interrupted: Callable[[], 
     stage.average.observe(stage.shards, update + 1)
     stage.observe(float(loss))
     return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, **figures}
-
-
-def _averages(window: Window) -> dict[str, float]:
-    return {name: sum(float(figures[name]) for figures in window) / len(window) for name in window[0]}
 
 
 def _require_finite(figures: dict[str, float], update: int, out: Path) -> None:

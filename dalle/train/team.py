@@ -60,6 +60,10 @@ class Alone:
         mean of ``figures``; the latter two are the same in every process, so that all decide alike."""
         return nn.utils.get_total_norm([p.grad for p in shards.parameters() if p.grad is not None]), figures
 
+    def total(self, counts: torch.Tensor) -> torch.Tensor:
+        """The sum of the processes' ``counts``, in every process."""
+        return counts
+
     def whole(self, model: nn.Module, shards: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
         """The model, in eval mode, whose parameters ``shards`` holds this team's parts of; None but in the leader.
 

@@ -96,6 +96,10 @@ class Team(Alone):
         means /= self.size
         return means[0].sqrt().float(), dict(zip(figures, means[1:].unbind()))
 
+    def total(self, counts: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(counts)
+        return counts
+
     def whole(self, model: nn.Module, shards: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
         parameters, tensors = dict(model.named_parameters()), {}
         for name, tensor in shards.named_parameters():

@@ -1,0 +1,149 @@
+"""What a run's log says of its numbers and its speed, gathered so that the device is waited for once a line.
+
+A line holds, beside the averages of its updates (of ``skipped_updates``, where a stage may skip them, their share):
+
+- ``gradient_exponents``: how the magnitudes of the last update's gradients spread, see :func:`exponent_shares`; each
+  process counts what it holds, clipped as the optimizer saw it;
+- ``scales``: the resblocks' loss scales, where they have any;
+- ``bytes_sent``: what the leading process sends in an update, where there are several;
+- ``tokens_per_second`` of all processes, and ``share_of_peak``, the model's own operations (nothing counted twice) over
+  what the devices can do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from dalle.train.loop import Stage
+    from dalle.train.team import Figures
+
+LOWEST, HIGHEST = -64, 15
+"""Exponents e of 2^e <= |x| < 2^(e + 1) that are told apart; 1-6-9 has -60 to 3, fp16 -24 to 15."""
+_BUCKETS = HIGHEST - LOWEST + 3  # zeros before them, infinities and NaN after
+_AT_ONCE = 1 << 22  # elements, which bounds the memory taken, and which float32 still counts one by one
+
+
+def averages(window: list[Figures]) -> dict[str, float]:
+    """The mean of each figure over the updates of a window; the device is waited for once."""
+    columns = {name: [figures[name] for figures in window] for name in window[0]}
+    held = [value for column in columns.values() for value in column if isinstance(value, torch.Tensor)]
+    read = iter(torch.stack([value.detach().double() for value in held]).tolist() if held else [])
+    return {
+        name: sum(next(read) if isinstance(value, torch.Tensor) else value for value in column) / len(column)
+        for name, column in columns.items()
+    }
+
+
+@torch.no_grad()
+def exponent_counts(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """How many elements of ``tensors`` have each binary exponent, int64 ``[82]`` on their device, never waiting for it.
+
+    First zeros, then the exponents from :data:`LOWEST` (with all below) to :data:`HIGHEST` (with all above), then
+    infinities and NaN. The tensors may be of any floating dtype; at least one is expected.
+    """
+    total = None
+    for tensor in tensors:
+        for chunk in tensor.detach().flatten().split(_AT_ONCE):
+            counts = torch.histc(_buckets(chunk), _BUCKETS, 0, _BUCKETS - 1).long()
+            total = counts if total is None else total + counts
+    if total is None:
+        raise ValueError("exponent_counts: expected at least one tensor, got none")
+    return total
+
+
+def _buckets(values: torch.Tensor) -> torch.Tensor:
+    """The place of each value among :func:`exponent_counts`', as float32."""
+    mantissa, exponent = torch.frexp(values.float())  # a mantissa from 1/2 to 1
+    place = (exponent - 1).clamp_(LOWEST, HIGHEST).float() - (LOWEST - 1)
+    place = torch.where(mantissa == 0, 0, place)
+    return torch.where(mantissa.isfinite(), place, _BUCKETS - 1)
+
+
+def exponent_shares(counts: list[int]) -> dict[str, Any]:
+    """For the log, of :func:`exponent_counts`: the shares of ``zeros`` and of ``nonfinite`` numbers, and ``shares`` of
+    those with the exponents ``lowest``, ``lowest`` + 1, ..., up to the last that occurs."""
+    zeros, *between, nonfinite = (float(f"{count / max(1, sum(counts)):.4g}") for count in counts)
+    found = [index for index, share in enumerate(between) if share]
+    first, last = (found[0], found[-1]) if found else (0, -1)
+    return {"zeros": zeros, "nonfinite": nonfinite, "lowest": LOWEST + first, "shares": between[first : last + 1]}
+
+
+def measured_peak(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of this device's matrix products, the best of a few; takes some tenths of a second."""
+    device = torch.device(device)
+    side = 1024 if device.type == "cpu" else 8192
+    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    best = min(_seconds(left, right) for _ in range(5))
+    return 2 * side**3 / best
+
+
+def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    _wait(left.device)
+    started = time.perf_counter()
+    left @ right
+    _wait(left.device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class Telemetry:
+    """What the lines of a run's log say beside averages.
+
+    ``peak`` is the operations a second of each process's device, 0 to have it measured when it is first wanted.
+    """
+
+    def __init__(self, stage: Stage, peak: float = 0.0):
+        self.stage = stage
+        self.peak = peak
+        self.bytes_sent: float | None = None
+        self._since = time.monotonic()
+        self._updates = 0
+
+    def update(self) -> AbstractContextManager[None]:
+        """To be entered for each update."""
+        self._updates += 1
+        return self._count_bytes()
+
+    @contextmanager
+    def _count_bytes(self) -> Iterator[None]:
+        # Every update sends the same, so the first is counted.
+        if self.stage.team.size == 1 or self.bytes_sent is not None:
+            yield
+            return
+        from dalle.train.collectives import CollectiveCounter  # what it imports takes torch seconds
+
+        with CollectiveCounter() as counter:
+            yield
+        self.bytes_sent = counter.sent
+
+    def line(self) -> dict[str, Any]:
+        """What a line says of the updates since the last one, after the last one's step. All processes call this."""
+        stage = self.stage
+        gradients = [parameter.grad for parameter in stage.shards.parameters() if parameter.grad is not None]
+        line = {"gradient_exponents": exponent_shares(stage.team.total(exponent_counts(gradients)).tolist())}
+        if stage.scales is not None:
+            line["scales"] = stage.scales.scales.tolist()
+        if self.bytes_sent is not None:
+            line["bytes_sent"] = round(self.bytes_sent)
+        return line | self._speed()
+
+    def _speed(self) -> dict[str, float]:
+        stage = self.stage
+        rate = self._updates / max(time.monotonic() - self._since, 1e-9)
+        speed = {}
+        if stage.tokens_per_update:
+            self.peak = self.peak or measured_peak(stage.team.device)
+            share = rate * stage.flops_per_update / (self.peak * stage.team.size)
+            speed = {"tokens_per_second": rate * stage.tokens_per_update, "share_of_peak": share}
+        self._updates, self._since = 0, time.monotonic()
+        return speed
