@@ -7,11 +7,16 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from dalle.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BACKGROUND = (255, 255, 255)
 TEXT = (33, 37, 41)
@@ -147,16 +152,12 @@ def loss_curve(log: str | os.PathLike, names: Sequence[str] | None = None) -> by
 
     ``names`` chooses others. Needs matplotlib. A line that a crash has cut short is left out.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("expected matplotlib to draw a loss curve: pip install matplotlib") from error
     records = read_log(log)
     names = names or sorted({name for record in records for name in record if name.endswith("loss")})
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     for name in names:
-        points = [(record["update"], record[name]) for record in records if _is_number(record.get(name))]
+        points = [(record["update"], record[name]) for record in records if is_number(record.get(name))]
         if not points:
             raise UserError(f"expected numbers named {name!r} in {os.fspath(log)}, found none")
         axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1.2)
@@ -164,9 +165,28 @@ def loss_curve(log: str | os.PathLike, names: Sequence[str] | None = None) -> by
         raise UserError(f"expected numbers whose name ends in 'loss' in {os.fspath(log)}, found none")
     axes.set_xlabel("update")
     axes.set_ylabel("nats")
+    tidy(axes)
+    axes.legend(frameon=False)
+    return figure_png(figure)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of matplotlib's, in inches; UserError where that is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("expected matplotlib to draw curves: pip install matplotlib") from error
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def tidy(axes: Axes) -> None:
+    """A faint grid, and no frame where there is no axis."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+
+
+def figure_png(figure: Figure) -> bytes:
+    """The figure as a PNG file's content."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -185,12 +205,13 @@ def read_log(log: str | os.PathLike) -> list[dict]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and _is_number(record.get("update")):
+        if isinstance(record, dict) and is_number(record.get("update")):
             records.append(record)
     return records
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value of a log is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
