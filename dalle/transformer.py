@@ -12,7 +12,9 @@ tokens are predicted like other text tokens: the text unembedding has ``text_voc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ from dalle_kernels import (
     linear,
     linear_cross_entropy,
     mlp,
+    scaled_resblock,
     sparse_attention,
 )
 
@@ -83,13 +86,13 @@ class AttentionBlock(nn.Module):
             cache.prefill(k.to(cache.dtype), v.to(cache.dtype))
         return self._project(sparse_attention(q, k, v, self.pattern))
 
-    def new_cache(self, x: torch.Tensor, samples_per_prompt: int) -> KVCache:
-        """An empty cache for prompts ``[B, N, dim]``, of their dtype and device."""
-        return KVCache(self.pattern, len(x), self.heads, self.head_dim, x.dtype, x.device, samples_per_prompt)
+    def new_cache(self, x: torch.Tensor, samples_per_prompt: int, dtype: torch.dtype) -> KVCache:
+        """An empty cache in ``dtype`` for prompts ``[B, N, dim]``, on their device."""
+        return KVCache(self.pattern, len(x), self.heads, self.head_dim, dtype, x.device, samples_per_prompt)
 
     def _query_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, length, _ = x.shape
-        joint = self.query_key_value(self.norm(x)).view(batch, length, 3, self.heads, self.head_dim)
+        joint = self.query_key_value(_normalized(self.norm, x)).view(batch, length, 3, self.heads, self.head_dim)
         # Apart first and turned afterwards: in the backward one copy then joins their gradients for the product.
         q, k, v = joint.unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -109,38 +112,57 @@ class MLPBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, N, dim]`` to ``[B, N, dim]``."""
-        x, expansion, projection = self.norm(x), self.expansion, self.projection
+        x, expansion, projection = _normalized(self.norm, x), self.expansion, self.projection
         # By their weights where nobody is to see the two layers called; a compiler fuses the modules by itself.
         if not torch.compiler.is_compiling() and all(
-            _is_plain(linear, Linear) and linear.bias is not None for linear in (expansion, projection)
+            _is_plain(linear, Linear) and linear.bias is not None and linear.bias.dtype == linear.weight.dtype
+            for linear in (expansion, projection)
         ):
             return mlp(x, expansion.weight, expansion.bias, projection.weight, projection.bias)
         return projection(F.gelu(expansion(x)))
 
 
+class Scaling(NamedTuple):
+    """Of a layer's two resblocks: the dtype that they run in, and the loss scale of each (paper 2.4)."""
+
+    dtype: torch.dtype
+    attention: torch.Tensor
+    mlp: torch.Tensor
+
+
 class Layer(nn.Module):
-    """One layer: the attention resblock ``x + attention(x)``, then the MLP resblock ``x + mlp(x)``."""
+    """One layer: the attention resblock ``x + attention(x)``, then the MLP resblock ``x + mlp(x)``.
+
+    With a ``scaling`` each is a ``scaled_resblock``: x stays in float32, the branches run in 16 bits.
+    """
 
     def __init__(self, config: DALLEConfig, pattern: AttentionPattern):
         super().__init__()
         self.attention = AttentionBlock(config, pattern)
         self.mlp = MLPBlock(config)
         self.checkpoint_activations = config.checkpoint_activations
+        self.scaling: Scaling | None = None
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """As :class:`AttentionBlock`, ``[B, N, dim]`` to ``[B, N, dim]``."""
         # By its name, so that hooks see x as the only argument, as they do where there is no cache.
-        x = x + (self._branch(self.attention, x) if cache is None else self.attention(x, cache=cache))
-        return x + self._branch(self.mlp, x)
+        attention = self._branch(self.attention) if cache is None else partial(self.attention, cache=cache)
+        if self.scaling is None:
+            x = x + attention(x)
+            return x + self._branch(self.mlp)(x)
+        x = scaled_resblock(attention, x, self.scaling.attention, self.scaling.dtype)
+        return scaled_resblock(self._branch(self.mlp), x, self.scaling.mlp, self.scaling.dtype)
 
     def weights(self) -> LayerWeights | None:
         """For ``decode_layers``, which does what :meth:`forward` does to one more token, from a cache.
 
-        None where that is not so: where a module of the layer has been replaced, or has hooks, a forward of its own, no
-        bias or another epsilon.
+        None where that is not so: where the layer has a scaling, or one of its modules has been replaced, or has hooks,
+        a forward of its own, no bias or another epsilon.
         """
         attention, mlp = self.attention, self.mlp
-        if not (_is_plain(self, Layer) and _is_plain(attention, AttentionBlock) and _is_plain(mlp, MLPBlock)):
+        if self.scaling is not None or not (
+            _is_plain(self, Layer) and _is_plain(attention, AttentionBlock) and _is_plain(mlp, MLPBlock)
+        ):
             return None
         norms = (attention.norm, mlp.norm)
         if not all(_is_plain(norm, nn.LayerNorm) and norm.eps == NORM_EPSILON for norm in norms):
@@ -152,10 +174,16 @@ class Layer(nn.Module):
         tensors = [tensor for module in branches for tensor in (module.weight, module.bias)]
         return None if any(tensor is None for tensor in tensors) else LayerWeights(*tensors)
 
-    def _branch(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _branch(self, block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return partial(checkpoint, block, use_reentrant=False)
+        return block
+
+
+def _normalized(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``norm(x)`` in x's dtype, though its gain and bias, and so its arithmetic, may be float32 beside a 16-bit x."""
+    gain = getattr(norm, "weight", None)
+    return norm(x) if gain is None or gain.dtype == x.dtype else norm(x.to(gain.dtype)).to(x.dtype)
 
 
 def _is_plain(module: nn.Module, expected: type[nn.Module]) -> bool:
@@ -190,7 +218,8 @@ class DALLE(nn.Module):
     ``[B, H*W]`` in raster order.
 
     It is written to run under ``torch.autocast``: the residual stream, the embeddings and the logits stay in the
-    parameters' dtype (fp32), the resblocks' matrices and the attention take autocast's.
+    parameters' dtype (fp32), the resblocks' matrices and the attention take autocast's. :meth:`set_precision` is the
+    paper's way to 16 bits instead.
     """
 
     def __init__(self, config: DALLEConfig):
@@ -222,6 +251,26 @@ class DALLE(nn.Module):
                 nn.init.normal_(module.weight, std=residual_std if name.endswith("projection") else INIT_STD)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def resblocks(self) -> list[AttentionBlock | MLPBlock]:
+        """The branches of the resblocks, two a layer, in the order in which they run."""
+        return [block for layer in self.layers for block in (layer.attention, layer.mlp)]
+
+    def set_precision(self, dtype: torch.dtype, scales: torch.Tensor | None = None) -> None:
+        """From now on train the resblocks in ``dtype``, each under a loss scale of its own (paper 2.4, App. D).
+
+        Their matrices become ``dtype``, float16 or bfloat16; gains, biases, embeddings, unembeddings, the residual
+        stream and the logits stay in float32, and all names stay. ``scales``, float32 ``[2 * layers]`` in the order of
+        :meth:`resblocks`, is kept and may change in place between updates. What the resblocks' parameters get as
+        gradients is multiplied by them. With float32 and no scales the model is again as it was made.
+        """
+        for block in self.resblocks():
+            for parameter in block.parameters():
+                if parameter.dim() > 1:
+                    parameter.data = parameter.data.to(dtype)
+        pairs = [None] * len(self.layers) if scales is None else scales.view(-1, 2)
+        for layer, pair in zip(self.layers, pairs, strict=True):
+            layer.scaling = None if pair is None else Scaling(dtype, *pair)
 
     def forward(self, text: torch.Tensor, image_tokens: torch.Tensor) -> DALLELoss:
         """The training loss of a batch; raises :class:`UserError` for a wrong shape, dtype, device or token."""
@@ -298,7 +347,8 @@ class DALLE(nn.Module):
                 )
             _check_tokens("prime", prime, config.image_vocab_size, self.start.device)
             x = torch.cat((x, self.image_embedding(prime) + image_positions[:length]), dim=1)
-        caches = [layer.attention.new_cache(x, samples_per_prompt) for layer in self.layers]
+        dtypes = [layer.scaling.dtype if layer.scaling else x.dtype for layer in self.layers]
+        caches = [layer.attention.new_cache(x, samples_per_prompt, dtype) for layer, dtype in zip(self.layers, dtypes)]
         for layer, cache in zip(self.layers, caches):
             x = layer(x, cache=cache)
         logits = self._unembed(self.norm(x[:, -1]), self.image_unembedding)

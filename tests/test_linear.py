@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 import dalle_kernels
 from dalle_kernels import Linear, _native, linear
+from dalle_kernels.linear.mixed import mixed_linear
 from dalle_kernels.linear.ops import FEW_ROWS
 from dalle_kernels.testing import assert_accurate, poisoned_allocations, strided_views
 
@@ -200,3 +201,45 @@ for shape in SHAPES:
 @native_only
 def test_every_instruction_set_meets_the_error_rule(run_with_instruction_set):
     run_with_instruction_set(CHECK_ONE_INSTRUCTION_SET)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(0, 5, 3), (1, 1, 1), (7, 33, 12), (130, 40, 9)])
+def test_a_bias_in_float32_beside_16_bits(shape, dtype):
+    """The layer in training against float64, and torch's own with everything in 16 bits."""
+    torch.manual_seed(0)
+    rows, inputs, outputs = shape
+    layer = Linear(inputs, outputs)
+    layer.weight.data = layer.weight.data.to(dtype)
+    x, grad = torch.randn(2, rows, inputs, dtype=dtype), torch.randn(2, rows, outputs, dtype=dtype)
+
+    def results(x, weight, bias, function):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
+        out = function(*leaves)
+        out.backward(grad.to(out.dtype))
+        return [out, *(leaf.grad for leaf in leaves)]
+
+    arguments = (x, layer.weight, layer.bias)
+    exact = results(*(tensor.double() for tensor in arguments), F.linear)
+    plain = results(x, layer.weight, layer.bias.to(dtype), F.linear)
+    x = x.requires_grad_()
+    out = layer(x)
+    out.backward(grad)
+    ours = [out, x.grad, layer.weight.grad, layer.bias.grad]
+    assert [tensor.dtype for tensor in ours] == [dtype, dtype, dtype, torch.float32]
+    for name, *tensors in zip(("out", "x", "weight", "bias"), ours, plain, exact, strict=True):
+        assert_accurate(*tensors, name)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), out, rtol=2e-2, atol=2e-2)
+
+
+def test_a_bias_gradient_leaves_the_range_of_16_bits():
+    layer = Linear(1, 1)
+    layer.weight.data = layer.weight.data.half()
+    layer(torch.ones(4, 1).half()).backward(torch.full((4, 1), 60000.0).half())
+    assert layer.bias.grad.item() == 4 * torch.tensor(60000.0).half().item()
+
+
+def test_mixed_linear_names_the_dtypes_that_it_wants():
+    with pytest.raises(TypeError, match=r"x and weight in float16 or bfloat16 and bias in float32, got .*float32"):
+        mixed_linear(torch.ones(1, 1), torch.ones(1, 1).half(), torch.ones(1))

@@ -12,7 +12,7 @@ from dalle.config import DVAEConfig
 from dalle.dvae import DVAE
 from dalle.train.averaging import IterateAverage
 from dalle.train.code_initialization import spread_codes
-from dalle.train.dalle import DALLETraining, parameter_groups
+from dalle.train.dalle import DALLETraining
 from dalle.train.dvae import DVAETraining
 from dalle.train.sampling import EpochOrder, derived_seed, generator
 from dalle.train.schedules import PlateauHalving, cosine, warm_up
@@ -107,10 +107,3 @@ def test_spread_codes_makes_each_code_the_nearest_to_its_own_patch():
     )
     with pytest.raises(ValueError, match="expected at least 24 patches"):
         spread_codes(dvae, images[:1], 4.0, generator(0, "codes"))
-
-
-def test_only_linear_weights_decay():
-    model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 2), nn.LayerNorm(2))
-    decayed, spared = parameter_groups(model, 0.1)
-    assert [p is model[1].weight for p in decayed["params"]] == [True]
-    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0 and len(spared["params"]) == 4

@@ -9,14 +9,15 @@ from torch import nn
 
 
 class IterateAverage:
-    """Keeps ``average = decay * average + (1 - decay) * parameters`` in a copy of ``model``, every ``every`` updates.
+    """Keeps ``average = decay * average + (1 - decay) * parameters`` in a float32 copy of ``model``, every ``every``
+    updates.
 
     Early on the decay is lowered to ``(1 + n) / (10 + n)`` at the n-th averaging, so that a short run is not held back
     by its random start; the paper's long runs never notice.
     """
 
     def __init__(self, model: nn.Module, decay: float, every: int = 1):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
         self.decay = decay
         self.every = every
 
@@ -27,4 +28,4 @@ class IterateAverage:
             return
         count = update // self.every
         weight = 1 - min(self.decay, (1 + count) / (10 + count))
-        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], weight)
+        torch._foreach_lerp_(list(self.model.parameters()), [p.detach().float() for p in model.parameters()], weight)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dalle.checkpoint import dalle_files, dvae_sha256, load_dvae
 from dalle.config import DALLEConfig
@@ -23,12 +22,22 @@ from dalle.plan import model_flops
 from dalle.tokenizer import Tokenizer
 from dalle.train.averaging import IterateAverage
 from dalle.train.loop import Stage
+from dalle.train.precision import (
+    OPTIMIZERS,
+    PRECISIONS,
+    make_optimizer,
+    prepare_scaled_step,
+    require_fitting,
+    scales_from_json,
+    scales_to_json,
+)
 from dalle.train.sampling import EpochOrder, derived_seed
 from dalle.train.schedules import PlateauHalving, cosine, warm_up
 from dalle.train.settings import STORED_DTYPES, require_choice, require_in_range
 from dalle.train.team import ALONE, Alone, Figures
 from dalle.train.tokens import encode_dataset
 from dalle.transformer import DALLE
+from dalle_kernels import GradScales
 
 PICTURED_CAPTIONS = 8
 SAMPLES_PER_CAPTION = 4
@@ -44,6 +53,10 @@ class DALLETraining:
     ``final_learning_rate``, the better choice for a short run. ``crops`` is how many augmented crops of each image are
     encoded once and cached. Weight decay spares gains, biases and embeddings. ``stored_dtype`` is the precision of the
     final model folder, not of training.
+
+    ``precision`` is the resblocks': "float32", or the paper's "float16", or "bfloat16", for their matrices, activations
+    and gradients, each resblock under a loss scale of its own. ``optimizer`` is torch's "adamw", or "adamw16", which
+    keeps the moments of the resblocks' matrices in 16 bits and which 16-bit resblocks need (paper 2.4, B.2).
     """
 
     updates: int = 430_000
@@ -60,6 +73,8 @@ class DALLETraining:
     average_every: int = 25
     bpe_dropout: float = 0.1
     crops: int = 1
+    precision: str = "float32"
+    optimizer: str = "adamw"
     stored_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -74,6 +89,9 @@ class DALLETraining:
         for name in ("final_learning_rate", "weight_decay"):
             require_in_range(self, name, 0, math.inf)
         require_choice(self, "schedule", ("plateau", "cosine"))
+        require_choice(self, "precision", PRECISIONS)
+        require_choice(self, "optimizer", OPTIMIZERS)
+        require_fitting(self.precision, self.optimizer)
         require_choice(self, "stored_dtype", STORED_DTYPES)
 
     @property
@@ -122,11 +140,17 @@ class DALLEStage(Stage):
         self.held_out_captions, self.held_out_tokens = self._held_out(held_out, cache)
         self.order = EpochOrder(len(images), training.seed)
         torch.manual_seed(derived_seed(training.seed, "dalle"))
-        self.place(DALLE(config))
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.shards, training.weight_decay), betas=(0.9, 0.96), eps=1e-8, fused=True
-        )
+        model = DALLE(config)
+        dtype = PRECISIONS[training.precision]
+        if dtype is not None:
+            # Each process takes the mean over its own share of the batch, as one replica of one would.
+            self.scales = GradScales(2 * config.layers, device=team.device)
+            model.set_precision(dtype, self.scales.scales)
+        self.place(model)
+        self.optimizer = make_optimizer(self.model, self.shards, training)
         self.average = IterateAverage(self.shards, training.average_decay, training.average_every)
+        if isinstance(self.average.model, DALLE):
+            self.average.model.set_precision(torch.float32)
         self.plateau = PlateauHalving(window=max(1, round(training.updates * training.plateau_fraction)))
 
     def _check_fit(self) -> None:
@@ -182,6 +206,11 @@ class DALLEStage(Stage):
         output = self.model(text, self.tokens[rows, crops].long().to(self.device))
         return output.loss, {"text_loss": output.text_loss.detach(), "image_loss": output.image_loss.detach()}
 
+    def prepare_step(self, norm: torch.Tensor) -> tuple[torch.Tensor, Figures]:
+        if self.scales is None:
+            return super().prepare_step(norm)
+        return prepare_scaled_step(self.optimizer, self.scales, self.clip_norm, self.team)
+
     def identity(self) -> dict[str, Any]:
         return {
             "stage": "dalle",
@@ -196,10 +225,13 @@ class DALLEStage(Stage):
         return {"tokenizer.json": self.tokenizer.to_json().encode()}
 
     def state(self) -> dict[str, Any]:
-        return {"plateau": self.plateau.state_dict()}
+        scales = {} if self.scales is None else scales_to_json(self.scales)
+        return {"plateau": self.plateau.state_dict(), "scales": scales}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.plateau.load_state_dict(state["plateau"])
+        if self.scales is not None:
+            scales_from_json(self.scales, state["scales"])
 
     @torch.no_grad()
     def draw_pictures(self, update: int, folder: Path) -> dict[str, float]:
@@ -235,14 +267,3 @@ class DALLEStage(Stage):
         note = {"training": asdict(self.training), "data": self.fingerprint, "seconds": round(seconds)}
         dtype = STORED_DTYPES[self.training.stored_dtype]
         return dalle_files(model, self.tokenizer, self.dvae_folder, dtype, note)
-
-
-def parameter_groups(model: nn.Module, shards: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups of the parameters in ``shards``, which are named as those of ``model``: the weights of linear
-    layers decay; gains, biases, embeddings and learned tokens do not."""
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    parameters = list(shards.named_parameters())
-    return [
-        {"params": [parameter for name, parameter in parameters if name in linear], "weight_decay": weight_decay},
-        {"params": [parameter for name, parameter in parameters if name not in linear], "weight_decay": 0.0},
-    ]

@@ -107,6 +107,12 @@ class Stage(ABC):
     def model_files(self, updates: int, seconds: float) -> dict[str, bytes]:
         """The files of the model folder that the averaged parameters make."""
 
+    def prepare_step(self, norm: torch.Tensor) -> tuple[torch.Tensor, Figures]:
+        """Between the backward and the step: clip the gradients in ``shards``, whose norm over all parameters is
+        ``norm``, to ``clip_norm``. Returns the norm to log, and what else."""
+        nn.utils.clip_grads_with_norm_(self.shards.parameters(), self.clip_norm, norm)
+        return norm, {}
+
     def observe(self, loss: float) -> None:  # noqa: B027 (optional)
         """Learn the loss of an update (the plateau rule does)."""
 
@@ -179,14 +185,14 @@ def _one_update(stage: Stage, update: int, out: Path, interrupted: Callable[[], 
     # Whether to stop is among the figures so that all processes of a team stop after the same update.
     figures = {"loss": loss.detach(), "interrupted": float(interrupted()), **figures}
     norm, figures = stage.team.combine(stage.model, stage.shards, figures)
-    nn.utils.clip_grads_with_norm_(stage.shards.parameters(), stage.clip_norm, norm)
+    norm, skipping = stage.prepare_step(norm)
     loss = figures.pop("loss")
     # Before the step: parameters that are not finite must not reach a checkpoint and push out the good ones.
     _require_finite({"loss": float(loss), "gradient norm": float(norm)}, update + 1, out)
     stage.optimizer.step()
     stage.average.observe(stage.shards, update + 1)
     stage.observe(float(loss))
-    return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, **figures}
+    return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, **figures, **skipping}
 
 
 def _require_finite(figures: dict[str, float], update: int, out: Path) -> None:

@@ -64,6 +64,11 @@ class Alone:
         """The sum of the processes' ``counts``, in every process."""
         return counts
 
+    def add_squares(self, sharded: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Sums of squares over all parameters, of those over this process's shards and over what every process holds
+        whole; the same in every process."""
+        return sharded + whole
+
     def whole(self, model: nn.Module, shards: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
         """The model, in eval mode, whose parameters ``shards`` holds this team's parts of; None but in the leader.
 

@@ -96,6 +96,12 @@ class Team(Alone):
         means /= self.size
         return means[0].sqrt().float(), dict(zip(figures, means[1:].unbind()))
 
+    def add_squares(self, sharded: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        # Each machine holds all shards once, each process all that is whole: so the mean counts both once.
+        squares = sharded * (self.size / self.machines) + whole
+        dist.all_reduce(squares)
+        return squares / self.size
+
     def total(self, counts: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(counts)
         return counts

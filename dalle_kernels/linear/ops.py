@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dalle_kernels import _native
 from dalle_kernels._dispatch import Op, any_autocast, has_transform
 from dalle_kernels.linear import reference
+from dalle_kernels.linear.mixed import mixed_linear
 
 FEW_ROWS = 64
 """Up to as many rows the compiled kernel is faster than torch's matrix product."""
@@ -131,7 +132,15 @@ def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> NoReturn:
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` by :func:`linear`: the same parameters and results, fast for few rows."""
+    """``torch.nn.Linear`` by :func:`linear`: the same parameters and results, fast for few rows.
+
+    Beside a 16-bit weight the bias may stay in float32; in training it is then :func:`mixed_linear`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        bias = self.bias
+        if bias is not None and bias.dtype != self.weight.dtype == input.dtype:
+            if torch.is_grad_enabled():
+                return mixed_linear(input, self.weight, bias)
+            bias = bias.to(input.dtype)
+        return linear(input, self.weight, bias)
