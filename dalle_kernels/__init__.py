@@ -37,7 +37,9 @@ from dalle_kernels.gumbel_softmax.ops import gumbel_codebook, gumbel_softmax, gu
 from dalle_kernels.linear.ops import Linear, linear
 from dalle_kernels.logit_laplace.ops import logit_laplace_loss, map_pixels, unmap_pixels
 from dalle_kernels.mlp.ops import mlp
+from dalle_kernels.powersgd.hooks import PowerSGD
 from dalle_kernels.powersgd.ops import orthogonalize
+from dalle_kernels.powersgd.shards import shard_longer_axis
 from dalle_kernels.transformer.ops import decode_layers
 from dalle_kernels.transformer.reference import LayerWeights
 
@@ -50,6 +52,7 @@ __all__ = [
     "LayerWeights",
     "Linear",
     "NativeError",
+    "PowerSGD",
     "ProviderError",
     "ScaledResBlock",
     "SparseSelfAttention",
@@ -77,6 +80,7 @@ __all__ = [
     "philox",
     "scale_cast_filter",
     "scaled_resblock",
+    "shard_longer_axis",
     "sparse_attention",
     "squared_norms",
     "unmap_pixels",
