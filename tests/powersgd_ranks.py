@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle_kernels import PowerSGD, shard_longer_axis
+from dalle_kernels import PowerSGD, decode_fp169, shard_longer_axis
 from dalle_kernels.powersgd.compression import Batch
 
 WORLD = 4
@@ -24,6 +24,7 @@ MESHES = [(1, 2), (2, 1), (2, 2)]
 SHAPES = {"tall": (37, 21), "wide": (13, 40), "square": (24, 24), "again": (37, 21), "fused": (30, 17), "row": (1, 9)}
 PIECES = {"fused.weight": 3}
 RANK = 5
+ONLY_MATRICES = nn.ModuleDict({n: nn.Linear(9, 14, bias=False) for n in ("a", "b")})
 SETTINGS = {"p_divisor": 3.0, "q_divisor": 0.7, "gradient_divisor": 1.5, "seed": 7}
 
 
@@ -53,7 +54,8 @@ def mlp() -> nn.Module:
 
 def loss(model: nn.Module, rank: int, step: int) -> Tensor:
     draw = torch.Generator().manual_seed(5000 + 100 * rank + step)
-    return model(torch.randn(6, 18, generator=draw)).square().mean()
+    x = torch.randn(6, 18, generator=draw).to(next(model.parameters()).dtype)
+    return model(x).square().mean()
 
 
 class Bucket:
@@ -82,8 +84,6 @@ def reduced(powersgd: PowerSGD, model: nn.Module, own: dict[str, Tensor]) -> dic
 
 
 def errors_of(powersgd: PowerSGD) -> dict[str, Tensor]:
-    from dalle_kernels import decode_fp169
-
     return {s.name: decode_fp169(s.errors).view(s.shape) for s in powersgd.shards if s.errors is not None}
 
 
@@ -96,9 +96,34 @@ def by_dtype(group: dist.ProcessGroup, dtype: torch.dtype, rank: int) -> dict:
     return {"sums": sums, "errors": errors_of(powersgd), "state": powersgd.state_dict()}
 
 
+NONFINITE = {
+    "a gradient": ("tall.weight", torch.nan),
+    "an infinite gradient": ("tall.weight", torch.inf),
+    "an exempt gradient": ("tall.bias", torch.nan),
+    "P": ("project", None),
+    "Q": ("project_back", None),
+    "an error buffer": ("tall.weight", 1e12),
+}
+TINY = 1e-30
+"""The scale of every gradient of the last of these in its second step; that of rank 1 is too large for it."""
+
+
+def spoil(own: dict[str, Tensor], kind: str, rank: int, step: int) -> float:
+    """Make gradients nonfinite on rank 1 in step 1, where the kind says so; returns the scale of ``tall.weight``."""
+    name, value = NONFINITE[kind]
+    if step != 1 or value is None:
+        return 1.0
+    if kind == "an error buffer":
+        own[name] *= value if rank == 1 else TINY
+        return TINY
+    if rank == 1:
+        own[name].view(-1)[-1] = value
+    return 1.0
+
+
 @contextmanager
-def spoiled(method: str, active: bool) -> Iterator[None]:
-    """While active, a step of the first batch gives an infinity in its first matrix."""
+def spoiled_factor(method: str) -> Iterator[None]:
+    """A step of a batch gives an infinity in the first matrix of the first batch."""
     plain, done = getattr(Batch, method), []
 
     def spoil(self: Batch, *args) -> Tensor:
@@ -108,45 +133,28 @@ def spoiled(method: str, active: bool) -> Iterator[None]:
         done.append(self)
         return factor
 
-    if active:
-        setattr(Batch, method, spoil)
+    setattr(Batch, method, spoil)
     try:
         yield
     finally:
         setattr(Batch, method, plain)
 
 
-def with_value(own: dict[str, Tensor], name: str, value: float) -> dict[str, Tensor]:
-    own[name].view(-1)[-1] = value
-    return own
-
-
 def nonfinite(group: dist.ProcessGroup, rank: int) -> dict:
-    """What each kind of nonfinite number on rank 1 alone, in step 1 of three, leaves."""
+    """What each kind of nonfinite number on rank 1 alone, in the second step of three, leaves."""
     found = {}
-    for name, method, value in [
-        ("tall.weight", None, torch.nan),
-        ("tall.weight", None, torch.inf),
-        ("tall.bias", None, torch.nan),
-        ("tall.weight", "project", None),
-        ("tall.weight", "project_back", None),
-        ("tall.weight", "overflow", None),
-    ]:
+    for kind, (place, value) in NONFINITE.items():
         model, scale = matrices(), torch.ones(1)
-        powersgd = PowerSGD(model, RANK, machines=group, scales={name: scale}, gradient_divisor=1.0)
+        powersgd = PowerSGD(model, RANK, machines=group, scales={"tall.weight": scale}, gradient_divisor=1.0)
         sums, errors = [], []
         for step in range(3):
             own = gradients(model, rank, step)
-            here = step == 1 and rank == 1
-            if here and value is not None:
-                own = with_value(own, name, value)
-            scale.fill_(1e-38 if here and method == "overflow" else 1.0)
-            if here and method == "overflow":
-                own[name] *= 1e4
-            with spoiled(method if method and method != "overflow" else "project", here and method not in (None, "overflow")):
+            scale.fill_(spoil(own, kind, rank, step))
+            is_spoiled = value is None and (rank, step) == (1, 1)
+            with spoiled_factor(place) if is_spoiled else nullcontext():
                 sums.append(reduced(powersgd, model, own))
             errors.append(errors_of(powersgd))
-        found[f"{name} {method} {value}"] = {"sums": sums, "errors": errors}
+        found[kind] = {"sums": sums, "errors": errors}
     return found
 
 
@@ -161,10 +169,9 @@ def saturated(group: dist.ProcessGroup, rank: int) -> dict:
 def exempt(group: dist.ProcessGroup, rank: int) -> dict:
     """By names, by a predicate, and nothing exempt at all."""
     found = {}
-    only_matrices = nn.ModuleDict({n: nn.Linear(9, 14, bias=False) for n in ("a", "b")})
     for name, model, choice in [
-        ("none", only_matrices, ()),
-        ("all", only_matrices, ("a", "b.weight")),
+        ("none", ONLY_MATRICES, ()),
+        ("all", ONLY_MATRICES, ("a", "b.weight")),
         ("names", matrices(), ("square", "tall.weight")),
         ("predicate", matrices(), lambda name, parameter: not name.startswith("embedding")),
     ]:
@@ -179,18 +186,17 @@ def exempt(group: dist.ProcessGroup, rank: int) -> dict:
 def resumed(pair: dist.ProcessGroup, rank: int, machines: dict[int, dist.ProcessGroup | None]) -> dict:
     """The sum of errors saved by two machines, taken up by four and by one; only the first machine has it."""
     model = matrices()
-    state = None
     powersgd = PowerSGD(model, RANK, machines=pair, pieces=PIECES, seed=3)
     for step in range(2):
         reduced(powersgd, model, gradients(model, rank % 2, step))
     state = powersgd.state_dict()
-    found = {"saved": state, 2: errors_of(powersgd)}
+    found = {"saved": state["errors"]}
     for count in (4, 1):
         again = PowerSGD(model, RANK, machines=machines[count], pieces=PIECES)
         zeros = {name: torch.zeros_like(total) for name, total in state["errors"].items()}
         again.load_state_dict(state if rank == 0 or count == 1 else {"seed": 3, "errors": zeros})
-        found[count] = {"errors": errors_of(again), "saved": again.state_dict()}
-        found[count]["sums"] = reduced(again, model, gradients(model, rank, 2))
+        found[count] = {"errors": errors_of(again), "saved": again.state_dict()["errors"]}
+        found[count]["sums"] = [reduced(again, model, gradients(model, rank, 2))]
     return found
 
 

@@ -134,7 +134,7 @@ class PowerSGD:
         if not reduced:
             raise RuntimeError("PowerSGD.gradient_norm: no gradient was reduced since the last call")
         square = torch.stack([group.square for group in reduced]).sum()
-        square.nan_to_num_(nan=math.inf)
+        square.nan_to_num_(nan=math.inf, posinf=math.inf)
         for group in reduced:
             group.square = None
         if self.gpus is not None:

@@ -1,0 +1,345 @@
+"""PowerSGD between four gloo processes, started once (powersgd_ranks.py), against the simulation in one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import powersgd_ranks as ranks
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dalle_kernels import PowerSGD, decode_fp169, shard_longer_axis
+from dalle_kernels.powersgd.compression import fixed_gaussian
+from dalle_kernels.powersgd.reference import Simulation
+from dalle_kernels.powersgd.shards import LocalShard, local_shards
+from dalle_kernels.testing import assert_accurate
+
+TESTS = Path(__file__).parent
+SECONDS = 240
+
+Update = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> list[dict]:
+    """What each of the four ranks found in every case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, str(TESTS / "powersgd_ranks.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(ranks.WORLD)]
+    try:
+        assert all(process.wait(timeout=SECONDS) == 0 for process in running)
+    finally:
+        for process in running:
+            process.kill()
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks.WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A world of this process alone."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("alone") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Twin:
+    """The simulation of all machines' hooks on a model, or on what one GPU of each machine holds of it."""
+
+    def __init__(self, shards: Sequence[LocalShard], machines: int, rank: int, seed: int = 0, **settings):
+        self.shards = shards
+        fixed = {}
+        for shard in shards:
+            if shard.matrices is not None:
+                Q = decode_fp169(fixed_gaussian(shard, min(rank, *shard.matrices[1:]), seed))
+                fixed.update(zip(keys(shard), Q))
+        self.simulation = Simulation(machines, fixed, **settings)
+
+    def update(self, gradients: Sequence[Update], scales: dict[str, float] | None = None) -> Update:
+        """The sums by parameter, and "norm", in the settings' dtype."""
+        own = [
+            {key: part for shard in self.shards for key, part in zip(keys(shard), parts(shard, gradient[shard.name]))}
+            for gradient in gradients
+        ]
+        by_key = {key: (scales or {}).get(shard.name, 1.0) for shard in self.shards for key in keys(shard)}
+        sums, square = self.simulation.update(own, by_key)
+        return {**self._joined(sums), "norm": square.sqrt()}
+
+    def errors(self, machine: int) -> Update:
+        return self._joined(self.simulation.errors[machine])
+
+    def _joined(self, by_key: Update) -> Update:
+        shards = [shard for shard in self.shards if keys(shard)[0] in by_key]
+        return {shard.name: torch.stack([by_key[key] for key in keys(shard)]).view(shard.shape) for shard in shards}
+
+
+def keys(shard: LocalShard) -> list[str]:
+    return [f"{shard.name}/{i}" for i in range(1 if shard.matrices is None else shard.matrices[0])]
+
+
+def parts(shard: LocalShard, gradient: Tensor) -> Sequence[Tensor]:
+    return [gradient] if shard.matrices is None else gradient.view(shard.matrices)
+
+
+def twins(shards: Sequence[LocalShard], machines: int, rank: int, **settings) -> tuple[Twin, Twin]:
+    """The plain one, in float32 and rounded as the paper rounds, and the exact one."""
+    plain = Twin(shards, machines, rank, dtype=torch.float32, coded=True, **settings)
+    return plain, Twin(shards, machines, rank, **settings)
+
+
+def assert_alike(actual: Sequence[Update], plain: Sequence[Update], exact: Sequence[Update], dtype=None) -> None:
+    """The error rule for each name, all updates of it together."""
+    for name in exact[0]:
+        results = [[update[name].view(-1) for update in updates] for updates in (actual, plain, exact)]
+        if dtype is not None and name != "norm":
+            results[1] = [result.to(dtype) for result in results[1]]
+        assert_accurate(*results, name)
+
+
+def assert_same_on(world: Sequence[dict], case: str, *path: str) -> None:
+    """All ranks have the same bits."""
+
+    def flat(found):
+        for key in (case, *path):
+            found = found[key]
+        return [tensor for update in found for tensor in update.values()]
+
+    for other in world[1:]:
+        assert all(torch.equal(mine, its) for mine, its in zip(flat(world[0]), flat(other), strict=True))
+
+
+def by_hook_settings(model: nn.Module) -> list[LocalShard]:
+    return local_shards(model, None, ranks.PIECES, {})
+
+
+@pytest.mark.parametrize("machines", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_updates_and_errors_are_the_simulations(world, dtype, machines):
+    case, model = f"{dtype} {machines}", ranks.matrices(dtype)
+    plain, exact = twins(by_hook_settings(model), machines, ranks.RANK, **ranks.SETTINGS)
+    expected = ([], [])
+    for step in range(ranks.STEPS):
+        own = [ranks.gradients(model, rank, step) for rank in range(machines)]
+        for twin, updates in zip((plain, exact), expected):
+            updates.append(twin.update(own, ranks.scales(model)))
+    assert_alike(world[0][case]["sums"], *expected, dtype)
+    for rank in range(machines):
+        assert_alike([world[rank][case]["errors"]], [plain.errors(rank)], [exact.errors(rank)])
+    assert_same_on(world[:machines], case, "sums")
+
+
+@pytest.mark.parametrize("machines", [2, 4])
+def test_the_saved_sum_is_the_sum_of_all_errors(world, machines):
+    found = [rank[f"{torch.float32} {machines}"] for rank in world[:machines]]
+    for name, total in found[0]["state"]["errors"].items():
+        assert total.dtype == torch.float32
+        torch.testing.assert_close(total, sum(one["errors"][name] for one in found))
+        assert all(torch.equal(one["state"]["errors"][name], total) for one in found)
+
+
+def test_two_pairs_of_machines_that_do_the_same_get_the_same_bits(world):
+    for mine, its in zip(world[0][f"{torch.float32} 2"]["sums"], world[2][f"{torch.float32} 2"]["sums"]):
+        assert all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+class Spoiled(Simulation):
+    """One that finds an infinity in P (sum 0) or Q (sum 1) of the first matrix of machine 1, while it is told to."""
+
+    spoiled: int | None = None
+    sums = 0
+
+    def _sum(self, factors, divisor):
+        if self.sums == self.spoiled:
+            factors[1][0, 0] = torch.inf
+        self.sums += 1
+        return super()._sum(factors, divisor)
+
+
+@pytest.mark.parametrize("kind", ranks.NONFINITE)
+def test_nonfinite_numbers_of_one_rank_skip_the_update_and_keep_what_can_be_kept(world, kind):
+    model = ranks.matrices()
+    twin = Twin(local_shards(model, None, {}, {}), 2, ranks.RANK, dtype=torch.float32, coded=True)
+    twin.simulation.__class__ = Spoiled
+    found = [rank["nonfinite"][kind] for rank in world[:2]]
+    for step in range(3):
+        twin.simulation.sums = 0
+        twin.simulation.spoiled = {"project": 0, "project_back": 1}.get(ranks.NONFINITE[kind][0]) if step == 1 else None
+        own = [ranks.gradients(model, rank, step) for rank in range(2)]
+        scale, _ = [ranks.spoil(gradients, kind, rank, step) for rank, gradients in enumerate(own)]
+        sums = twin.update(own, {"tall.weight": scale})
+        assert sums["norm"].isfinite() == (step != 1)
+        for rank, one in enumerate(found):
+            assert torch.equal(one["sums"][step]["norm"], found[0]["sums"][step]["norm"])
+            torch.testing.assert_close(one["sums"][step]["norm"], sums["norm"], rtol=0.01, atol=0)
+            for name, error in twin.errors(rank).items():
+                torch.testing.assert_close(one["errors"][step][name], error, rtol=0.05, atol=5e-4)
+            if step != 1:
+                torch.testing.assert_close(one["sums"][step]["tall.weight"], sums["tall.weight"], rtol=0.1, atol=2e-3)
+
+
+def test_what_step_12_keeps_and_what_it_zeroes(world):
+    """By table, for the buffer of ``tall.weight`` in the step that is skipped."""
+    own = {rank: ranks.gradients(ranks.matrices(), rank, 1)["tall.weight"] for rank in (0, 1)}
+    for kind, added in [("P", {0: own[0], 1: own[1]}), ("Q", {0: own[0], 1: own[1]}), ("an error buffer", {0: own[0]})]:
+        for rank in (0, 1):
+            before, after = (world[rank]["nonfinite"][kind]["errors"][step]["tall.weight"] for step in (0, 1))
+            kept = before + added[rank] if rank in added else torch.zeros_like(before)
+            torch.testing.assert_close(after, kept, rtol=2**-9, atol=0)
+    for kind in ("a gradient", "an infinite gradient"):
+        before, after = (world[1]["nonfinite"][kind]["errors"][step]["tall.weight"] for step in (0, 1))
+        taken = world[1]["nonfinite"][kind]["sums"][1]["tall.weight"] / 2
+        torch.testing.assert_close(after, before - taken, rtol=2**-9, atol=1e-6)
+
+
+def test_sums_beyond_the_largest_code_saturate(world):
+    model = ranks.matrices()
+    plain, exact = twins(local_shards(model, None, {}, {}), 2, ranks.RANK)
+    for step in range(2):
+        own = [ranks.gradients(model, rank, step, size=40.0) for rank in range(2)]
+        sums, unbound = plain.update(own), exact.update(own)
+        found = world[0]["saturated"]["sums"][step]
+        assert found["norm"] < unbound["norm"] / 2
+        assert found["norm"].isfinite()
+    largest = max(error.abs().max().item() for error in world[0]["saturated"]["errors"].values())
+    assert largest == 15.984375
+    assert sums["norm"] < unbound["norm"] / 2
+    assert_same_on(world[:2], "saturated", "sums")
+
+
+def test_which_parameters_are_exempt(world):
+    found = world[0]["exempt"]
+    linear = [f"{name}.weight" for name in ranks.SHAPES]
+    assert found["none"]["compressed"] == ["a.weight", "b.weight"]
+    assert found["all"]["compressed"] == []
+    assert found["names"]["compressed"] == [name for name in linear if name not in ("square.weight", "tall.weight")]
+    assert found["predicate"]["compressed"] == ["embedding.weight"]
+    for name, sums in found.items():
+        assert_same_on(world[:2], "exempt", name, "sums")
+        own = [ranks.gradients(ranks.ONLY_MATRICES, rank, 0) for rank in range(2)]
+        if name == "all":
+            for key, gradient in own[0].items():
+                torch.testing.assert_close(sums["sums"][0][key], (gradient + own[1][key]) / 2)
+
+
+@pytest.mark.parametrize("machines", [4, 1])
+def test_other_numbers_of_machines_resume_from_the_sum(world, machines):
+    found = [rank["resumed"] for rank in world]
+    saved = found[0]["saved"]
+    for one in found[:machines]:
+        for name, total in saved.items():
+            torch.testing.assert_close(one[machines]["errors"][name], total / machines, rtol=2**-9, atol=0)
+            torch.testing.assert_close(one[machines]["saved"][name], total, rtol=2**-9, atol=0)
+    if machines > 1:
+        assert_same_on([one[machines] for one in found], "sums")
+    # Q is that of the saved seed: the next update is what machines with these errors would have made of it.
+    model = ranks.matrices()
+    plain, exact = twins(by_hook_settings(model), machines, ranks.RANK, seed=3, gradient_divisor=machines)
+    own = [ranks.gradients(model, rank, 2) for rank in range(machines)]
+    for twin in (plain, exact):
+        for errors in twin.simulation.errors:
+            for shard in twin.shards:
+                if shard.matrices is not None:
+                    start = (saved[shard.name] / machines).to(twin.simulation.dtype)
+                    errors.update(zip(keys(shard), parts(shard, start)))
+    assert_alike(found[0][machines]["sums"], [plain.update(own)], [exact.update(own)])
+
+
+def backward_gradients(rank: int, step: int, dtype: torch.dtype) -> Update:
+    model = ranks.mlp().to(dtype)
+    ranks.loss(model, rank, step).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_ddp_with_many_buckets(world):
+    shards = local_shards(ranks.mlp(), None, {}, {})
+    pair, expected = twins(shards, ranks.WORLD, ranks.RANK, gradient_divisor=ranks.WORLD), ([], [])
+    for step in range(ranks.STEPS):
+        for twin, updates in zip(pair, expected):
+            own = [backward_gradients(rank, step, twin.simulation.dtype) for rank in range(ranks.WORLD)]
+            updates.append(twin.update(own))
+    assert world[0]["ddp"]["buckets"] > 1
+    assert_alike(world[0]["ddp"]["sums"], *expected)
+    assert_same_on(world, "ddp", "sums")
+
+
+def of_ordinal(tensor: Tensor, gpus: int, ordinal: int) -> Tensor:
+    """The part of a parameter or gradient that this GPU of a machine holds."""
+    axis = shard_longer_axis(tensor).dim
+    chunks = tensor.detach().chunk(gpus, axis)
+    return chunks[ordinal] if ordinal < len(chunks) else chunks[0].narrow(axis, 0, 0)
+
+
+def shards_of_ordinal(gpus: int, ordinal: int) -> list[LocalShard]:
+    shards = local_shards(ranks.mlp(), ["3"], {}, {})
+    for shard in shards:
+        shard.shape = of_ordinal(shard.parameter, gpus, ordinal).shape
+        shard.matrices = shard.matrices and (1, *shard.shape)
+    return shards
+
+
+def fsdp_updates(twins_of_ordinals: Sequence[Twin], machines: int) -> list[list[Update]]:
+    """For each ordinal its updates, with the norm over all ordinals."""
+    gpus = len(twins_of_ordinals)
+    expected = [[] for _ in range(gpus)]
+    for step in range(ranks.STEPS):
+        dtype = twins_of_ordinals[0].simulation.dtype
+        by_rank = [backward_gradients(rank, step, dtype) for rank in range(machines * gpus)]
+        of_machines = [by_rank[first : first + gpus] for first in range(0, machines * gpus, gpus)]
+        own = [{name: sum(one[name] for one in machine) for name in by_rank[0]} for machine in of_machines]
+        found = [
+            twin.update([{name: of_ordinal(gradient, gpus, k) for name, gradient in one.items()} for one in own])
+            for k, twin in enumerate(twins_of_ordinals)
+        ]
+        norm = torch.stack([update["norm"] for update in found]).norm()
+        for updates, update in zip(expected, found):
+            updates.append({**update, "norm": norm})
+    return expected
+
+
+@pytest.mark.parametrize("mesh", ranks.MESHES, ids=str)
+def test_fsdp_compresses_each_shard_by_itself(world, mesh):
+    machines, gpus = mesh
+    case = f"fsdp {mesh}"
+    settings = {"gradient_divisor": float(machines * gpus)}
+    kinds = zip(*(twins(shards_of_ordinal(gpus, k), machines, 2 * ranks.RANK // gpus, **settings) for k in range(gpus)))
+    expected = [fsdp_updates(of_ordinals, machines) for of_ordinals in kinds]
+    for rank in range(machines * gpus):
+        assert_alike(world[rank][case]["sums"], *(updates[rank % gpus] for updates in expected))
+    for gpu in range(gpus):
+        assert_same_on([world[rank] for rank in range(gpu, machines * gpus, gpus)], case, "sums")
+
+
+@pytest.mark.parametrize("mesh", ranks.MESHES, ids=str)
+def test_fsdp_saves_whole_sums_and_loads_them(world, mesh):
+    found = world[0][f"fsdp {mesh}"]
+    sizes = {name: parameter.shape for name, parameter in ranks.mlp().named_parameters()}
+    for name, total in found["full"].items():
+        assert total.shape == sizes[name] and total.abs().max() > 0
+        torch.testing.assert_close(found["loaded"][name], total, rtol=2**-9, atol=0)
+
+
+@pytest.mark.parametrize(("dim", "rank", "percent"), [(1920, 512, 83), (2688, 640, 85), (3968, 896, 86)])
+def test_compression_rate_of_a_resblock_pair_is_the_papers(alone, monkeypatch, dim, rank, percent):
+    """Of what one of 8 GPUs sends: queries, keys and values as three matrices, projection, and an MLP's two."""
+    gpus, sent = 8, []
+    send = dist.all_to_all_single
+    monkeypatch.setattr(
+        dist, "all_to_all_single", lambda out, own, **k: sent.append(own.numel()) or send(out, own, **k)
+    )
+    shapes = {"qkv": (3 * dim // gpus, dim), "proj": (dim // gpus, dim), "up": (4 * dim // gpus, dim)}
+    shapes["down"] = (dim, 4 * dim // gpus)
+    model = nn.ModuleDict({name: nn.Linear(*reversed(shape), bias=False) for name, shape in shapes.items()})
+    powersgd = PowerSGD(model, rank // gpus, pieces={"qkv.weight": 3})
+    ranks.reduced(powersgd, model, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    gradient_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
+    marks = 2 * 2 * 6  # a code beside each of the six matrices' P and Q
+    rate = 1 - (sum(sent) - marks) / gradient_bytes
+    assert len(sent) == 2 and rate == pytest.approx(1 - 5 * rank / (8 * dim), abs=1e-12)
+    assert round(100 * (1 - sum(sent) / gradient_bytes)) == percent
