@@ -1,16 +1,23 @@
-"""Orthogonalization of a tall matrix against torch's QR decomposition and PowerSGD's Gram-Schmidt in torch."""
+"""PowerSGD: orthogonalization against torch's decompositions, and the whole hook of DDP against torch's powerSGD_hook.
+
+The hooks run in a world of one process, so that nothing is sent: what is timed is all that they do besides.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import OURS, Candidate, Case, Goal, Unavailable
-from torch import Tensor
+from torch import Tensor, nn
 
-from dalle_kernels import orthogonalize
+from dalle_kernels import PowerSGD, decode_fp169, orthogonalize
+from dalle_kernels.powersgd.compression import fixed_gaussian
+from dalle_kernels.powersgd.reference import Simulation
 from dalle_kernels.testing import assert_accurate
 
 QR, GRAM_SCHMIDT = "torch.linalg.qr", "torch's PowerSGD, Gram-Schmidt"
+TORCHS_HOOK, BATCHED = "torch's powerSGD_hook", "torch's powerSGD_hook, equal shapes batched"
 GOALS = [Goal("speed", 5, QR), Goal("speed", 20, GRAM_SCHMIDT)]
 """On a GPU, from rank 512 on; on a CPU ours is LAPACK's as well."""
 
@@ -58,6 +65,105 @@ def test_orthogonalize(side_by_side, device, rows, rank):
             goals=GOALS if device == "cuda" and rank >= 512 else [],
             operations=4 * rows * rank**2 - 4 * rank**3 / 3,
             memory=False,
+            seconds=4,
+        )
+    )
+
+
+class Bucket:
+    """What DDP hands to a hook, of the gradients that ``own`` holds one after the other."""
+
+    def __init__(self, parameters: list[Tensor], own: Tensor):
+        self._parameters, self._buffer = parameters, own.clone()
+
+    def index(self) -> int:
+        return 0
+
+    def is_last(self) -> bool:
+        return True
+
+    def buffer(self) -> Tensor:
+        return self._buffer
+
+    def parameters(self) -> list[Tensor]:
+        return self._parameters
+
+    def gradients(self) -> list[Tensor]:
+        parts = self._buffer.split([parameter.numel() for parameter in self._parameters])
+        return [part.view_as(parameter) for part, parameter in zip(parts, self._parameters)]
+
+
+def resblocks(dim: int, gpus: int, device: str) -> nn.ModuleDict:
+    """The matrices of an attention and an MLP resblock, or what one of a machine's GPUs holds of each."""
+    shapes = dict.fromkeys(("q", "k", "v", "proj"), (dim // gpus, dim))
+    shapes |= {"up": (4 * dim // gpus, dim), "down": (dim, 4 * dim // gpus)}
+    layers = {name: nn.Linear(*reversed(shape), bias=False, device=device) for name, shape in shapes.items()}
+    return nn.ModuleDict(layers)
+
+
+def torchs_hook(name: str, bucket: Bucket, own: Tensor, rank: int, **settings) -> Candidate | Unavailable:
+    try:
+        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+    except ImportError as error:
+        return Unavailable(name, str(error))
+    state = powerSGD_hook.PowerSGDState(None, rank, start_powerSGD_iter=2, min_compression_rate=0.5, **settings)
+    state.iter = 2
+    return Candidate(
+        name,
+        lambda: powerSGD_hook.powerSGD_hook(state, bucket).wait(),
+        before=lambda: bucket.buffer().copy_(own),
+        same_function=False,
+        note="warm start, all in the gradients' dtype, no norm and no check for nonfinite numbers",
+    )
+
+
+@pytest.fixture(scope="module")
+def world_of_one(request, tmp_path_factory):
+    backend = "nccl" if request.config.getoption("--device") == "cuda" else "gloo"
+    store = dist.FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("dim", "gpus", "rank"), [(512, 1, 64), (1024, 1, 128), (1920, 8, 512), (3968, 8, 896), (1920, 1, 512)]
+)
+def test_hook(side_by_side, device, world_of_one, dim, gpus, rank):
+    model = resblocks(dim, gpus, device)
+    parameters = list(model.parameters())
+    own = 0.01 * torch.randn(sum(parameter.numel() for parameter in parameters), device=device)
+    powersgd, bucket = PowerSGD(model, rank // gpus), Bucket(parameters, own)
+
+    def run() -> Tensor:
+        return PowerSGD.ddp_hook(powersgd, bucket).wait()
+
+    def check() -> None:
+        names = [shard.name for shard in powersgd.shards]
+        fixed = {s.name: decode_fp169(fixed_gaussian(s, rank // gpus, 0))[0] for s in powersgd.shards}
+        plain, exact = Simulation(1, fixed, torch.float32, coded=True), Simulation(1, fixed)
+        for _ in range(2):  # the second has errors fed back
+            bucket.buffer().copy_(own)
+            gradients = [dict(zip(names, map(Tensor.clone, bucket.gradients())))]
+            expected, unrounded = (simulation.update(gradients, {})[0] for simulation in (plain, exact))
+            run()
+            found = dict(zip(names, bucket.gradients()))
+            for name in names:
+                assert_accurate(found[name], expected[name], unrounded[name], f"{name} of {dim} / {gpus}")
+
+    side_by_side(
+        Case(
+            family="powersgd",
+            work="hook",
+            dtype=torch.float32,
+            settings={"dim": dim, "gpus": gpus, "rank": rank},
+            ours=Candidate(OURS, run, before=lambda: bucket.buffer().copy_(own)),
+            rivals=[
+                torchs_hook(TORCHS_HOOK, Bucket(parameters, own), own, rank // gpus),
+                torchs_hook(BATCHED, Bucket(parameters, own), own, rank // gpus, batch_tensors_with_same_shape=True),
+            ],
+            check=check,
+            goals=[Goal("speed", 3, TORCHS_HOOK), Goal("speed", 3, BATCHED)] if device == "cuda" else [],
             seconds=4,
         )
     )
