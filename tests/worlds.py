@@ -1,23 +1,34 @@
 """Worlds of processes on this machine, as torchrun would start them, but forked from one that has imported torch: many
 of them then start in the time of one.
 
-``python tests/worlds.py < JOBS`` runs one after another the jobs of a JSON list, each ``[size, arguments of dalle]``, and
-prints the list of their exit statuses, the worst of a world's processes each. Size 0 means one process without torchrun.
+``python tests/worlds.py < JOBS`` runs one after another the jobs of a JSON list and prints a JSON list of what each
+wrote to stderr, or ends with what the first that went wrong wrote. A job is an object: its ``size``, 0 for one process
+without torchrun, the ``arguments`` of ``dalle`` and, where needed,
+- ``begun``: a run folder whose last checkpoint alone is copied to ``--out`` beforehand;
+- ``struck``: [rank, update, signal], what one process gets, and in the midst of which update;
+- ``restarts``: how often torchrun would have started the processes before;
+- ``fails``: true where that is expected.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import socket
 import sys
+import tempfile
 import traceback
+from pathlib import Path
+from typing import Any
 
 # What the processes would each import; nothing may compute before they are forked.
-import dalle.train.dalle
 import dalle.train.shard_files
 import dalle.train.torchrun  # noqa: F401
 from dalle.cli import main
+from dalle.train.dalle import DALLEStage
+from dalle.train.loop import latest_checkpoint
 
 
 def free_port() -> int:
@@ -26,22 +37,37 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
+def environment(rank: int, size: int, port: int, restarts: int) -> dict[str, str]:
     """What torchrun tells a process on its only machine."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": restarts}
     return {name: str(value) for name, value in {**ranks, **where}.items()}
 
 
-def start(variables: dict[str, str], arguments: list[str]) -> int:
-    """Fork a process that runs the command; returns its number."""
+def signal_in(rank: int, update: int, number: int) -> None:
+    """Let the process of ``rank`` send itself a signal from inside an update."""
+    loss = DALLEStage.loss
+
+    def struck(stage: DALLEStage, current: int) -> Any:
+        if current == update and os.environ.get("RANK", "0") == str(rank):
+            os.kill(os.getpid(), number)
+        return loss(stage, current)
+
+    DALLEStage.loss = struck
+
+
+def start(variables: dict[str, str], job: dict[str, Any], said: int) -> int:
+    """Fork a process that runs the job; returns its number."""
     child = os.fork()
     if child:
         return child
     status = 1
     try:
+        os.dup2(said, sys.stderr.fileno())
         os.environ.update(variables)
-        status = main(arguments)
+        if "struck" in job:
+            signal_in(*job["struck"])
+        status = main(job["arguments"])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -49,13 +75,38 @@ def start(variables: dict[str, str], arguments: list[str]) -> int:
         os._exit(status)
 
 
-def run(size: int, arguments: list[str]) -> int:
+def wait(children: set[int]) -> int:
+    """Until all have ended, the others by force when one fails, as torchrun does; returns the first bad status."""
+    failed = 0
+    while children:
+        child, status = os.wait()
+        children.discard(child)
+        if status and not failed:
+            failed = os.waitstatus_to_exitcode(status)
+            for other in children:
+                os.kill(other, signal.SIGTERM)
+    return failed
+
+
+def run(job: dict[str, Any]) -> str:
+    """Run a job and return what it wrote to stderr."""
+    if "begun" in job:
+        checkpoint = latest_checkpoint(job["begun"])
+        out = Path(job["arguments"][job["arguments"].index("--out") + 1])
+        shutil.copytree(checkpoint, out / "checkpoints" / checkpoint.name)
+        shutil.copy(Path(job["begun"]) / "log.jsonl", out)
     port = free_port()
-    variables = [environment(rank, size, port) for rank in range(size)] or [{}]
-    children = [start(each, arguments) for each in variables]
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    size, restarts = job["size"], job.get("restarts", 0)
+    variables = [environment(rank, size, port, restarts) for rank in range(size)] or [{}]
+    with tempfile.TemporaryFile("w+") as said:
+        failed = wait({start(each, job, said.fileno()) for each in variables})
+        said.seek(0)
+        text = said.read()
+    if bool(failed) != job.get("fails", False):
+        sys.exit(f"{job} ended with status {failed}:\n{text}")
+    return text
 
 
 if __name__ == "__main__":
-    statuses = [run(*job) for job in json.load(sys.stdin)]
-    print(json.dumps(statuses))
+    words = [run(job) for job in json.load(sys.stdin)]
+    print(json.dumps(words))

@@ -90,7 +90,8 @@ class Simulation:
             divisor = self.gradient_divisor * scales.get(name, 1.0)
             own = [gradient[name].to(self.dtype) for gradient in gradients]
             if name in self.fixed:
-                finite &= all([self._accumulate(*pair, name, divisor) for pair in zip(self.errors, own)])
+                added = [self._accumulate(*pair, name, divisor) for pair in zip(self.errors, own)]
+                finite = finite and all(added)
                 sums[name], Q, compressed = self._compress(name)
                 square, finite = square + Q.square().sum(), finite and compressed
             else:
