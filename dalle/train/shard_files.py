@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def read(folder: Path, empty: Callable[[str, torch.Size, torch.dtype], torch.Ten
         stored = reader.read_metadata().state_dict_metadata
         tensors = {name: empty(name, entry.size, entry.properties.dtype) for name, entry in stored.items()}
         # Each process reads by itself: where to find its part it can tell without the others.
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (CheckpointException, Exception) as error:  # torch raises anything for a damaged file
         raise UserError(
             f"{folder} is damaged ({_reason(error)}): remove its checkpoint to resume from the one before"

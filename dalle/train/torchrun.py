@@ -33,10 +33,10 @@ class Team(Alone):
             torch.cuda.set_device(self.device)
         else:
             super().__init__(kind)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.leads = self.rank == 0
-        self.resumes = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        store, rank, size = next(dist.rendezvous("env://"))
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_fresh(store, size), rank=rank, world_size=size)
+        self.rank, self.size, self.leads = rank, size, rank == 0
         machines = machines or _machines_of_torchrun(self.size)
         if machines < 1 or self.size % machines:
             raise UserError(
@@ -48,6 +48,10 @@ class Team(Alone):
         self.cpu_mesh = self.mesh if kind == "cpu" else mesh_of(machines, self.size // machines)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.saving = dist.new_group(backend="gloo", timeout=PATIENCE)  # for the thread that writes checkpoints
+        # torchrun counts the restarts of each machine, and only where the failure was.
+        starts = torch.tensor(_restarts())
+        dist.all_reduce(starts, dist.ReduceOp.MAX, group=self._control)
+        self.resumes = bool(starts)
         if not self.leads:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the process's end)
 
@@ -158,6 +162,21 @@ class Team(Alone):
 
     def _cpu_mesh_of(self, parameter: DTensor) -> DeviceMesh:
         return self.cpu_mesh if parameter.device_mesh.ndim == 2 else self.cpu_mesh[GPU]
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def _fresh(store: dist.Store, size: int) -> dist.Store:
+    """The store without what an earlier start left there.
+
+    torchrun keeps one store for all starts, and processes that find the addresses of those before them wait for these.
+    On several machines the numbers of restarts differ: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) < size:
+        return store
+    return dist.PrefixStore(f"start {_restarts()}", store)
 
 
 def _machines_of_torchrun(size: int) -> int:

@@ -1,0 +1,197 @@
+"""Training by several processes: the numbers of one process whatever the mesh, checkpoints for any number of them, and
+a run that loses nothing when a process is killed.
+
+"The same numbers" between meshes: the same samples in every update, and float32 sums in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dalle.checkpoint import load_dalle
+from dalle.cli import main
+
+TESTS = Path(__file__).parent
+UPDATES = 6
+MESHES = {"1x1": 1, "2x1": 2, "1x2": 2, "2x2": 4}
+
+CONFIG = f"""
+[dvae]
+preset = "tiny"
+[dvae_training]
+batch_size = 4
+[dalle]
+preset = "tiny"
+layers = 2
+[dalle_training]
+updates = {UPDATES}
+batch_size = 4
+average_every = 2
+warm_up_fraction = 0.3
+plateau_fraction = 0.15
+"""
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with ``pictures``, ``config.toml`` and a trained ``dvae``."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "pictures").mkdir()
+    draw = np.random.default_rng(0)
+    for index in range(10):
+        pixels = draw.integers(0, 256, (16 + index, 24 + index, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / "pictures" / f"{index:02d}.png")
+        (place / "pictures" / f"{index:02d}.txt").write_text(f"a picture of number {index} in noise style")
+    (place / "config.toml").write_text(CONFIG)
+    common = ["--data", str(place / "pictures"), "--config", str(place / "config.toml"), "--out", str(place / "dvae")]
+    assert main(["train-dvae", *common, "--updates", "1", "--picture-every", "0"]) == 0
+    return place
+
+
+def arguments(place: Path, name: str, *others: str) -> list[str]:
+    """The command that trains stage 2 in the run folder ``name``."""
+    files = ("--data", place / "pictures", "--config", place / "config.toml", "--dvae", place / "dvae" / "model")
+    driving = (
+        "--out",
+        place / name,
+        "--log-every",
+        1,
+        "--picture-every",
+        0,
+        "--checkpoint-every",
+        3,
+        "--device",
+        "cpu",
+    )
+    return ["train", *map(str, (*files, *driving)), *others]
+
+
+@pytest.fixture(scope="module")
+def said(place):
+    """All runs but torchrun's own, in one start of Python; what each wrote to stderr, by the run folder's name."""
+    jobs = {}
+
+    def add(name: str, size: int, *others: str, **job) -> None:
+        jobs[name] = {"size": size, "arguments": arguments(place, name, *others), **job}
+
+    add("alone", 0)
+    for mesh, size in MESHES.items():
+        add(mesh, size, "--machines", mesh[0], "--picture-every", "6" if mesh == "2x2" else "0")
+    add("stopped", 4, "--machines", "2", struck=[3, 3, signal.SIGINT], fails=True)
+    for name, size in {"on 2x2": 4, "on 1x2": 2, "on one": 0}.items():
+        add(name, size, "--resume", *(["--machines", name[3]] if size else []), begun=str(place / "stopped"))
+    add("one stopped", 0, struck=[0, 3, signal.SIGINT], fails=True)
+    add("one on 2x2", 4, "--resume", "--machines", "2", begun=str(place / "one stopped"))
+    jobs["killed"] = {**jobs["1x2"], "arguments": arguments(place, "killed"), "struck": [1, 4, signal.SIGKILL]}
+    jobs["restarted"] = {**jobs["1x2"], "arguments": arguments(place, "killed"), "restarts": 1}
+    jobs["killed"]["fails"] = True
+    add("three machines", 2, "--machines", "3", fails=True)
+    add("odd batch", 2, "--batch-size", "5", fails=True)
+    add("no torchrun", 0, "--machines", "2", fails=True)
+    stage_1 = ["train-dvae", "--data", str(place / "pictures"), "--out", str(place / "stage 1")]
+    jobs["stage 1"] = {"size": 2, "arguments": stage_1, "fails": True}
+    command = [sys.executable, str(TESTS / "worlds.py")]
+    done = subprocess.run(
+        command, input=json.dumps(list(jobs.values())), capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(jobs, json.loads(done.stdout.splitlines()[-1])))
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    """The log without the clock."""
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
+
+
+def assert_same_numbers(run: Path, expected: Path) -> None:
+    assert len(losses(run)) == len(losses(expected)) == UPDATES
+    for entry, other in zip(losses(run), losses(expected)):
+        assert entry == pytest.approx(other, rel=1e-5), (run.name, entry, other)
+    weights, others = (load_file(folder / "model" / "dalle.safetensors") for folder in (run, expected))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        assert torch.allclose(tensor, others[name], rtol=0, atol=1e-6), (run.name, name)
+
+
+def assert_same_bits(run: Path, expected: Path) -> None:
+    assert losses(run) == losses(expected)
+    weights = [(folder / "model" / "dalle.safetensors").read_bytes() for folder in (run, expected)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_trains_to_the_numbers_of_one_process(mesh, place, said):
+    assert_same_numbers(place / mesh, place / "alone")
+    model, _ = load_dalle(place / mesh / "model")
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        tensor.numel() for tensor in load_file(place / "alone" / "model" / "dalle.safetensors").values()
+    )
+
+
+@pytest.mark.parametrize("name", ["on 2x2", "on 1x2", "on one", "one on 2x2"])
+def test_a_checkpoint_is_for_any_number_of_processes(name, place, said):
+    assert_same_numbers(place / name, place / "alone")
+
+
+def test_the_same_mesh_resumes_to_the_same_bits(place, said):
+    assert_same_bits(place / "on 2x2", place / "2x2")
+
+
+def test_a_signal_to_one_process_stops_all_after_its_update(place, said):
+    assert [folder.name for folder in (place / "stopped" / "checkpoints").iterdir()] == [
+        "update-00000003",
+        "update-00000004",
+    ]
+    assert said["stopped"].count("dalle: interrupted") == 1
+
+
+def test_only_the_leader_speaks_and_draws(place, said):
+    assert said["2x2"].count("encoding images: 100%") == 1
+    assert (place / "2x2" / "pictures" / "samples-00000006.png").exists()
+
+
+def test_a_process_killed_in_an_update_costs_nothing(place, said):
+    assert_same_bits(place / "killed", place / "1x2")
+
+
+def test_a_process_killed_in_saving_costs_nothing(place, said):
+    """And torchrun resumes by itself."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "--max-restarts", "1", str(TESTS / "killed.py")]
+    train = arguments(place, "torchrun", "--machines", "1", "--checkpoint-every", "2", "--keep-checkpoints", "9")
+    done = subprocess.run([*command, *train], capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 0 and "-9" in done.stderr, done.stderr
+    assert_same_bits(place / "torchrun", place / "1x2")
+    assert sorted(path.name for path in (place / "torchrun" / "checkpoints").iterdir()) == [
+        f"update-{update:08d}" for update in (2, 4, 6)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("three machines", "--machines 3: expected a divisor of the number of processes, 2 by torchrun"),
+        ("odd batch", "batch_size: expected a multiple of the 2 processes, got 5"),
+        ("no torchrun", "--machines 2: expected several processes, started by torchrun, got one"),
+        ("stage 1", "expected one process for this job, got 2; start it without torchrun"),
+    ],
+)
+def test_wrong_numbers_of_processes_are_one_sentence(name, message, said):
+    assert [line for line in said[name].splitlines() if "error" in line] == [f"dalle: error: {message}"]
