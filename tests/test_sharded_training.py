@@ -101,9 +101,13 @@ def said(place):
     jobs["killed"] = {**jobs["1x2"], "arguments": arguments(place, "killed"), "struck": [1, 4, signal.SIGKILL]}
     jobs["restarted"] = {**jobs["1x2"], "arguments": arguments(place, "killed"), "restarts": 1}
     jobs["killed"]["fails"] = True
+    add("compressed", 4, "--machines", "2", "--compression-rank", "8", struck=[0, 3, signal.SIGINT], fails=True)
+    add("on 2", 2, "--resume", "--machines", "2", "--compression-rank", "8", begun=str(place / "compressed"))
     add("three machines", 2, "--machines", "3", fails=True)
     add("odd batch", 2, "--batch-size", "5", fails=True)
     add("no torchrun", 0, "--machines", "2", fails=True)
+    add("nothing sent", 0, "--compression-rank", "8", fails=True)
+    add("odd rank", 2, "--machines", "1", "--compression-rank", "7", fails=True)
     stage_1 = ["train-dvae", "--data", str(place / "pictures"), "--out", str(place / "stage 1")]
     jobs["stage 1"] = {"size": 2, "arguments": stage_1, "fails": True}
     command = [sys.executable, str(TESTS / "worlds.py")]
@@ -115,9 +119,10 @@ def said(place):
 
 
 def losses(run: Path) -> list[dict[str, float]]:
-    """The log without the clock."""
+    """What the log says of each update but its cost."""
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
+    names = ("update", "loss", "text_loss", "image_loss", "learning_rate", "gradient_norm")
+    return [{name: entry[name] for name in names} for entry in entries]
 
 
 def assert_same_numbers(run: Path, expected: Path) -> None:
@@ -152,6 +157,15 @@ def test_a_checkpoint_is_for_any_number_of_processes(name, place, said):
 
 def test_the_same_mesh_resumes_to_the_same_bits(place, said):
     assert_same_bits(place / "on 2x2", place / "2x2")
+
+
+def test_compressed_gradients_train_nearly_as_well(place, said):
+    """From a mesh of 2x2, stopped after four updates, on one of 2x1, which takes over the errors fed back."""
+    compressed, exact = losses(place / "on 2"), losses(place / "alone")
+    assert len(compressed) == len(exact) == UPDATES
+    assert compressed[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-5)
+    gained = exact[0]["loss"] - exact[-1]["loss"]
+    assert 0 < abs(compressed[-1]["loss"] - exact[-1]["loss"]) < 0.1 * gained
 
 
 def test_a_signal_to_one_process_stops_all_after_its_update(place, said):
@@ -190,6 +204,8 @@ def test_a_process_killed_in_saving_costs_nothing(place, said):
         ("three machines", "--machines 3: expected a divisor of the number of processes, 2 by torchrun"),
         ("odd batch", "batch_size: expected a multiple of the 2 processes, got 5"),
         ("no torchrun", "--machines 2: expected several processes, started by torchrun, got one"),
+        ("nothing sent", "compression_rank: expected 0 for one process, which sends nothing; or start by torchrun"),
+        ("odd rank", "PowerSGD: expected a rank that 2 GPUs divide evenly, got 7"),
         ("stage 1", "expected one process for this job, got 2; start it without torchrun"),
     ],
 )

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--machines", type=int, help="machines to replicate the model over, under torchrun (default: as torchrun says)"
     )
+    parser.add_argument("--compression-rank", type=int, help="total rank of PowerSGD between machines, 0: uncompressed")
     parser.add_argument("--tokenizer", type=Path, help="a saved tokenizer (default: one trained on the captions)")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dalle.train.team import Alone
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-OVERRIDES = ("updates", "batch_size", "learning_rate", "seed")
+OVERRIDES = ("updates", "batch_size", "learning_rate", "seed", "compression_rank")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def _read_sections(args: argparse.Namespace, *names: str) -> tuple[str, list[dic
     if args.preset:
         sections[0] = {"preset": args.preset}
     for name in OVERRIDES:
-        if getattr(args, name) is not None:
+        if getattr(args, name, None) is not None:
             sections[-1][name] = getattr(args, name)
     return str(path), sections
 

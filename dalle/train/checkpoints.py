@@ -111,7 +111,7 @@ def load(stage: Stage, folder: Path) -> tuple[int, float, Window]:
     if not {"identity", "state", "update", "seconds"} <= description.keys():
         raise UserError(f"{folder / DESCRIPTION} is damaged: expected what it says of the run")
     _require_same(description["identity"], json.loads(to_json(stage.identity())), folder)
-    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "error": {}}
     for name, tensor in _read(stage, folder, description.get("sha256")).items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor
@@ -121,6 +121,7 @@ def load(stage: Stage, folder: Path) -> tuple[int, float, Window]:
     for name, tensor in groups["optimizer"].items():
         parameter, _, key = name.rpartition(".")
         stage.optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device)
+    stage.team.take_error_sums(groups["error"])
     stage.load_state(description["state"])
     return description["update"], description["seconds"], description.get("window", [])
 
@@ -131,7 +132,7 @@ def _tensors(stage: Stage) -> dict[str, torch.Tensor]:
     for name, parameter in stage.shards.named_parameters():
         for key, value in stage.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
-    return tensors
+    return tensors | {f"error.{name}": total for name, total in stage.team.error_sums().items()}
 
 
 def _parameter_name(name: str) -> str:

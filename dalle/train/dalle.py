@@ -57,6 +57,9 @@ class DALLETraining:
     ``precision`` is the resblocks': "float32", or the paper's "float16", or "bfloat16", for their matrices, activations
     and gradients, each resblock under a loss scale of its own. ``optimizer`` is torch's "adamw", or "adamw16", which
     keeps the moments of the resblocks' matrices in 16 bits and which 16-bit resblocks need (paper 2.4, B.2).
+
+    ``compression_rank`` is the total rank at which PowerSGD sums the gradients of the resblocks' matrices between
+    machines (paper App. E); 0 sums them as they are. It needs a run under torchrun and float32.
     """
 
     updates: int = 430_000
@@ -75,6 +78,7 @@ class DALLETraining:
     crops: int = 1
     precision: str = "float32"
     optimizer: str = "adamw"
+    compression_rank: int = 0
     stored_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -92,6 +96,7 @@ class DALLETraining:
         require_choice(self, "precision", PRECISIONS)
         require_choice(self, "optimizer", OPTIMIZERS)
         require_fitting(self.precision, self.optimizer)
+        require_in_range(self, "compression_rank", 0, math.inf, whole=True)
         require_choice(self, "stored_dtype", STORED_DTYPES)
 
     @property
@@ -146,7 +151,7 @@ class DALLEStage(Stage):
             # Each process takes the mean over its own share of the batch, as one replica of one would.
             self.scales = GradScales(2 * config.layers, device=team.device)
             model.set_precision(dtype, self.scales.scales)
-        self.place(model)
+        self.place(model, training.compression_rank)
         self.optimizer = make_optimizer(self.model, self.shards, training)
         self.average = IterateAverage(self.shards, training.average_decay, training.average_every)
         if isinstance(self.average.model, DALLE):

@@ -30,6 +30,7 @@ from torch.distributed.tensor import Shard
 
 from dalle.errors import UserError
 from dalle.transformer import DALLE, AttentionBlock, MLPBlock
+from dalle_kernels import PowerSGD
 
 MACHINE, GPU = "machine", "gpu"
 
@@ -66,9 +67,7 @@ def shard(model: DALLE, mesh: DeviceMesh, dtype: torch.dtype | None = None, comp
     mean over all processes, as DTensors on the mesh.
 
     With ``compressed`` the gradients of a resblock's matrices are averaged over the GPUs of a machine only, and their
-    DTensors know the mesh's "gpu" dimension alone: what happens between machines is left to an all-reduce hook
-    (``set_all_reduce_hook`` of the modules of :func:`resblocks`), whose argument holds the shards of the block's
-    matrices one after another, in the order of ``parameters()``.
+    DTensors know the mesh's "gpu" dimension alone: what happens between machines is left to :func:`compress`.
     """
     # A block returns a view; the residual stream adds it out of place, which is what the warning asks for.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -87,6 +86,28 @@ def shard(model: DALLE, mesh: DeviceMesh, dtype: torch.dtype | None = None, comp
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
     _prefetch(blocks)
     return model
+
+
+def compress(model: DALLE, mesh: DeviceMesh, rank: int) -> PowerSGD:
+    """Let PowerSGD average the resblocks' matrices of a model, sharded as ``compressed``, between machines.
+
+    ``rank`` is the total of a matrix, shared out evenly to the GPUs' shards; the matrices of queries, keys and values
+    are compressed one by one. Raises UserError where the mesh does not divide it or them.
+    """
+    try:
+        powersgd = PowerSGD(
+            model,
+            rank,
+            machines=mesh.get_group(MACHINE),
+            gpus=mesh.get_group(GPU),
+            exempt=("text_unembedding", "image_unembedding"),
+            pieces={name: 3 for name, _ in model.named_parameters() if name.endswith("query_key_value.weight")},
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for block in resblocks(model):
+        powersgd.attach(block)
+    return powersgd
 
 
 def average_replicated(parameters: Sequence[nn.Parameter]) -> None:

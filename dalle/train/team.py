@@ -40,8 +40,11 @@ class Alone:
     def __exit__(self, *_exception: Any) -> None:
         pass
 
-    def shard(self, model: nn.Module) -> nn.Module:
-        """Put ``model`` onto the team's devices."""
+    def shard(self, model: nn.Module, compression_rank: int = 0) -> nn.Module:
+        """Put ``model`` onto the team's devices; with a ``compression_rank`` PowerSGD sums its gradients between
+        machines."""
+        if compression_rank:
+            raise UserError("compression_rank: expected 0 for one process, which sends nothing; or start by torchrun")
         return model.to(self.device)
 
     def shards(self, model: nn.Module) -> nn.Module:
@@ -75,6 +78,16 @@ class Alone:
         ``build`` makes a model of its shape. All processes must call this.
         """
         return shards
+
+    def error_sums(self) -> dict[str, torch.Tensor]:
+        """This process's part of the sum over machines of PowerSGD's error buffers, by the parameters' names.
+
+        All processes must call this, and :meth:`take_error_sums`.
+        """
+        return {}
+
+    def take_error_sums(self, sums: dict[str, torch.Tensor]) -> None:
+        """Take back what :meth:`error_sums` gave, on any number of machines."""
 
     def empty(self, parameter: nn.Parameter | None, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Memory for this process's part of what is shaped like ``parameter``, on the CPU; a DTensor where it is not

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dalle.errors import UserError
-from dalle.train.sharding import GPU, average_replicated, mesh_of, shard
+from dalle.train.sharding import GPU, average_replicated, compress, mesh_of, shard
 from dalle.train.team import Alone, Figures, Item
+from dalle_kernels import PowerSGD
 
 # While the leader encodes a data set the others wait.
 PATIENCE = datetime.timedelta(days=2)
@@ -43,6 +44,7 @@ class Team(Alone):
                 f"--machines {machines}: expected a divisor of the number of processes, {self.size} by torchrun"
             )
         self.machines = machines
+        self._powersgd: PowerSGD | None = None
         self.mesh = mesh_of(machines, self.size // machines, kind)
         # Checkpoints and the averaged model are on the CPU, whatever the model is on.
         self.cpu_mesh = self.mesh if kind == "cpu" else mesh_of(machines, self.size // machines)
@@ -60,8 +62,11 @@ class Team(Alone):
         if kind is None:
             dist.destroy_process_group()
 
-    def shard(self, model: nn.Module) -> nn.Module:
-        return shard(model, self.mesh)
+    def shard(self, model: nn.Module, compression_rank: int = 0) -> nn.Module:
+        shard(model, self.mesh, compressed=compression_rank > 0)
+        if compression_rank:
+            self._powersgd = compress(model, self.mesh, compression_rank)
+        return model
 
     def shards(self, model: nn.Module) -> nn.Module:
         tree = nn.Module()
@@ -88,12 +93,15 @@ class Team(Alone):
         for parameter, local in zip(model.parameters(), shards.parameters()):
             if parameter is local:
                 whole.append(local)
-            else:
-                local.grad, parameter.grad = parameter.grad.to_local(), None
+                continue
+            local.grad, parameter.grad = parameter.grad.to_local(), None
+            if not self._is_compressed(parameter):
                 sharded.append(local)
         average_replicated(whole)
         # Each machine holds all shards once, each process all that is whole: so the mean below counts both once.
         squares = _norm(sharded) ** 2 * (self.size / self.machines) + _norm(whole) ** 2
+        if self._powersgd is not None:
+            squares = squares + self._powersgd.gradient_norm() ** 2
         joint = [torch.as_tensor(value, device=self.device).double() for value in (squares, *figures.values())]
         means = torch.stack(joint)
         dist.all_reduce(means)
@@ -133,6 +141,15 @@ class Team(Alone):
         dist.barrier(group=self._control)
         return made if self.leads else make()
 
+    def error_sums(self) -> dict[str, torch.Tensor]:
+        if self._powersgd is None:
+            return {}
+        return {name: total.to_local() for name, total in self._powersgd.state_dict()["errors"].items()}
+
+    def take_error_sums(self, sums: dict[str, torch.Tensor]) -> None:
+        if self._powersgd is not None:
+            self._powersgd.load_state_dict({"seed": self._powersgd.seed, "errors": sums})
+
     def stored(self, parameter: nn.Parameter | None, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a part of ``parameter``, or of what is shaped like it, for a checkpoint."""
         return self._spread(parameter, tensor.detach().to("cpu", copy=True))
@@ -161,7 +178,12 @@ class Team(Alone):
         )
 
     def _cpu_mesh_of(self, parameter: DTensor) -> DeviceMesh:
-        return self.cpu_mesh if parameter.device_mesh.ndim == 2 else self.cpu_mesh[GPU]
+        return self.cpu_mesh[GPU] if self._is_compressed(parameter) else self.cpu_mesh
+
+    @staticmethod
+    def _is_compressed(parameter: DTensor) -> bool:
+        """Whether PowerSGD sums its gradient between machines, of which its mesh knows nothing."""
+        return parameter.device_mesh.ndim == 1
 
 
 def _restarts() -> int:
