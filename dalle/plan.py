@@ -330,19 +330,18 @@ def plan_traffic(job: Job) -> list[Traffic]:
     blocks = resblocks(job.config)
     whole, vectors = sum(block.size for block in blocks) * job.bytes.working, sum(block.vectors for block in blocks)
     outer = outer_size(job.config, job.gpus) * 4
+    uncompressed = Traffic("gradients of resblocks", "all_reduce", MACHINE, len(blocks), whole // job.gpus)
+    norm = [Traffic("norm of the gradients", "all_reduce", group, 1, 4) for group in (GPU, MACHINE)]
     traffic = [
         Traffic("embeddings", "all_gather", GPU, 1, outer),
         Traffic("parameters of resblocks, forward", "all_gather", GPU, len(blocks), whole),
         Traffic("parameters of resblocks, backward", "all_gather", GPU, len(blocks), whole),
         Traffic("gradients of resblocks", "reduce_scatter", GPU, len(blocks), whole),
-        *(
-            _factor_traffic(job)
-            if job.rank
-            else [Traffic("gradients of resblocks", "all_reduce", MACHINE, len(blocks), whole // job.gpus)]
-        ),
+        *(_factor_traffic(job) if job.rank else [uncompressed]),
         Traffic("gradients of embeddings", "reduce_scatter", GPU, 1, outer),
         Traffic("gradients of embeddings", "all_reduce", MACHINE, 1, outer // job.gpus),
         Traffic("gradients of gains and biases", "all_reduce", WORLD, 1, vectors * 4),
+        *(norm if job.rank else []),
     ]
     return [item for item in traffic if job.group_size(item.group) > 1]
 

@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from dalle.errors import UserError
 from dalle.plan import GPU, MACHINE, WORLD, Job, plan_traffic
 from dalle.train.collectives import Collective, CollectiveCounter
-from dalle.train.sharding import average_replicated, mesh_of, replicated, shard
+from dalle.train.sharding import average_replicated, mesh_of, replicated, resblocks, shard
 from dalle.transformer import DALLE
+from dalle_kernels import PowerSGD
 
 
 class Compared(NamedTuple):
@@ -70,13 +71,30 @@ def count_collectives(job: Job) -> list[Collective]:
     dtype = None if job.bytes.working == 4 else torch.float16
     with _fake_mesh(job) as mesh, FakeTensorMode(), CollectiveCounter() as counter:
         model = shard(_Model(config), mesh, dtype, compressed=bool(job.rank))
+        powersgd = _compress(model, mesh, job.rank) if job.rank else None
         text = torch.zeros(job.images_per_gpu, config.text_len, dtype=torch.int64)
         image = torch.zeros(job.images_per_gpu, config.image_len, dtype=torch.int64)
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             loss = model(text, image).loss
         loss.backward()
         average_replicated(replicated(model))
+        if powersgd is not None:
+            powersgd.gradient_norm()
     return counter.collectives
+
+
+def _compress(model: DALLE, mesh: DeviceMesh, rank: int) -> PowerSGD:
+    powersgd = PowerSGD(
+        model,
+        rank,
+        machines=mesh.get_group(MACHINE),
+        gpus=mesh.get_group(GPU),
+        exempt=("text_unembedding", "image_unembedding"),
+        pieces={name: 3 for name, _ in model.named_parameters() if name.endswith("query_key_value.weight")},
+    )
+    for block in resblocks(model):
+        powersgd.attach(block)
+    return powersgd
 
 
 class _Model(DALLE):

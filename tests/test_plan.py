@@ -154,32 +154,49 @@ def test_floor_is_the_slowest_resource():
 
 
 @pytest.mark.parametrize(
-    ("machines", "gpus", "precision"),
-    [(1, 1, "paper"), (2, 1, "paper"), (1, 2, "float32"), (2, 2, "mixed"), (3, 4, "paper")],
+    ("machines", "gpus", "rank", "precision"),
+    [
+        (1, 1, 0, "paper"),
+        (2, 1, 0, "paper"),
+        (1, 2, 0, "float32"),
+        (2, 2, 0, "mixed"),
+        (2, 2, 4, "float32"),
+        (3, 4, 8, "paper"),
+        (3, 1, 40, "paper"),
+    ],
 )
-def test_collectives_of_a_small_model_are_as_planned(machines, gpus, precision):
-    job = Job(DALLEConfig.preset("tiny"), machines, gpus, 12, rank=0, precision=precision)
-    compared = plan_check.compare(job)
+def test_collectives_of_a_small_model_are_as_planned(machines, gpus, rank, precision):
+    compared = plan_check.compare(Job(DALLEConfig.preset("tiny"), machines, gpus, 12, rank, precision))
     assert bool(compared) == (machines * gpus > 1)
     for row in compared:
         assert row.planned == row.counted, row
 
 
-def test_collectives_of_1024_ranks_are_as_planned():
-    compared = plan_check.compare(Job(TWO_LAYERS, 128, 8, 1024, rank=0))
-    assert {(row.kind, row.group) for row in compared} == {
-        ("all_gather", "gpu"),
-        ("reduce_scatter", "gpu"),
-        ("all_reduce", "machine"),
-        ("all_reduce", "world"),
-    }
+@pytest.mark.parametrize("rank", [0, 896])
+def test_collectives_of_1024_ranks_are_as_planned(rank):
+    compared = plan_check.compare(Job(TWO_LAYERS, 128, 8, 1024, rank))
+    kinds = {("all_gather", "gpu"), ("reduce_scatter", "gpu"), ("all_reduce", "machine"), ("all_reduce", "world")}
+    factors = {("all_to_all", "machine"), ("all_gather", "machine"), ("all_reduce", "gpu")}
+    assert {(row.kind, row.group) for row in compared} == kinds | (factors if rank else set())
     for row in compared:
         assert row.planned == row.counted, row
 
 
+def test_counted_collectives_have_the_papers_compression():
+    sent = {
+        rank: sum(
+            item.sent
+            for item in plan_check.count_collectives(Job(TWO_LAYERS, 4, 8, 32, rank))
+            if item.ranks == (0, 8, 16, 24) and item.dtype != torch.float32  # fp32: embeddings, the norm
+        )
+        for rank in (0, 896)
+    }
+    assert 1 - sent[896] / sent[0] == pytest.approx(1 - 5 * 896 / (8 * 3968), abs=1e-5)
+
+
 @pytest.mark.slow
 def test_collectives_of_the_12b_model_are_as_planned():
-    for row in plan_check.compare(Job(PAPER, 128, 8, 1024, rank=0)):
+    for row in plan_check.compare(Job(PAPER, 128, 8, 1024)):
         assert row.planned == row.counted, row
 
 
