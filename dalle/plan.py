@@ -31,15 +31,21 @@ LOGITS_AT_ONCE = 1 << 21
 
 class Precision(NamedTuple):
     """Bytes of an element of a resblock's matrices: ``stored`` between updates, ``working`` when gathered, in its
-    gradient and in activations, ``moments`` both of Adam's. Everything else is in 32 bit."""
+    gradient and in activations, ``moments`` both of Adam's; and ``input`` of what a resblock keeps of its input for the
+    backward. Everything else is in 32 bit."""
 
     stored: int
     working: int
     moments: int
+    input: int
 
 
-PRECISIONS = {"paper": Precision(2, 2, 2 * CODE_BYTES), "mixed": Precision(4, 2, 8), "float32": Precision(4, 4, 8)}
-"""``paper``: parameters in 16 bit, moments in 1-6-9 and 0-6-10. ``mixed``: both in fp32, work in 16 bit."""
+PRECISIONS = {
+    "paper": Precision(2, 2, 2 * CODE_BYTES, 2),
+    "mixed": Precision(4, 2, 8, 4),
+    "float32": Precision(4, 4, 8, 4),
+}
+"""``paper``: parameters in 16 bit, moments in 1-6-9 and 0-6-10. ``mixed``: both in fp32, work in 16 bit by autocast."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +315,7 @@ def plan_memory(job: Job) -> dict[str, int]:
         "error buffers": matrices * CODE_BYTES if job.rank else 0,
         "fixed Q": sum(longer for _, longer in factors) * CODE_BYTES,
         "compression of a resblock": compression,
-        "inputs of resblocks": rows * config.dim * 4 * len(blocks),
+        "inputs of resblocks": rows * config.dim * size.input * len(blocks),
         "activations of resblocks": max(activations) if job.checkpoint else sum(activations),
         "logits, a chunk": 2 * 4 * LOGITS_AT_ONCE,
     }

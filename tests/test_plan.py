@@ -108,7 +108,7 @@ def test_memory_of_the_papers_job():
     matrices = 64 * 12 * 3968**2 // 8
     assert memory["parameters of resblocks"] == memory["error buffers"] == 2 * matrices
     assert memory["moments of resblocks"] == 4 * matrices
-    assert memory["inputs of resblocks"] == 128 * 1280 * 3968 * 4
+    assert memory["inputs of resblocks"] == 128 * 1280 * 3968 * 2
     # Sharded twice as finely, half; what is gathered stays.
     finer = plan_memory(Job(PAPER, machines=64, gpus=16, batch=1024))
     assert finer["error buffers"] * 2 == memory["error buffers"]

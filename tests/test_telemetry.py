@@ -192,6 +192,18 @@ def test_speed_is_of_the_updates_since_the_last_line(monkeypatch):
         assert line["tokens_per_second"] == tokens and line["share_of_peak"] == pytest.approx(share)
 
 
+def test_the_peak_is_that_of_the_dtype_of_most_parameters(monkeypatch):
+    measured = []
+    monkeypatch.setattr("dalle.train.telemetry.measured_peak", lambda *args: measured.append(args) or 1e12)
+    job = stage(tokens_per_update=1, flops_per_update=1)
+    job.shards.weight.data = job.shards.weight.data.bfloat16()
+    job.shards.bias.grad = torch.ones(2)
+    telemetry = Telemetry(job)
+    telemetry.line()
+    telemetry.line()
+    assert measured == [("cpu", torch.bfloat16)]
+
+
 def test_bytes_are_counted_in_the_first_update(four_ranks):
     job = stage(FourRanks())
     telemetry = Telemetry(job)

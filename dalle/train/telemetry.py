@@ -1,9 +1,9 @@
 """What a run's log says of its numbers and its speed, gathered so that the device is waited for once a line.
 
-A line holds, beside the averages of its updates (of ``skipped_updates``, where a stage may skip them, their share):
+A line holds, beside the averages of its updates (of ``skipped_updates``, 0 or 1 where a stage may skip them, the share):
 
 - ``gradient_exponents``: how the magnitudes of the last update's gradients spread, see :func:`exponent_shares`; each
-  process counts what it holds, clipped as the optimizer saw it;
+  process counts what it holds, as the optimizer's step found it: multiplied by the resblocks' scales or else clipped;
 - ``scales``: the resblocks' loss scales, where they have any;
 - ``bytes_sent``: what the leading process sends in an update, where there are several;
 - ``tokens_per_second`` of all processes, and ``share_of_peak``, the model's own operations (nothing counted twice) over
@@ -13,6 +13,7 @@ A line holds, beside the averages of its updates (of ``skipped_updates``, where 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,14 @@ def measured_peak(device: torch.device | str, dtype: torch.dtype = torch.float32
     return 2 * side**3 / best
 
 
+def _main_dtype(parameters: Iterable[torch.Tensor]) -> torch.dtype:
+    """The dtype of most numbers."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in parameters:
+        counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]
+
+
 def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
     _wait(left.device)
     started = time.perf_counter()
@@ -142,7 +151,7 @@ class Telemetry:
         rate = self._updates / max(time.monotonic() - self._since, 1e-9)
         speed = {}
         if stage.tokens_per_update:
-            self.peak = self.peak or measured_peak(stage.team.device)
+            self.peak = self.peak or measured_peak(stage.team.device, _main_dtype(stage.shards.parameters()))
             share = rate * stage.flops_per_update / (self.peak * stage.team.size)
             speed = {"tokens_per_second": rate * stage.tokens_per_update, "share_of_peak": share}
         self._updates, self._since = 0, time.monotonic()
