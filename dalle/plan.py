@@ -288,7 +288,8 @@ def network_bytes(job: Job, traffic: list[Traffic]) -> float:
 
 
 def plan_memory(job: Job) -> dict[str, int]:
-    """Bytes of a GPU's memory by part, at the moment of the backward when all parts are there."""
+    """Bytes of a GPU's memory by part: together a little more than ever is there at once, for a backward frees the
+    resblocks' inputs while it makes their gradients."""
     config, size = job.config, job.bytes
     blocks = resblocks(config)
     matrices = sum(block.size for block in blocks) // job.gpus
@@ -297,7 +298,7 @@ def plan_memory(job: Job) -> dict[str, int]:
     single = outer // job.gpus + vectors
     largest = max(block.size for block in blocks)
     rows = job.images_per_gpu * (config.text_len + config.image_len)
-    activations = [block_activations(config, block.kind, size.working) * job.images_per_gpu for block in blocks]
+    activations = [block_activations(config, block.kind, size) * job.images_per_gpu for block in blocks]
     factors = [block.factor_sizes(job.gpus, job.rank) for block in blocks]
     # Of one resblock: errors and what replaces the gradients in fp32, the factors in fp32 and as codes.
     compression = 2 * 4 * largest // job.gpus + max(map(sum, factors)) * (4 + CODE_BYTES) if job.rank else 0
@@ -322,13 +323,14 @@ def plan_memory(job: Job) -> dict[str, int]:
     return {part: count for part, count in memory.items() if count}
 
 
-def block_activations(config: DALLEConfig, kind: str, size: int) -> int:
-    """Bytes that a resblock keeps of one image for its backward, in elements of ``size`` bytes."""
+def block_activations(config: DALLEConfig, kind: str, size: Precision) -> int:
+    """Bytes that a resblock keeps of one image for its backward, beside its input."""
     rows, dim, inner = config.text_len + config.image_len, config.dim, config.heads * config.head_dim
-    statistics = 2 * 4  # of the norm
+    # The norm's statistics and, where its input is kept in 16 bit, that in the 32 that it computes in.
+    norm = 2 * 4 + (4 * dim if size.input < 4 else 0)
     if kind == "attention":  # the norm's result, query, key, value, what attention makes, its log-sum-exp
-        return rows * ((dim + 4 * inner) * size + 4 * config.heads + statistics)
-    return rows * ((dim + 8 * dim) * size + statistics)  # the norm's result, the hidden layer before and after GELU
+        return rows * (norm + (dim + 4 * inner) * size.working + 4 * config.heads)
+    return rows * (norm + (dim + 8 * dim) * size.working)  # the norm's result, the hidden layer before and after GELU
 
 
 def plan_traffic(job: Job) -> list[Traffic]:
@@ -425,7 +427,7 @@ def _memory_traffic(job: Job) -> int:
     # written and read.
     weights = whole * size.working * (6 + again) + outer * 4 * 4
     # Written and read by the forward, again likewise; in the backward read, their gradients written and read.
-    inside = sum(block_activations(config, block.kind, size.working) for block in blocks) * (5 + 2 * again)
+    inside = sum(block_activations(config, block.kind, size) for block in blocks) * (5 + 2 * again)
     stream = len(blocks) * (config.text_len + config.image_len) * config.dim * 4 * (4 + again)
     # Parameters, moments and gradients read and written. The error buffer: gradient added, two products, the result
     # subtracted, all but the products read and written.

@@ -7,9 +7,9 @@ and the hooks start the collectives that they would on the real machines, and no
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from dalle.train.collectives import Collective, CollectiveCounter
 from dalle.train.sharding import average_replicated, mesh_of, replicated, resblocks, shard
 from dalle.transformer import DALLE
 from dalle_kernels import PowerSGD
+
+Watch = TypeVar("Watch", bound=AbstractContextManager)
 
 
 class Compared(NamedTuple):
@@ -67,20 +69,33 @@ def _totals(items: Iterable[tuple[str, str, int, int]]) -> dict[tuple[str, str],
 
 def count_collectives(job: Job) -> list[Collective]:
     """The collectives of one update of rank 0, in order; raises UserError where this process has a process group."""
+    return step(job, lambda _model: CollectiveCounter()).collectives
+
+
+def step(job: Job, watch: Callable[[DALLE], Watch]) -> Watch:
+    """One forward and backward of the job's model, as rank 0, under the context manager ``watch(model)``; returns that.
+
+    Raises UserError where this process has a process group.
+    """
     config = dataclasses.replace(job.config, checkpoint_activations=job.checkpoint)
-    dtype = None if job.bytes.working == 4 else torch.float16
-    with _fake_mesh(job) as mesh, FakeTensorMode(), CollectiveCounter() as counter:
-        model = shard(_Model(config), mesh, dtype, compressed=bool(job.rank))
+    half = None if job.bytes.working == 4 else torch.float16
+    is_autocast = half is not None and job.bytes.stored == 4
+    with _fake_mesh(job) as mesh, FakeTensorMode():
+        model = _Model(config)
+        if half is not None and not is_autocast:
+            model.set_precision(half, torch.ones(2 * config.layers))
+        shard(model, mesh, half, compressed=bool(job.rank))
         powersgd = _compress(model, mesh, job.rank) if job.rank else None
         text = torch.zeros(job.images_per_gpu, config.text_len, dtype=torch.int64)
         image = torch.zeros(job.images_per_gpu, config.image_len, dtype=torch.int64)
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            loss = model(text, image).loss
-        loss.backward()
-        average_replicated(replicated(model))
-        if powersgd is not None:
-            powersgd.gradient_norm()
-    return counter.collectives
+        with watch(model) as watcher:
+            with torch.autocast("cpu", half, enabled=is_autocast):
+                loss = model(text, image).loss
+            loss.backward()
+            average_replicated(replicated(model))
+            if powersgd is not None:
+                powersgd.gradient_norm()
+    return watcher
 
 
 def _compress(model: DALLE, mesh: DeviceMesh, rank: int) -> PowerSGD:

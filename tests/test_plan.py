@@ -7,12 +7,14 @@ import json
 
 import pytest
 import torch
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from dalle import plan_check
 from dalle.cli import main
 from dalle.config import DALLEConfig
 from dalle.errors import UserError
 from dalle.plan import (
+    PRECISIONS,
     Hardware,
     Job,
     block_activations,
@@ -82,25 +84,31 @@ def test_flops_are_counted_pair_by_pair():
     assert model_flops(config) == 3 * (products + attention + logits)
 
 
+@pytest.mark.parametrize("precision", ["paper", "mixed"])
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
-def test_activations_are_what_autograd_keeps(kind):
+def test_activations_are_what_autograd_keeps(kind, precision):
     config = DALLEConfig.preset("emoji")
-    block = getattr(DALLE(config).layers[0], kind)
+    model = DALLE(config)
     x = torch.randn(1, config.text_len + config.image_len, config.dim, requires_grad=True)
+    if precision == "paper":
+        model.set_precision(torch.float16, torch.ones(2 * config.layers))
+        x = x.detach().half().requires_grad_()
+    block = getattr(model.layers[0], kind)
     weights = {parameter.shape for parameter in block.parameters()}
     weights |= {parameter.mT.shape for parameter in block.parameters() if parameter.dim() == 2}
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        # Not the resblock's input, which the identity path has, nor weights that autocast has cast.
+        # Not the resblock's input, nor weights that autocast has cast.
         if storage.data_ptr() != x.untyped_storage().data_ptr() and tensor.shape not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         out = block(x)  # held: the addresses of what is freed would be given out again
-    assert out.shape == x.shape and sum(kept.values()) == block_activations(config, kind, 2)
+    assert out.shape == x.shape and sum(kept.values()) == block_activations(config, kind, PRECISIONS[precision])
 
 
 def test_memory_of_the_papers_job():
@@ -122,8 +130,18 @@ def test_memory_by_precision_and_choices():
     assert plain["parameters of resblocks"] == mixed["parameters of resblocks"] == plain["gradients of resblocks"]
     assert plain["gathered resblocks, two"] == 2 * mixed["gathered resblocks, two"]
     assert "fixed Q" not in plain and "error buffers" not in plain
-    blocks = [block_activations(PAPER, kind, 2) for kind in ("attention", "mlp")]
+    blocks = [block_activations(PAPER, kind, PRECISIONS["mixed"]) for kind in ("attention", "mlp")]
     assert mixed["activations of resblocks"] == max(blocks) and kept["activations of resblocks"] == 64 * sum(blocks)
+
+
+@pytest.mark.parametrize("precision", ["paper", "float32"])
+def test_memory_is_enough_for_a_backward(precision):
+    job = Job(TWO_LAYERS, 4, 8, 32, 0, precision)
+    tracker = plan_check.step(job, FSDPMemTracker)
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    planned = sum(count for part, count in plan_memory(job).items() if not part.startswith("moments"))
+    # The plan has all gradients and all inputs of resblocks; a backward frees these while it makes those.
+    assert peak["Total"] < planned < 1.2 * peak["Total"]
 
 
 def test_traffic_is_linear_in_the_layers():

@@ -1,6 +1,6 @@
 """What a run's log says of its numbers and its speed, gathered so that the device is waited for once a line.
 
-A line holds, beside the averages of its updates (of ``skipped_updates``, 0 or 1 where a stage may skip them, the share):
+A line holds, beside the averages of its updates (so the share of ``skipped_updates``, where a stage may skip them):
 
 - ``gradient_exponents``: how the magnitudes of the last update's gradients spread, see :func:`exponent_shares`; each
   process counts what it holds, as the optimizer's step found it: multiplied by the resblocks' scales or else clipped;
