@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ class DVAEStage(Stage):
 
     @torch.no_grad()
     def draw_pictures(self, update: int, folder: Path) -> dict[str, float]:
-        dvae = self.average.model
+        dvae = copy.deepcopy(self.average.model).to(self.device)
         images = self.shown.samples(range(min(256, len(self.shown.images)))).to(self.device)
         tokens = dvae.encode(images)
         reconstructions = dvae.decode(tokens)

@@ -4,6 +4,7 @@ is all here and in :mod:`dalle.train.torchrun`; nothing else knows of ranks.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -77,7 +78,8 @@ class Alone:
 
         ``build`` makes a model of its shape. All processes must call this.
         """
-        return shards
+        on_device = all(parameter.device.type == torch.device(self.device).type for parameter in shards.parameters())
+        return shards if on_device else copy.deepcopy(shards).to(self.device)
 
     def error_sums(self) -> dict[str, torch.Tensor]:
         """This process's part of the sum over machines of PowerSGD's error buffers, by the parameters' names.
