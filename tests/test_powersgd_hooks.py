@@ -343,3 +343,20 @@ def test_compression_rate_of_a_resblock_pair_is_the_papers(alone, monkeypatch, d
     rate = 1 - (sum(sent) - marks) / gradient_bytes
     assert len(sent) == 2 and rate == pytest.approx(1 - 5 * rank / (8 * dim), abs=1e-12)
     assert round(100 * (1 - sum(sent) / gradient_bytes)) == percent
+
+
+def test_scales_are_given_back_where_the_optimizer_divides_by_them(alone):
+    model = nn.Linear(24, 16)
+    gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    scales = {"weight": torch.tensor([256.0])}
+    given = {}
+    for keep_scale in (False, True):
+        powersgd = PowerSGD(model, rank=4, scales=scales, keep_scale=keep_scale)
+        given[keep_scale] = [256 * gradient, torch.zeros(16)]
+        powersgd._reduce(powersgd.shards, given[keep_scale])
+        norm = powersgd.gradient_norm()
+    assert torch.equal(given[True][0], 256 * given[False][0]) and norm.isfinite()
+
+    bad = [gradient.clone().index_put_((torch.tensor(3), torch.tensor(5)), torch.tensor(torch.inf)), torch.ones(16)]
+    powersgd._reduce(powersgd.shards, bad)
+    assert bad[0].isinf().all() and torch.equal(bad[1], torch.ones(16)) and powersgd.gradient_norm().isinf()

@@ -23,7 +23,7 @@ from dalle.checkpoint import load_dalle
 from dalle.cli import main
 
 TESTS = Path(__file__).parent
-UPDATES = 6
+UPDATES = 5
 MESHES = {"1x1": 1, "2x1": 2, "1x2": 2, "2x2": 4}
 
 CONFIG = f"""
@@ -59,6 +59,7 @@ def place(tmp_path_factory):
         Image.fromarray(pixels).save(place / "pictures" / f"{index:02d}.png")
         (place / "pictures" / f"{index:02d}.txt").write_text(f"a picture of number {index} in noise style")
     (place / "config.toml").write_text(CONFIG)
+    (place / "half.toml").write_text(f'{CONFIG}precision = "float16"\noptimizer = "adamw16"\n')
     common = ["--data", str(place / "pictures"), "--config", str(place / "config.toml"), "--out", str(place / "dvae")]
     assert main(["train-dvae", *common, "--updates", "1", "--picture-every", "0"]) == 0
     return place
@@ -92,7 +93,7 @@ def said(place):
 
     add("alone", 0)
     for mesh, size in MESHES.items():
-        add(mesh, size, "--machines", mesh[0], "--picture-every", "6" if mesh == "2x2" else "0")
+        add(mesh, size, "--machines", mesh[0], "--picture-every", "5" if mesh == "2x2" else "0")
     add("stopped", 4, "--machines", "2", struck=[3, 3, signal.SIGINT], fails=True)
     for name, size in {"on 2x2": 4, "on 1x2": 2, "on one": 0}.items():
         add(name, size, "--resume", *(["--machines", name[3]] if size else []), begun=str(place / "stopped"))
@@ -103,6 +104,8 @@ def said(place):
     jobs["killed"]["fails"] = True
     add("compressed", 4, "--machines", "2", "--compression-rank", "8", struck=[0, 3, signal.SIGINT], fails=True)
     add("on 2", 2, "--resume", "--machines", "2", "--compression-rank", "8", begun=str(place / "compressed"))
+    half = ["--config", str(place / "half.toml"), "--machines", "2", "--compression-rank", "8"]
+    add("half", 4, *half)
     add("three machines", 2, "--machines", "3", fails=True)
     add("odd batch", 2, "--batch-size", "5", fails=True)
     add("no torchrun", 0, "--machines", "2", fails=True)
@@ -159,11 +162,12 @@ def test_the_same_mesh_resumes_to_the_same_bits(place, said):
     assert_same_bits(place / "on 2x2", place / "2x2")
 
 
-def test_compressed_gradients_train_nearly_as_well(place, said):
-    """From a mesh of 2x2, stopped after four updates, on one of 2x1, which takes over the errors fed back."""
-    compressed, exact = losses(place / "on 2"), losses(place / "alone")
+@pytest.mark.parametrize("name", ["on 2", "half"])
+def test_compressed_gradients_train_nearly_as_well(name, place, said):
+    """From 2x2, stopped after four updates, on to 2x1, which takes the errors over; and on 2x2 in 16 bits."""
+    compressed, exact = losses(place / name), losses(place / "alone")
     assert len(compressed) == len(exact) == UPDATES
-    assert compressed[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-5)
+    assert compressed[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-4)
     gained = exact[0]["loss"] - exact[-1]["loss"]
     assert 0 < abs(compressed[-1]["loss"] - exact[-1]["loss"]) < 0.1 * gained
 
@@ -178,7 +182,7 @@ def test_a_signal_to_one_process_stops_all_after_its_update(place, said):
 
 def test_only_the_leader_speaks_and_draws(place, said):
     assert said["2x2"].count("encoding images: 100%") == 1
-    assert (place / "2x2" / "pictures" / "samples-00000006.png").exists()
+    assert (place / "2x2" / "pictures" / "samples-00000005.png").exists()
 
 
 def test_a_process_killed_in_an_update_costs_nothing(place, said):
@@ -194,7 +198,7 @@ def test_a_process_killed_in_saving_costs_nothing(place, said):
     assert done.returncode == 0 and "-9" in done.stderr, done.stderr
     assert_same_bits(place / "torchrun", place / "1x2")
     assert sorted(path.name for path in (place / "torchrun" / "checkpoints").iterdir()) == [
-        f"update-{update:08d}" for update in (2, 4, 6)
+        f"update-{update:08d}" for update in (2, 4, 5)
     ]
 
 

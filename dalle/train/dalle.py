@@ -59,7 +59,7 @@ class DALLETraining:
     keeps the moments of the resblocks' matrices in 16 bits and which 16-bit resblocks need (paper 2.4, B.2).
 
     ``compression_rank`` is the total rank at which PowerSGD sums the gradients of the resblocks' matrices between
-    machines (paper App. E); 0 sums them as they are. It needs a run under torchrun and float32.
+    machines (paper App. E); 0 sums them as they are. It needs a run under torchrun.
     """
 
     updates: int = 430_000
@@ -151,7 +151,8 @@ class DALLEStage(Stage):
             # Each process takes the mean over its own share of the batch, as one replica of one would.
             self.scales = GradScales(2 * config.layers, device=team.device)
             model.set_precision(dtype, self.scales.scales)
-        self.place(model, training.compression_rank)
+        scales = None if self.scales is None else self.scales.scales
+        self.place(model, training.compression_rank, scales)
         self.optimizer = make_optimizer(self.model, self.shards, training)
         self.average = IterateAverage(self.shards, training.average_decay, training.average_every)
         if isinstance(self.average.model, DALLE):

@@ -78,9 +78,9 @@ class Stage(ABC):
     tokens_per_update: int = 0
     flops_per_update: int = 0
 
-    def place(self, model: nn.Module, compression_rank: int = 0) -> None:
-        """Put ``model`` onto the team's devices, to be trained there."""
-        self.model = self.team.shard(model, compression_rank)
+    def place(self, model: nn.Module, compression_rank: int = 0, scales: torch.Tensor | None = None) -> None:
+        """Put ``model`` onto the team's devices, to be trained there, as :meth:`Alone.shard` says."""
+        self.model = self.team.shard(model, compression_rank, scales)
         self.shards = self.team.shards(self.model)
 
     @abstractmethod

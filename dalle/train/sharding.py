@@ -88,12 +88,15 @@ def shard(model: DALLE, mesh: DeviceMesh, dtype: torch.dtype | None = None, comp
     return model
 
 
-def compress(model: DALLE, mesh: DeviceMesh, rank: int) -> PowerSGD:
+def compress(model: DALLE, mesh: DeviceMesh, rank: int, scales: torch.Tensor | None = None) -> PowerSGD:
     """Let PowerSGD average the resblocks' matrices of a model, sharded as ``compressed``, between machines.
 
     ``rank`` is the total of a matrix, shared out evenly to the GPUs' shards; the matrices of queries, keys and values
-    are compressed one by one. Raises UserError where the mesh does not divide it or them.
+    are compressed one by one. ``scales``, float32 in the order of :func:`resblocks`, are what the gradients of each are
+    multiplied by, before and after. Raises UserError where the mesh does not divide the rank or the matrices.
     """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    scaled = {} if scales is None else dict(zip(resblocks(model), scales.split(1)))
     try:
         powersgd = PowerSGD(
             model,
@@ -101,13 +104,19 @@ def compress(model: DALLE, mesh: DeviceMesh, rank: int) -> PowerSGD:
             machines=mesh.get_group(MACHINE),
             gpus=mesh.get_group(GPU),
             exempt=("text_unembedding", "image_unembedding"),
-            pieces={name: 3 for name, _ in model.named_parameters() if name.endswith("query_key_value.weight")},
+            pieces={name: 3 for name in names.values() if name.endswith("query_key_value.weight")},
+            scales={names[matrix]: scale for block, scale in scaled.items() for matrix in _matrices(block)},
+            keep_scale=scales is not None,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
     for block in resblocks(model):
         powersgd.attach(block)
     return powersgd
+
+
+def _matrices(block: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in block.parameters() if parameter.dim() == 2]
 
 
 def average_replicated(parameters: Sequence[nn.Parameter]) -> None:

@@ -41,9 +41,9 @@ class Alone:
     def __exit__(self, *_exception: Any) -> None:
         pass
 
-    def shard(self, model: nn.Module, compression_rank: int = 0) -> nn.Module:
-        """Put ``model`` onto the team's devices; with a ``compression_rank`` PowerSGD sums its gradients between
-        machines."""
+    def shard(self, model: nn.Module, compression_rank: int = 0, scales: torch.Tensor | None = None) -> nn.Module:
+        """Put ``model`` onto the team's devices. With a ``compression_rank`` PowerSGD sums its gradients between
+        machines, those of each resblock multiplied by one of ``scales``."""
         if compression_rank:
             raise UserError("compression_rank: expected 0 for one process, which sends nothing; or start by torchrun")
         return model.to(self.device)

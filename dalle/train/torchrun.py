@@ -62,10 +62,10 @@ class Team(Alone):
         if kind is None:
             dist.destroy_process_group()
 
-    def shard(self, model: nn.Module, compression_rank: int = 0) -> nn.Module:
+    def shard(self, model: nn.Module, compression_rank: int = 0, scales: torch.Tensor | None = None) -> nn.Module:
         shard(model, self.mesh, compressed=compression_rank > 0)
         if compression_rank:
-            self._powersgd = compress(model, self.mesh, compression_rank)
+            self._powersgd = compress(model, self.mesh, compression_rank, scales)
         return model
 
     def shards(self, model: nn.Module) -> nn.Module:

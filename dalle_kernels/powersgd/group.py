@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ class Settings:
     p_divisor: float
     q_divisor: float
     eps: float
+    keep_scale: bool
 
 
 class Group:
@@ -89,13 +91,20 @@ class Group:
         Q = [batch.project_back(error, p) for batch, error, p in zip(self.batches, errors, P)]
         Q, finite = sum_factors(Q, finite.logical_not(), settings.q_divisor, settings.machines)
         counts = [len(q) for q in Q]
-        for batch, error, own, p, q, known in zip(self.batches, errors, of_batches, P, Q, finite.split(counts)):
+        scales = divisors / settings.gradient_divisor
+        of_each = zip(self.batches, self.indices, errors, of_batches, P, Q, finite.split(counts))
+        for batch, index, error, own, p, q, known in of_each:
             # Where a factor is nonfinite nothing is decompressed, and all of the buffer stays.
             q.mul_(known.view(-1, 1, 1).float().mul_(settings.q_divisor))
             decompressed = batch.decompress(p, q)
             batch.feed_back(error, decompressed, settings.machine_count)
+            if settings.keep_scale:
+                decompressed *= batch.of_matrices(scales.index_select(0, index)).view(-1, 1, 1)
             parts = decompressed.split(batch.counts)
             torch._foreach_copy_(own, [part.view_as(gradient) for part, gradient in zip(parts, own)])
             self.square += q.square().sum()
         nonfinite = torch.cat([*bad_gradients, finite.logical_not()]).any()
         self.square.masked_fill_(nonfinite, torch.inf)
+        if settings.keep_scale:
+            for gradient in chain.from_iterable(of_batches):
+                gradient.masked_fill_(nonfinite, torch.inf)

@@ -53,6 +53,8 @@ class PowerSGD:
             mean as without this hook. 1 suits a loss that is divided by the overall batch size.
         p_divisor, q_divisor: the factors P and Q are divided by these before they are summed: codes end at ±15.984375.
             P's numbers should stay well above ``eps``.
+        keep_scale: give gradients back multiplied by their scales again, as 16-bit gradients must stay that underflow
+            without, and infinite in an FSDP unit or bucket of which one is not finite on this rank or in a factor.
         eps: what is added to P's diagonal before it is orthogonalized.
         seed: of the fixed Gaussian Q, equal on every rank.
 
@@ -73,6 +75,7 @@ class PowerSGD:
         gradient_divisor: float | None = None,
         p_divisor: float = 1.0,
         q_divisor: float = 1.0,
+        keep_scale: bool = False,
         eps: float = 1e-6,
         seed: int = 0,
     ):
@@ -85,7 +88,7 @@ class PowerSGD:
         for name, divisor in divisors.items():
             if not 0 < divisor < math.inf:
                 raise ValueError(f"PowerSGD: expected {name} above 0 and finite, got {divisor}")
-        self.settings = Settings(rank // gpu_count, machines, machine_count, **divisors, eps=eps)
+        self.settings = Settings(rank // gpu_count, machines, machine_count, **divisors, eps=eps, keep_scale=keep_scale)
         self.gpus, self.seed = gpus, seed
         self.shards = local_shards(model, exempt, pieces or {}, scales or {})
         self._by_parameter = {shard.parameter: shard for shard in self.shards}
