@@ -19,9 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from dalle.errors import UserError
 from dalle.plan import GPU, MACHINE, WORLD, Job, plan_traffic
 from dalle.train.collectives import Collective, CollectiveCounter
-from dalle.train.sharding import average_replicated, mesh_of, replicated, resblocks, shard
+from dalle.train.sharding import average_replicated, compress, mesh_of, replicated, shard
 from dalle.transformer import DALLE
-from dalle_kernels import PowerSGD
 
 Watch = TypeVar("Watch", bound=AbstractContextManager)
 
@@ -85,7 +84,7 @@ def step(job: Job, watch: Callable[[DALLE], Watch]) -> Watch:
         if half is not None and not is_autocast:
             model.set_precision(half, torch.ones(2 * config.layers))
         shard(model, mesh, half, compressed=bool(job.rank))
-        powersgd = _compress(model, mesh, job.rank) if job.rank else None
+        powersgd = compress(model, mesh, job.rank) if job.rank else None
         text = torch.zeros(job.images_per_gpu, config.text_len, dtype=torch.int64)
         image = torch.zeros(job.images_per_gpu, config.image_len, dtype=torch.int64)
         with watch(model) as watcher:
@@ -96,20 +95,6 @@ def step(job: Job, watch: Callable[[DALLE], Watch]) -> Watch:
             if powersgd is not None:
                 powersgd.gradient_norm()
     return watcher
-
-
-def _compress(model: DALLE, mesh: DeviceMesh, rank: int) -> PowerSGD:
-    powersgd = PowerSGD(
-        model,
-        rank,
-        machines=mesh.get_group(MACHINE),
-        gpus=mesh.get_group(GPU),
-        exempt=("text_unembedding", "image_unembedding"),
-        pieces={name: 3 for name, _ in model.named_parameters() if name.endswith("query_key_value.weight")},
-    )
-    for block in resblocks(model):
-        powersgd.attach(block)
-    return powersgd
 
 
 class _Model(DALLE):
