@@ -68,19 +68,8 @@ def place(tmp_path_factory):
 def arguments(place: Path, name: str, *others: str) -> list[str]:
     """The command that trains stage 2 in the run folder ``name``."""
     files = ("--data", place / "pictures", "--config", place / "config.toml", "--dvae", place / "dvae" / "model")
-    driving = (
-        "--out",
-        place / name,
-        "--log-every",
-        1,
-        "--picture-every",
-        0,
-        "--checkpoint-every",
-        3,
-        "--device",
-        "cpu",
-    )
-    return ["train", *map(str, (*files, *driving)), *others]
+    driving = ("--out", place / name, "--device", "cpu", "--log-every", 1, "--picture-every", 0, "--peak-tflops", 1)
+    return ["train", *map(str, (*files, *driving)), "--checkpoint-every", "3", *others]
 
 
 @pytest.fixture(scope="module")

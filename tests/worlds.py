@@ -23,7 +23,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# What the processes would each import; nothing may compute before they are forked.
+# What the processes would each import, PIL and _dynamo first as they run; nothing may compute before they are forked.
+import PIL.Image  # noqa: F401
+import torch._dynamo  # noqa: F401
+
 import dalle.train.shard_files
 import dalle.train.torchrun  # noqa: F401
 from dalle.cli import main

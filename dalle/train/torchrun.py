@@ -38,7 +38,7 @@ class Team(Alone):
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=_fresh(store, size), rank=rank, world_size=size)
         self.rank, self.size, self.leads = rank, size, rank == 0
-        machines = machines or _machines_of_torchrun(self.size)
+        machines = _machines_of_torchrun(self.size) if machines is None else machines
         if machines < 1 or self.size % machines:
             raise UserError(
                 f"--machines {machines}: expected a divisor of the number of processes, {self.size} by torchrun"
