@@ -6,6 +6,7 @@ a run that loses nothing when a process is killed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,8 @@ from safetensors.torch import load_file
 
 from dalle.checkpoint import load_dalle
 from dalle.cli import main
+from dalle.errors import UserError
+from dalle.train import shard_files
 
 TESTS = Path(__file__).parent
 UPDATES = 5
@@ -204,3 +207,22 @@ def test_a_process_killed_in_saving_costs_nothing(place, said):
 )
 def test_wrong_numbers_of_processes_are_one_sentence(name, message, said):
     assert [line for line in said[name].splitlines() if "error" in line] == [f"dalle: error: {message}"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_shards_that_cannot_be_written_or_read_are_one_sentence(tmp_path, monkeypatch):
+    shard_files.write(tmp_path / "good", {"a": torch.arange(5.0)}, None)
+    read = shard_files.read(tmp_path / "good", lambda _name, shape, dtype: torch.empty(shape, dtype=dtype))
+    assert torch.equal(read["a"], torch.arange(5.0))
+
+    (damaged,) = (tmp_path / "good").glob("*.distcp")
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"good is damaged \(.+\): remove its checkpoint to resume from the one before"):
+        shard_files.read(tmp_path / "good", lambda _name, shape, dtype: torch.empty(shape, dtype=dtype))
+
+    def full(*_arguments) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left on device; nothing that was there before is lost"):
+        shard_files.write(tmp_path / "full", {"a": torch.arange(5.0)}, None)

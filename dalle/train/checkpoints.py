@@ -58,20 +58,27 @@ class Checkpoints:
             "identity": stage.identity(),
             "state": stage.state(),
         }
-        if stage.team.size == 1:
-            data = to_safetensors(_tensors(stage))
-            description["sha256"] = sha256(data)
-            files = {TENSORS: data, DESCRIPTION: to_json(description), **stage.extra_files()}
-            atomic_write_folder(folder, files)
-            self._drop_old()
-            return
+        save = self._save_whole if stage.team.size == 1 else self._save_shards
+        save(folder, description, _tensors(stage), stage.extra_files())
+
+    def _save_whole(
+        self, folder: Path, description: dict[str, Any], tensors: dict[str, torch.Tensor], files: dict[str, bytes]
+    ) -> None:
+        data = to_safetensors(tensors)
+        description = {**description, "sha256": sha256(data)}
+        atomic_write_folder(folder, {TENSORS: data, DESCRIPTION: to_json(description), **files})
+        self._drop_old()
+
+    def _save_shards(
+        self, folder: Path, description: dict[str, Any], tensors: dict[str, torch.Tensor], files: dict[str, bytes]
+    ) -> None:
         self.wait()
-        files = {DESCRIPTION: to_json(description), **stage.extra_files()}
-        parameters = dict(stage.model.named_parameters())
+        parameters = dict(self.stage.model.named_parameters())
         copies = {
-            name: stage.team.stored(parameters.get(_parameter_name(name)), tensor)
-            for name, tensor in _tensors(stage).items()
+            name: self.stage.team.stored(parameters.get(_parameter_name(name)), tensor)
+            for name, tensor in tensors.items()
         }
+        files = {DESCRIPTION: to_json(description), **files}
         self._pending = self._thread.submit(self._write_shards, folder, copies, files)
 
     def wait(self) -> None:
@@ -81,9 +88,9 @@ class Checkpoints:
             self._pending = None
 
     def _write_shards(self, folder: Path, tensors: dict[str, torch.Tensor], files: dict[str, bytes]) -> None:
-        temporary = folder.with_name(f".{folder.name}.saving")
-        from dalle.train import shard_files
+        from dalle.train import shard_files  # torch takes long to import what that needs
 
+        temporary = folder.with_name(f".{folder.name}.saving")
         shard_files.write(temporary / SHARDS, tensors, self.stage.team.saving)
         if self.stage.team.leads:
             complete_folder(temporary, folder, files)
@@ -153,7 +160,7 @@ def _read(stage: Stage, folder: Path, digest: str | None) -> dict[str, torch.Ten
         check_sha256(path, digest)
         tensors = read_tensors(path, "training checkpoint")
         return {name: stage.team.part(parameter(name), tensor) for name, tensor in tensors.items()}
-    from dalle.train import shard_files  # torch takes long to import what that needs
+    from dalle.train import shard_files
 
     return shard_files.read(folder / SHARDS, lambda name, *size: stage.team.empty(parameter(name), *size))
 
