@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from dalle.checkpoint import load_dalle
 from dalle.cli import main
 from dalle.errors import UserError
 from dalle.train import shard_files
+from dalle.train.sampling import EpochOrder
+from dalle.train.torchrun import Team
 
 TESTS = Path(__file__).parent
 UPDATES = 5
@@ -41,6 +44,7 @@ layers = 2
 updates = {UPDATES}
 batch_size = 4
 average_every = 2
+clip_norm = 2.5
 warm_up_fraction = 0.3
 plateau_fraction = 0.15
 """
@@ -94,10 +98,11 @@ def said(place):
     jobs["killed"] = {**jobs["1x2"], "arguments": arguments(place, "killed"), "struck": [1, 4, signal.SIGKILL]}
     jobs["restarted"] = {**jobs["1x2"], "arguments": arguments(place, "killed"), "restarts": 1}
     jobs["killed"]["fails"] = True
-    add("compressed", 4, "--machines", "2", "--compression-rank", "8", struck=[0, 3, signal.SIGINT], fails=True)
-    add("on 2", 2, "--resume", "--machines", "2", "--compression-rank", "8", begun=str(place / "compressed"))
-    half = ["--config", str(place / "half.toml"), "--machines", "2", "--compression-rank", "8"]
-    add("half", 4, *half)
+    compressed = ["--machines", "2", "--compression-rank", "8"]
+    add("compressed", 4, *compressed)
+    half = ["--config", str(place / "half.toml"), *compressed]
+    add("half stopped", 4, *half, struck=[0, 3, signal.SIGINT], fails=True)
+    add("half", 2, *half, "--resume", begun=str(place / "half stopped"))
     add("three machines", 2, "--machines", "3", fails=True)
     add("odd batch", 2, "--batch-size", "5", fails=True)
     add("no torchrun", 0, "--machines", "2", fails=True)
@@ -154,9 +159,9 @@ def test_the_same_mesh_resumes_to_the_same_bits(place, said):
     assert_same_bits(place / "on 2x2", place / "2x2")
 
 
-@pytest.mark.parametrize("name", ["on 2", "half"])
+@pytest.mark.parametrize("name", ["compressed", "half"])
 def test_compressed_gradients_train_nearly_as_well(name, place, said):
-    """From 2x2, stopped after four updates, on to 2x1, which takes the errors over; and on 2x2 in 16 bits."""
+    """On 2x2; and in 16 bits, stopped there after four updates, on to 2x1, which takes over the errors and scales."""
     compressed, exact = losses(place / name), losses(place / "alone")
     assert len(compressed) == len(exact) == UPDATES
     assert compressed[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-4)
@@ -207,6 +212,17 @@ def test_a_process_killed_in_saving_costs_nothing(place, said):
 )
 def test_wrong_numbers_of_processes_are_one_sentence(name, message, said):
     assert [line for line in said[name].splitlines() if "error" in line] == [f"dalle: error: {message}"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_processes_share_out_every_sample_of_an_epoch_once(size):
+    order = EpochOrder(10, seed=0)
+    teams = [SimpleNamespace(size=size, rank=rank) for rank in range(size)]
+    batches = [[Team.share(team, order.batch(update, 4)) for team in teams] for update in range(5)]
+    assert all(len(part) == 4 // size for batch in batches for part in batch)
+    seen = [pair for batch in batches for part in batch for pair in part]
+    assert sorted(seen) == [(epoch, sample) for epoch in range(2) for sample in range(10)]
+    assert seen == [pair for update in range(5) for pair in order.batch(update, 4)]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

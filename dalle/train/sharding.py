@@ -5,8 +5,8 @@ What goes where:
 - The matrices of a resblock, which hold nearly all parameters, are sharded over the GPUs of a machine. A resblock (the
   attention's and the MLP's each) is one unit: its matrices are gathered by one all-gather while the resblock before it
   computes, dropped after use, and its gradients reduced by one reduce-scatter, all in 16 bit where one is asked for.
-- Its gains and biases, one vector in a thousand parameters, stay whole on every GPU, in 32 bit. FSDP knows nothing of
-  them: :func:`average_replicated` averages their gradients in one all-reduce.
+- Its gains and biases, less than a thousandth of its parameters in a large model, stay whole on every GPU, in 32 bit.
+  FSDP knows nothing of them: :func:`average_replicated` averages their gradients in one all-reduce.
 - Embeddings, unembeddings and the last norm are sharded too, one unit of the whole model, in 32 bit throughout.
 
 The paper shards matrices [in, out] on axis 1 and the second matrix of the MLP on axis 0. ``nn.Linear`` holds [out, in],
@@ -29,7 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from dalle.errors import UserError
-from dalle.transformer import DALLE, AttentionBlock, MLPBlock
+from dalle.transformer import DALLE, MLPBlock
 from dalle_kernels import PowerSGD
 
 MACHINE, GPU = "machine", "gpu"
@@ -49,14 +49,9 @@ def mesh_of(machines: int, gpus: int, device_type: str = "cpu") -> DeviceMesh:
     return init_device_mesh(device_type, (machines, gpus), mesh_dim_names=(MACHINE, GPU))
 
 
-def resblocks(model: DALLE) -> list[AttentionBlock | MLPBlock]:
-    """The branches of the resblocks, in the order in which they run."""
-    return [module for module in model.modules() if isinstance(module, (AttentionBlock, MLPBlock))]
-
-
 def replicated(model: DALLE) -> list[nn.Parameter]:
     """The gains and biases of the resblocks: what stays whole on every GPU."""
-    return [parameter for block in resblocks(model) for parameter in block.parameters() if parameter.dim() == 1]
+    return [parameter for block in model.resblocks() for parameter in block.parameters() if parameter.dim() == 1]
 
 
 def shard(model: DALLE, mesh: DeviceMesh, dtype: torch.dtype | None = None, compressed: bool = False) -> DALLE:
@@ -73,7 +68,7 @@ def shard(model: DALLE, mesh: DeviceMesh, dtype: torch.dtype | None = None, comp
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     whole = set(replicated(model))
     _move(whole, mesh.device_type)
-    blocks = resblocks(model)
+    blocks = model.resblocks()
     for block in blocks:
         fully_shard(
             block,
@@ -92,11 +87,11 @@ def compress(model: DALLE, mesh: DeviceMesh, rank: int, scales: torch.Tensor | N
     """Let PowerSGD average the resblocks' matrices of a model, sharded as ``compressed``, between machines.
 
     ``rank`` is the total of a matrix, shared out evenly to the GPUs' shards; the matrices of queries, keys and values
-    are compressed one by one. ``scales``, float32 in the order of :func:`resblocks`, are what the gradients of each are
+    are compressed one by one. ``scales``, float32, one for each of ``model.resblocks()``, are what their gradients are
     multiplied by, before and after. Raises UserError where the mesh does not divide the rank or the matrices.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    scaled = {} if scales is None else dict(zip(resblocks(model), scales.split(1)))
+    scaled = {} if scales is None else dict(zip(model.resblocks(), scales.split(1)))
     try:
         powersgd = PowerSGD(
             model,
@@ -110,7 +105,7 @@ def compress(model: DALLE, mesh: DeviceMesh, rank: int, scales: torch.Tensor | N
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    for block in resblocks(model):
+    for block in model.resblocks():
         powersgd.attach(block)
     return powersgd
 
