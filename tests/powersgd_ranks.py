@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from dalle_kernels.powersgd.compression import Batch
 
 WORLD = 4
 STEPS = 4
+AXES = ("machine", "gpu")
 MESHES = [(1, 2), (2, 1), (2, 2)]
 SHAPES = {"tall": (37, 21), "wide": (13, 40), "square": (24, 24), "again": (37, 21), "fused": (30, 17), "row": (1, 9)}
 PIECES = {"fused.weight": 3}
@@ -220,7 +222,7 @@ def fsdp(shape: tuple[int, int], rank: int) -> dict:
     from torch.distributed.fsdp import fully_shard
 
     ranks = torch.arange(shape[0] * shape[1]).view(shape)
-    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("machine", "gpu"))
+    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=AXES)
     if rank >= ranks.numel():
         return {}
     model = mlp()
@@ -246,6 +248,34 @@ def fsdp(shape: tuple[int, int], rank: int) -> dict:
     }
 
 
+def readme(rank: int, example: int) -> dict:
+    """An example of the family's README as it stands there, on the four processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    text = (Path(__file__).parent.parent / "dalle_kernels/powersgd/README.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1 + example].partition("```")[0]
+    draw = torch.Generator().manual_seed(rank)
+    batches = [torch.randn(6, 18, generator=draw) for _ in range(3)]
+    names = {"model": mlp(), "batches": batches, "mesh": init_device_mesh("cpu", (2, 2), mesh_dim_names=AXES)}
+    exec(compile(code, "README.md", "exec"), names)
+    return {"parameters": [p.detach().full_tensor() if example else p.detach() for p in names["model"].parameters()]}
+
+
+def mistakes() -> dict:
+    """What ``attach`` says of a unit sharded over machines too, and of a model that is not sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = mlp()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=AXES))
+    said = []
+    for model in (mlp(), sharded):
+        with pytest.raises(ValueError) as found:
+            PowerSGD(model, RANK).attach(model)
+        said.append(str(found.value))
+    return {"said": said}
+
+
 def cases(rank: int) -> Iterator[tuple[str, Callable[[], dict]]]:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     alone = [dist.new_group([r]) for r in range(WORLD)]
@@ -260,6 +290,9 @@ def cases(rank: int) -> Iterator[tuple[str, Callable[[], dict]]]:
     yield "ddp", lambda: ddp(None, rank)
     for shape in MESHES:
         yield f"fsdp {shape}", lambda shape=shape: fsdp(shape, rank)
+    for example in (0, 1):
+        yield f"readme {example}", lambda example=example: readme(rank, example)
+    yield "mistakes", mistakes
 
 
 def main(rank: int, folder: Path) -> None:

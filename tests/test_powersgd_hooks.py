@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import dalle_kernels
 from dalle_kernels import PowerSGD, decode_fp169, shard_longer_axis
 from dalle_kernels.powersgd.compression import fixed_gaussian
 from dalle_kernels.powersgd.reference import Simulation
@@ -360,3 +361,82 @@ def test_scales_are_given_back_where_the_optimizer_divides_by_them(alone):
     bad = [gradient.clone().index_put_((torch.tensor(3), torch.tensor(5)), torch.tensor(torch.inf)), torch.ones(16)]
     powersgd._reduce(powersgd.shards, bad)
     assert bad[0].isinf().all() and torch.equal(bad[1], torch.ones(16)) and powersgd.gradient_norm().isinf()
+
+
+@pytest.mark.parametrize("example", [0, 1], ids=["DDP", "FSDP2"])
+def test_examples_of_the_readme_train(world, example):
+    """All processes end with the same parameters, none of which is where it began."""
+    ends = [rank[f"readme {example}"]["parameters"] for rank in world]
+    for begin, *end in zip(ranks.mlp().parameters(), *ends):
+        assert all(torch.equal(one, end[0]) for one in end)
+        assert not torch.equal(end[0], begin) and end[0].isfinite().all()
+
+
+def test_attach_says_what_it_cannot_serve(world):
+    said = world[0]["mistakes"]["said"]
+    assert "found no FSDP unit" in said[0]
+    assert "a mesh of one axis" in said[1]
+
+
+def test_the_norm_takes_in_what_others_have_summed(alone):
+    model = nn.Linear(4, 3)
+    own = ranks.gradients(model, 0, 0)
+    norms = []
+    for rest in (None, torch.tensor(9.0), torch.tensor(torch.nan)):
+        powersgd = PowerSGD(model, 2)
+        PowerSGD.ddp_hook(powersgd, ranks.Bucket(model, own))
+        norms.append(powersgd.gradient_norm(rest))
+    torch.testing.assert_close(norms[1], (norms[0].square() + 9).sqrt())
+    assert norms[2] == torch.inf
+
+
+def test_every_rank_draws_the_same_normal_numbers_for_a_parameter():
+    model = ranks.matrices()
+    shards = [shard for shard in local_shards(model, None, ranks.PIECES, {}) if shard.matrices is not None]
+    drawn = [decode_fp169(fixed_gaussian(shard, 40, seed=1)) for shard in shards]
+    assert all(torch.equal(Q, decode_fp169(fixed_gaussian(shard, 40, seed=1))) for shard, Q in zip(shards, drawn))
+    rows = torch.cat([Q.flatten(0, 1) for Q in drawn])
+    assert len(rows.unique(dim=0)) == len(rows)
+    assert not torch.equal(drawn[0], decode_fp169(fixed_gaussian(shards[0], 40, seed=2)))
+    assert abs(rows.mean()) < 4 / rows.numel() ** 0.5
+    assert abs(rows.square().mean() - 1) < 6 / rows.numel() ** 0.5
+    assert abs((rows.abs() < 1).float().mean() - 0.6827) < 2 / rows.numel() ** 0.5
+
+
+def test_mistakes_get_one_clear_sentence(alone):
+    model = ranks.matrices()
+    for message, settings in [
+        ("a rank that 1 GPUs divide evenly, got 0", {"rank": 0}),
+        ("p_divisor above 0 and finite, got 0.0", {"p_divisor": 0.0}),
+        ("q_divisor above 0 and finite, got inf", {"q_divisor": float("inf")}),
+        ("names of the model's parameters, got 'fused'", {"pieces": {"fused": 3}}),
+        ("names of the model's parameters, got 'x'", {"scales": {"x": torch.ones(1)}}),
+        ("the 37 rows that are here of tall.weight to make 2 equal matrices", {"pieces": {"tall.weight": 2}}),
+        ("exempt names of the model's parameters or modules, got 'tal'", {"exempt": ["tal"]}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            PowerSGD(model, **{"rank": 4, **settings})
+    with pytest.raises(TypeError, match=r"parameter weight is torch\.float64"):
+        PowerSGD(nn.Linear(3, 2, dtype=torch.float64), 1)
+    with pytest.raises(TypeError, match=r"one element, that of row.weight is torch.float32 of shape \[2\]"):
+        PowerSGD(model, 4, scales={"row.weight": torch.ones(2)})
+    powersgd = PowerSGD(model, 4)
+    with pytest.raises(RuntimeError, match="no gradient was reduced"):
+        powersgd.gradient_norm()
+    errors = powersgd.state_dict()["errors"]
+    with pytest.raises(ValueError, match=r"the errors of tall.weight of shape \[37, 21\], got None"):
+        powersgd.load_state_dict({"seed": 0, "errors": {k: v for k, v in errors.items() if k != "tall.weight"}})
+    with pytest.raises(ValueError, match=r"the errors of tall.weight of shape \[37, 21\], got \[21, 37\]"):
+        powersgd.load_state_dict({"seed": 0, "errors": {**errors, "tall.weight": errors["tall.weight"].mT}})
+
+
+@pytest.mark.parametrize("provider", ["reference", "native"])
+def test_each_provider_serves_the_hook(alone, provider):
+    model = ranks.matrices()
+    found = []
+    for forced in (provider, "reference"):
+        with dalle_kernels.use(forced):
+            powersgd = PowerSGD(model, ranks.RANK, pieces=ranks.PIECES)
+            found.append([ranks.reduced(powersgd, model, ranks.gradients(model, 0, step)) for step in range(2)])
+    for mine, its in zip(*found):
+        torch.testing.assert_close(mine, its, rtol=0.02, atol=2e-4)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dalle_kernels.powersgd.collectives import sum_factors
-from dalle_kernels.powersgd.compression import Batch
+from dalle_kernels.powersgd.compression import Batch, largest_magnitudes
 from dalle_kernels.powersgd.ops import orthogonalize
 from dalle_kernels.powersgd.shards import LocalShard
 
@@ -39,17 +38,20 @@ class Group:
     def __init__(self, shards: Sequence[LocalShard], settings: Settings, seed: int):
         self.shards, self.settings = shards, settings
         self.square: Tensor | None = None
-        places: dict[tuple[int, int], list[int]] = {}
+        by_shape: dict[tuple[int, int], list[int]] = {}
         self.exempt = []
         for place, shard in enumerate(shards):
             if shard.matrices is None:
                 self.exempt.append(place)
             elif 0 not in shard.matrices:
-                places.setdefault(shard.matrices[1:], []).append(place)
-        self.places = list(places.values())
-        self.batches = [Batch([shards[place] for place in batch], settings.rank, seed) for batch in self.places]
+                by_shape.setdefault(shard.matrices[1:], []).append(place)
+        self.places = list(by_shape.values())
+        self.batches = [Batch([shards[place] for place in places], settings.rank, seed) for places in self.places]
+        # The compressed shards batch by batch, and for each of their matrices whose it is.
+        self.compressed = [place for places in self.places for place in places]
+        owners = [i for i, place in enumerate(self.compressed) for _ in range(shards[place].matrices[0])]
         device = shards[0].parameter.device
-        self.indices = [torch.tensor(batch, device=device) for batch in self.places]
+        self._order, self._owners = (torch.tensor(numbers, device=device) for numbers in (self.compressed, owners))
 
     @torch.no_grad()
     def reduce(self, gradients: Sequence[Tensor]) -> None:
@@ -78,33 +80,45 @@ class Group:
 
     def _reduce_matrices(self, gradients: Sequence[Tensor], divisors: Tensor) -> None:
         settings = self.settings
-        of_batches = [[gradients[i] for i in places] for places in self.places]
-        accumulated = [
-            batch.accumulate(own, divisors.index_select(0, index))
-            for batch, own, index in zip(self.batches, of_batches, self.indices)
-        ]
-        errors, bad_gradients, bad_errors = zip(*accumulated)
-        bad = torch.cat([batch.of_matrices(found) for batch, found in zip(self.batches, bad_errors)])
+        errors, bad_gradient, kept = self._accumulate(gradients, divisors)
         P = [batch.project(error) for batch, error in zip(self.batches, errors)]
-        P, finite = sum_factors(P, bad, settings.p_divisor, settings.machines)
+        P, finite = sum_factors(P, kept == 0, settings.p_divisor, settings.machines)
         P = [orthogonalize(p, settings.eps) for p in P]
         Q = [batch.project_back(error, p) for batch, error, p in zip(self.batches, errors, P)]
         Q, finite = sum_factors(Q, finite.logical_not(), settings.q_divisor, settings.machines)
+        # Where a factor is nonfinite nothing is decompressed, and all of the buffer stays.
+        scales = (finite.float() * settings.q_divisor).view(-1, 1, 1)
         counts = [len(q) for q in Q]
-        scales = divisors / settings.gradient_divisor
-        of_each = zip(self.batches, self.indices, errors, of_batches, P, Q, finite.split(counts))
-        for batch, index, error, own, p, q, known in of_each:
-            # Where a factor is nonfinite nothing is decompressed, and all of the buffer stays.
-            q.mul_(known.view(-1, 1, 1).float().mul_(settings.q_divisor))
+        Q = torch._foreach_mul(Q, scales.split(counts))
+        returned = (divisors / settings.gradient_divisor).index_select(0, self._order).index_select(0, self._owners)
+        parts_of_each = zip(self.batches, self.places, errors, P, Q, kept.split(counts), returned.split(counts))
+        for batch, places, error, p, q, keep, scale in parts_of_each:
             decompressed = batch.decompress(p, q)
-            batch.feed_back(error, decompressed, settings.machine_count)
+            batch.feed_back(error, decompressed, settings.machine_count, keep)
             if settings.keep_scale:
-                decompressed *= batch.of_matrices(scales.index_select(0, index)).view(-1, 1, 1)
-            parts = decompressed.split(batch.counts)
+                decompressed *= scale.view(-1, 1, 1)
+            own, parts = [gradients[i] for i in places], decompressed.split(batch.counts)
             torch._foreach_copy_(own, [part.view_as(gradient) for part, gradient in zip(parts, own)])
-            self.square += q.square().sum()
-        nonfinite = torch.cat([*bad_gradients, finite.logical_not()]).any()
+        self.square += torch.stack(torch._foreach_norm(Q)).square().sum()
+        nonfinite = bad_gradient.any() | finite.logical_not().any()
         self.square.masked_fill_(nonfinite, torch.inf)
         if settings.keep_scale:
-            for gradient in chain.from_iterable(of_batches):
-                gradient.masked_fill_(nonfinite, torch.inf)
+            for place in self.compressed:
+                gradients[place].masked_fill_(nonfinite, torch.inf)
+
+    def _accumulate(self, gradients: Sequence[Tensor], divisors: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Step 2: each batch's buffers in float32 with what is added; which gradients are nonfinite; what is kept.
+
+        Where a quotient leaves float32's range the buffer is nonfinite, and will end as zeros: 0 (int16) for each of
+        its matrices, 1 for those of others.
+        """
+        largest = largest_magnitudes([gradients[i] for i in self.compressed])
+        finite = largest < torch.inf
+        added = largest / divisors.index_select(0, self._order) < torch.inf
+        skipped, of_shards = dict(zip(self.compressed, added.logical_not().unbind())), divisors.unbind()
+        errors = [
+            batch.accumulate(*([numbers[i] for i in places] for numbers in (gradients, skipped, of_shards)))
+            for batch, places in zip(self.batches, self.places)
+        ]
+        kept = (added | finite.logical_not()).to(torch.int16).index_select(0, self._owners)
+        return errors, finite.logical_not(), kept

@@ -110,10 +110,11 @@ class PowerSGD:
         return future
 
     def attach(self, model: nn.Module) -> None:
-        """Set the all-reduce hook of each FSDP unit in ``model``, sharded over the GPUs of a machine alone.
+        """Set the all-reduce hook of each FSDP unit in ``model``, which may be a part of the whole.
 
-        FSDP is told to sum over the GPUs; the division is in ``gradient_divisor``. All parameters of a unit that
-        require gradients must get them in each backward.
+        The units are to be sharded over the GPUs of a machine alone. FSDP is told to sum over the GPUs; the division is
+        in ``gradient_divisor``. All parameters of a unit that require gradients must get them in each backward. FSDP
+        hands on the result in its ``reduce_dtype``: float16 would lose small gradients once their scale is divided out.
         """
         from torch.distributed.fsdp import FSDPModule  # here, for it takes a second
 
@@ -122,21 +123,26 @@ class PowerSGD:
             raise ValueError("PowerSGD.attach: expected a model to which fully_shard was applied, found no FSDP unit")
         for unit in units:
             layout = [(self._by_parameter[parameter], size) for parameter, size in unit_layout(unit)]
+            if any(shard.parameter.device_mesh.ndim > 1 for shard, _ in layout):
+                raise ValueError("PowerSGD.attach: expected units sharded over a mesh of one axis, the machine's GPUs")
             if layout:
                 unit.set_force_sum_reduction_for_comms(True)
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_all_reduce_hook(partial(self._reduce_unit, layout))
 
-    def gradient_norm(self) -> Tensor:
+    def gradient_norm(self, rest: Tensor | None = None) -> Tensor:
         """The norm of all gradients since the last call (steps 9 and 10): a tensor on the device, equal on every rank.
 
         It is the compressed gradients' norm as their factors Q have it, infinite where a gradient or factor of any rank
-        was not finite. A collective: every rank calls it.
+        was not finite. ``rest`` is for gradients that other means have summed: the square of their norm, or this GPU's
+        part of it, for it is added over the GPUs of a machine. A collective: every rank calls it.
         """
         reduced = [group for group in self._groups.values() if group.square is not None]
         if not reduced:
             raise RuntimeError("PowerSGD.gradient_norm: no gradient was reduced since the last call")
         square = torch.stack([group.square for group in reduced]).sum()
+        if rest is not None:
+            square += rest
         square.nan_to_num_(nan=math.inf, posinf=math.inf)
         for group in reduced:
             group.square = None

@@ -48,6 +48,10 @@ def local_shards(
         for name in given:
             if name not in named:
                 raise ValueError(f"PowerSGD: expected names of the model's parameters, got {name!r}")
+    for name, scale in scales.items():
+        if scale.dtype != torch.float32 or scale.numel() != 1:
+            got = f"{scale.dtype} of shape {list(scale.shape)}"
+            raise TypeError(f"PowerSGD: expected scales as float32 tensors of one element, that of {name} is {got}")
     is_exempt = exempt if callable(exempt) else _exempt_by_default(model, exempt or ())
     shards = []
     for index, (name, parameter) in enumerate(named.items()):
