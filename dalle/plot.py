@@ -145,7 +145,7 @@ def _draw_number(axes: Axes, records: Records, name: str) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     elif min(values) >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, None if max(values) else 1)
     if unit in PREFIXED:
         axes.yaxis.set_major_formatter(EngFormatter())
     axes.set_title(title)

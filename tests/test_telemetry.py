@@ -192,16 +192,17 @@ def test_speed_is_of_the_updates_since_the_last_line(monkeypatch):
         assert line["tokens_per_second"] == tokens and line["share_of_peak"] == pytest.approx(share)
 
 
-def test_the_peak_is_that_of_the_dtype_of_most_parameters(monkeypatch):
-    measured = []
-    monkeypatch.setattr("dalle.train.telemetry.measured_peak", lambda *args: measured.append(args) or 1e12)
+@pytest.mark.parametrize(("half_rate", "best"), [(4e12, 4e12), (1e10, 1e12)])
+def test_the_peak_is_the_best_of_float32_and_the_dtype_of_most_parameters(half_rate, best, monkeypatch):
+    rates = {torch.float32: 1e12, torch.bfloat16: half_rate}
+    monkeypatch.setattr("dalle.train.telemetry.measured_peak", lambda device, dtype: rates.pop(dtype))
     job = stage(tokens_per_update=1, flops_per_update=1)
     job.shards.weight.data = job.shards.weight.data.bfloat16()
     job.shards.bias.grad = torch.ones(2)
     telemetry = Telemetry(job)
     telemetry.line()
-    telemetry.line()
-    assert measured == [("cpu", torch.bfloat16)]
+    telemetry.line()  # does not measure again
+    assert telemetry.peak == best and not rates
 
 
 def test_bytes_are_counted_in_the_first_update(four_ranks):

@@ -146,12 +146,17 @@ class Telemetry:
             line["bytes_sent"] = round(self.bytes_sent)
         return line | self._speed()
 
+    def _measured_peak(self) -> float:
+        # Where products in 16 bit are slow, as on a CPU, the model takes those of float32.
+        dtypes = {torch.float32, _main_dtype(self.stage.shards.parameters())}
+        return max(measured_peak(self.stage.team.device, dtype) for dtype in dtypes)
+
     def _speed(self) -> dict[str, float]:
         stage = self.stage
         rate = self._updates / max(time.monotonic() - self._since, 1e-9)
         speed = {}
         if stage.tokens_per_update:
-            self.peak = self.peak or measured_peak(stage.team.device, _main_dtype(stage.shards.parameters()))
+            self.peak = self.peak or self._measured_peak()
             share = rate * stage.flops_per_update / (self.peak * stage.team.size)
             speed = {"tokens_per_second": rate * stage.tokens_per_update, "share_of_peak": share}
         self._updates, self._since = 0, time.monotonic()
