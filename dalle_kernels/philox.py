@@ -8,7 +8,8 @@ native and Triton kernels match it bit for bit up to and including :func:`comple
    other dimensions in order. Row ``r`` of a call has the global row ``g = offset + r``, taken modulo 2^64. A batch that
    is split gives the same noise when each part passes as offset the number of rows before it.
 2. key = (low, high) 32-bit words of the 64-bit seed.
-   counter = (column // 4, low word of g, high word of g, 0). The last word numbers the use: 0 is the Gumbel noise.
+   counter = (column // 4, low word of g, high word of g, use). The last word numbers the use: :data:`GUMBEL`, or
+   :data:`ROUNDING`, by which ``AdamW16`` rounds parameters up or down.
 3. ``bits`` of a column is output word ``column % 4``.
 4. u = (bits + 0.5)·2^-32. Its complement is what is kept in float32, since a large Gumbel value needs 1 - u to a small
    relative error: ``v = fp32(2^32 - 1 - bits)·2^-32 + 2^-33``, the conversion and the sum each rounded to nearest even
@@ -25,6 +26,7 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+GUMBEL, ROUNDING = 0, 1
 WORDS = 4
 """Random words per counter: columns 4c .. 4c+3 share counter c."""
 
@@ -46,13 +48,13 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return x0, x1 & _WORD, x2, x3 & _WORD
 
 
-def random_bits(seed: Tensor, rows: Tensor, columns: int) -> tuple[Tensor, ...]:
+def random_bits(seed: Tensor, rows: Tensor, columns: int, use: int = GUMBEL) -> tuple[Tensor, ...]:
     """The four words of each counter c, for columns 4c .. 4c+3: int64 ``[outer, ceil(columns / 4), inner]`` each.
 
     ``seed`` is an int64 scalar tensor, ``rows`` int64 ``[outer, 1, inner]`` global row numbers (offset included).
     """
     groups = torch.arange(-(-columns // WORDS), device=rows.device).view(1, -1, 1)
-    counter = (groups, rows & _WORD, (rows >> 32) & _WORD, torch.zeros_like(groups))
+    counter = (groups, rows & _WORD, (rows >> 32) & _WORD, torch.full_like(groups, use))
     return philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
 
 

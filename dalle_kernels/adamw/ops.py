@@ -15,7 +15,7 @@ _FACTORS = 5  # AdamW16Step::FACTORS in csrc/adamw/adamw.h
 adamw16_step_op = Op(
     "adamw16_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
     "Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, float max_variance, "
-    "Tensor? grad_scale, Tensor? found_nonfinite) -> ()",
+    "Tensor? grad_scale, Tensor? found_nonfinite, int? rounding_seed, int[] numbers) -> ()",
     lambda *args: None,
 )
 
@@ -34,6 +34,8 @@ def _native_step(
     max_variance: float,
     grad_scale: Tensor | None,
     found_nonfinite: Tensor | None,
+    _rounding_seed: None,
+    _numbers: list[int],
 ) -> None:
     if not params:
         return
@@ -73,8 +75,10 @@ def _unsupported(
     first_moments: list[Tensor],
     second_moments: list[Tensor],
     steps: list[Tensor],
-    *_settings,
+    *settings,
 ) -> str | None:
+    if settings[-2] is not None and params[0].dtype in (torch.float16, torch.bfloat16):
+        return "the kernel rounds to nearest"
     for name, tensors in (("params", params), ("grads", grads)):
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1 or not dtypes.issubset(_DTYPES):
@@ -134,6 +138,8 @@ def adamw16_step(
     max_variance: float = 5.0,
     grad_scale: Tensor | None = None,
     found_nonfinite: Tensor | None = None,
+    rounding_seed: int | None = None,
+    numbers: list[int] | None = None,
 ) -> None:
     """One step of AdamW, in place, for many parameters in one pass over memory (paper B.2).
 
@@ -157,6 +163,10 @@ def adamw16_step(
         grad_scale: float32 tensor of one element, by which gradients are divided; None means 1.
         found_nonfinite: bool tensor of one element; where it is true nothing changes, steps included. Neither is read
             by the host. Without it an infinite or NaN gradient ruins the parameter and its moments.
+        rounding_seed: None to round parameters to nearest; else, from 0 to 2^63 - 1, 16-bit ones are rounded up or down
+            at random, so that on average nothing is lost of a step smaller than their precision. The noise is a
+            function of this seed, the parameter's number and step and the element's number. By the reference only.
+        numbers: of the params, from 0 to 2^31 - 1, for that noise; None: 0, 1, 2, ...
 
     Gradients and moments of a parameter that is not dense, or that have other strides than it, are left to the
     reference. No gradient flows through a step.
@@ -188,6 +198,8 @@ def adamw16_step(
             _check(name, tensor, (dtype,), params[0])
             if tensor.numel() != 1:
                 raise ValueError(f"expected {name} as a tensor of one element, got shape {tuple(tensor.shape)}")
+    if numbers is not None and len(numbers) != len(params):
+        raise ValueError(f"expected as many numbers as params, {len(params)}, got {len(numbers)}")
     with torch.no_grad():
         adamw16_step_op(
             params,
@@ -203,6 +215,8 @@ def adamw16_step(
             max_variance,
             grad_scale,
             found_nonfinite,
+            rounding_seed,
+            list(range(len(params))) if numbers is None else numbers,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -34,6 +35,9 @@ class AdamW16(torch.optim.Optimizer):
         weight_decay: decoupled weight decay.
         max_variance: the running variance is clipped by value to this, above 0; ``math.inf`` for no clipping.
         moments: "float16" for the 16-bit formats, "float32" for plain moments.
+        rounding_seed: None to round parameters to nearest. A whole number to round 16-bit parameters stochastically, by
+            noise that is a function of it, the parameter's place among all, its step and the element's number: then
+            steps below a parameter's precision add up instead of being lost, and a resumed run has the same bits.
 
     ``torch.amp.GradScaler`` works as with torch's fused optimizers: gradients are divided by its scale and a step with
     a nonfinite gradient is skipped, on the device, with no synchronization. Without a GradScaler the same is had by
@@ -58,6 +62,7 @@ class AdamW16(torch.optim.Optimizer):
         weight_decay: float = 4.5e-2,
         max_variance: float = 5.0,
         moments: str = "float16",
+        rounding_seed: int | None = None,
     ):
         defaults = {
             "lr": lr,
@@ -66,6 +71,7 @@ class AdamW16(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "max_variance": max_variance,
             "moments": moments,
+            "rounding_seed": rounding_seed,
         }
         self._step_supports_amp_scaling = True  # torch.amp.GradScaler asks for it
         super().__init__(params, defaults)
@@ -93,9 +99,10 @@ class AdamW16(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
+        numbers = itertools.count()
         for group, grad_scale in zip(self.param_groups, self._grad_scales(), strict=True):
-            calls: dict[tuple, tuple[list[Tensor], ...]] = {}
-            for param in group["params"]:
+            calls: dict[tuple, tuple[list, ...]] = {}
+            for number, param in zip(itertools.islice(numbers, len(group["params"])), group["params"]):
                 if param.grad is not None:
                     tensors = (param, param.grad, *self._state_of(param, group["moments"]))
                     key = (
@@ -106,9 +113,9 @@ class AdamW16(torch.optim.Optimizer):
                         tensors[3].dtype,
                         share_layout(*tensors[:4]),
                     )
-                    for column, tensor in zip(calls.setdefault(key, ([], [], [], [], [])), tensors):
-                        column.append(tensor)
-            for (device, *_), columns in calls.items():
+                    for column, entry in zip(calls.setdefault(key, ([], [], [], [], [], [])), (*tensors, number)):
+                        column.append(entry)
+            for (device, *_), (*columns, of_call) in calls.items():
                 adamw16_step_op(
                     *columns,
                     group["lr"],
@@ -118,6 +125,8 @@ class AdamW16(torch.optim.Optimizer):
                     group["max_variance"],
                     None if grad_scale is None else grad_scale.to(device, torch.float32, non_blocking=True),
                     None if found_inf is None else found_inf.to(device, torch.bool, non_blocking=True),
+                    group["rounding_seed"],
+                    of_call,
                 )
         return loss
 
@@ -216,3 +225,5 @@ def _check_settings(settings: dict[str, Any]) -> None:
     require(0 <= settings["weight_decay"] < math.inf, "weight_decay", "at or above 0")
     require(settings["max_variance"] > 0, "max_variance", "above 0")
     require(settings["moments"] in MOMENTS, "moments", f"among {', '.join(MOMENTS)}")
+    seed = settings["rounding_seed"]
+    require(seed is None or (type(seed) is int and 0 <= seed < 2**63), "rounding_seed", "from 0 to 2^63 - 1, or None")

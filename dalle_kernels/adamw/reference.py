@@ -1,7 +1,7 @@
 """The AdamW16 step in plain PyTorch. It defines the arithmetic: compiled kernels give the same bits.
 
 float32 (float64 for float64 parameters), each operation rounded on its own but for four sums of a product, which are
-rounded once, as a fused multiply-add does.
+rounded once, as a fused multiply-add does. Where a seed is given, 16-bit parameters are rounded stochastically.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle_kernels import philox
 from dalle_kernels.float16 import reference as float16
 from dalle_kernels.float16.reference import FP0610, FP169, Format
 
@@ -30,11 +31,14 @@ def adamw16_step(
     max_variance: float,
     grad_scale: Tensor | None,
     found_nonfinite: Tensor | None,
+    rounding_seed: int | None,
+    numbers: list[int],
 ) -> None:
     # Tensors of one element may have dimensions, which others would take over.
     grad_scale = None if grad_scale is None else grad_scale.reshape(())
     found_nonfinite = None if found_nonfinite is None else found_nonfinite.reshape(())
-    for param, grad, first_moment, second_moment, step in zip(params, grads, first_moments, second_moments, steps):
+    lists = (params, grads, first_moments, second_moments, steps)
+    for index, (param, grad, first_moment, second_moment, step) in enumerate(zip(*lists)):
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         # What all elements are multiplied with is worked out in float64, on the device, and rounded once.
         count = step.double().reshape(()) + 1
@@ -58,13 +62,36 @@ def adamw16_step(
         root = _multiply_add(variance.double().sqrt().to(dtype), root_correction, smallest_root)
         value = _multiply_add(-step_size, mean / root, param.to(dtype) * (1 - lr * weight_decay))
 
+        if rounding_seed is None or param.dtype not in (torch.float16, torch.bfloat16):
+            value = value.to(param.dtype)
+        else:
+            row = (numbers[index] << 32) + step.long() + 1
+            value = stochastically_rounded(value, param.dtype, rounding_seed, row)
         for tensor, new in (
-            (param, value.to(param.dtype)),
+            (param, value),
             (first_moment, _written(mean, first_moment.dtype, FP169)),
             (second_moment, _written(variance, second_moment.dtype, FP0610)),
             (step, step + 1),
         ):
             tensor.copy_(new if found_nonfinite is None else torch.where(found_nonfinite, tensor, new))
+
+
+def stochastically_rounded(value: Tensor, dtype: torch.dtype, seed: int, row: Tensor) -> Tensor:
+    """float32 numbers as float16 or bfloat16, each up or down with the probabilities that keep its mean.
+
+    ``value`` lies d of the way from its neighbour towards 0 to the one away from it: it becomes the latter where
+    random bits * 2^-32 < d. The bits are Philox's for ``seed``, int64 ``row`` (one element) and, as column, the number
+    of the element. What lies beyond the largest finite number becomes that number; infinities and NaN stay.
+    """
+    rounded = value.to(dtype)
+    # One less in its bits is one step towards 0.
+    towards = rounded.view(torch.int16) - (rounded.float().abs() > value.abs()).short()
+    low, high = towards.view(dtype).double(), (towards + 1).view(dtype).double()
+    distance = (value.double() - low) / (high - low)
+    seed = torch.tensor(seed, dtype=torch.int64, device=value.device)
+    words = philox.random_bits(seed, row.view(1, 1, 1), value.numel(), philox.ROUNDING)
+    bits = torch.stack(words, dim=-1).flatten()[: value.numel()].view(value.shape)
+    return (towards + (bits * 2.0**-32 < distance).short()).view(dtype)
 
 
 def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

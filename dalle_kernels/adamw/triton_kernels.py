@@ -140,6 +140,8 @@ def adamw16_step(
     max_variance: float,
     grad_scale: Tensor | None,
     found_nonfinite: Tensor | None,
+    _rounding_seed: None,
+    _numbers: list[int],
 ) -> None:
     if not params:
         return
