@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from test_adamw import assert_same, copied, tensors
+from test_adamw import CODED, PLAIN, assert_same, copied, needs_native, tensors
 
 import dalle_kernels
-from dalle_kernels import AdamW16
+from dalle_kernels import AdamW16, _native
 from dalle_kernels.adamw.ops import adamw16_step, adamw16_step_op
 from dalle_kernels.adamw.reference import stochastically_rounded
 
@@ -86,21 +86,51 @@ def test_a_step_rounds_16_bit_parameters_alone_and_on_average_to_float32s():
             assert abs(bias.mean().item()) < 5 * bias.std().item() / 21000**0.5
 
 
-def test_kernels_leave_it_to_the_reference_and_threads_change_nothing():
-    columns = tensors((3001,), torch.bfloat16)
+SETTINGS = (1e-2, 0.9, 0.96, 1e-8, 0.0, 5.0, None, None)
+
+
+def test_what_serves_it_and_opcheck():
+    columns = tensors((30, 101), torch.bfloat16)
     arguments = [[tensor] for tensor in columns]
-    settings = (1e-2, 0.9, 0.96, 1e-8, 0.0, 5.0, None, None)
-    assert dalle_kernels.explain("adamw16_step", *arguments, *settings, 5, [0]).runs == "reference"
-    torch.library.opcheck(adamw16_step_op.overload, (*arguments, *settings, 5, [0]))
+    native = "reference" if _native.unavailable("cpu") else "native"
+    assert dalle_kernels.explain("adamw16_step", *arguments, *SETTINGS, 5, [0]).runs == native
+    turned = [[tensor.t()] if tensor.dim() else [tensor] for tensor in columns]
+    assert dalle_kernels.explain("adamw16_step", *turned, *SETTINGS, 5, [0]).runs == "reference"
+    assert dalle_kernels.explain("adamw16_step", *turned, *SETTINGS, None, [0]).runs == native
+    torch.library.opcheck(adamw16_step_op.overload, (*arguments, *SETTINGS, 5, [0]))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("moments", [CODED, PLAIN], ids=["coded", "plain"])
+def test_native_equals_reference_over_sizes_and_threads(moments, dtype):
+    shapes = [(1,), (0,), (3, 5), (40_001,), (64,), (), (129, 65), (63,), (65,)]
+    rows = [tensors(shape, dtype, moments, seed) for seed, shape in enumerate(shapes)]
+    numbers = [2**31 - 1 - index for index in range(len(rows))]
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 3):
+        for provider, threads in (("reference", 2), ("native", 1), ("native", 3)):
             torch.set_num_threads(threads)
-            results.append(copied(columns))
-            adamw16_step(*[[tensor] for tensor in results[-1]], lr=1e-2, rounding_seed=5)
+            results.append([copied(row) for row in rows])
+            with dalle_kernels.use(provider):
+                adamw16_step(*map(list, zip(*results[-1])), lr=1e-2, rounding_seed=2**63 - 5, numbers=numbers)
     finally:
         torch.set_num_threads(before)
-    assert_same(*results)
+    for row, *others in zip(*results, strict=True):
+        for other in others:
+            assert_same(row, other)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_native_equals_reference_where_numbers_end(dtype):
+    """With no gradient, moment or decay a step only rounds: every 16-bit number stays, infinities too."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    bits = bits[~bits.view(dtype).isnan()]
+    columns = [[bits.clone().view(dtype)], [torch.zeros(len(bits))], *([torch.zeros(len(bits))] for _ in range(2))]
+    with dalle_kernels.use("native"):
+        adamw16_step(*columns, [torch.tensor(0.0)], lr=1e-2, weight_decay=0.0, rounding_seed=1)
+    assert torch.equal(columns[0][0].view(torch.int16), bits)
 
 
 def test_small_steps_add_up_where_nearest_loses_them():

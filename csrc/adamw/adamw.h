@@ -30,6 +30,7 @@ struct AdamW16Tensor {
   void* second_moment;   // codes of 0-6-10, or float
   float* step;           // updates so far; 1 is added
   int64_t count;
+  int64_t number;        // of the parameter, for the noise of stochastic rounding
 };
 
 // With g = gradient / *grad_scale and t = *step + 1:
@@ -38,6 +39,7 @@ struct AdamW16Tensor {
 //   parameter = (1 - lr * weight_decay) * parameter - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 // in float, rounded as dalle_kernels/adamw/reference.py does: every build gives its bits. The parameter's update takes
 // m and v before they are rounded to their codes. Any positive scale serves. Where *found_nonfinite, nothing changes.
+// With stochastic_rounding (CPU only) 16-bit parameters are rounded as stochastically_rounded there does.
 struct AdamW16Step {
   static constexpr int FACTORS = 5;
   const AdamW16Tensor* tensors;
@@ -49,6 +51,8 @@ struct AdamW16Step {
   const uint8_t* found_nonfinite;  // or nullptr, which means 0
   float* factors;                  // CUDA only: room for FACTORS of each tensor
   int threads;                     // CPU only
+  bool stochastic_rounding;
+  uint64_t rounding_seed;
 };
 
 DALLE_DECLARE_CPU_KERNEL(adamw16_step, AdamW16Step)

@@ -1,6 +1,7 @@
 
 #include "adamw/adamw.h"
 
+#include "adamw/rounding.h"
 #include "common/tensor_list.h"
 #include "float16/codec_pair.h"
 
@@ -13,10 +14,11 @@ constexpr int64_t GRAIN = 8192;
 // How many elements ahead memory is asked for: the processor's own prefetching does not keep up with four arrays.
 constexpr int64_t AHEAD = 512;
 
-// What the update of one tensor multiplies with; the same for every element.
+// What the update of one tensor works with; the same for every element.
 struct Coefficients {
   float gradient_factor, beta1, mean_rate, beta2, variance_rate, max_variance, inverse_root_correction, eps, decay,
       minus_step_size;
+  uint64_t rounding_seed;
 };
 
 // The power of two next to |x| that is above it, as far as float holds it and its inverse.
@@ -41,7 +43,8 @@ Coefficients coefficients(const AdamW16Step& p, float step) {
           static_cast<float>(1.0 / __builtin_sqrt(correction2)),
           static_cast<float>(p.eps),
           static_cast<float>(1.0 - p.lr * p.weight_decay),
-          static_cast<float>(-p.lr / correction1)};
+          static_cast<float>(-p.lr / correction1),
+          p.rounding_seed};
 }
 
 // a * b + c rounded once, as the reference does it, so that every build and every machine gives the same bits.
@@ -152,16 +155,52 @@ void update_run(const Coefficients& coefficients, const AdamW16Tensor& tensor, i
   memcpy(run.variances + whole, variances, rest * sizeof *variances);
 }
 
+// The same with 16-bit parameters rounded stochastically: they are updated as floats, some at a time.
+template <class Parameter, class Gradient, class Mean, class Variance>
+void update_run_rounding(const Coefficients& coefficients, const AdamW16Tensor& tensor, int64_t begin, int64_t end) {
+  const uint64_t row = (static_cast<uint64_t>(tensor.number) << 32) + static_cast<uint64_t>(*tensor.step) + 1;
+  for (int64_t first = begin; first < end; first += SPLIT) {
+    const int64_t count = end - first < SPLIT ? end - first : SPLIT;
+    Parameter* parameters = static_cast<Parameter*>(tensor.parameter) + first;
+    float values[SPLIT];
+    for (int64_t i = 0; i < count; ++i) values[i] = to_float(parameters[i]);
+    const AdamW16Tensor part{values,
+                             static_cast<const Gradient*>(tensor.gradient) + first,
+                             static_cast<Mean*>(tensor.first_moment) + first,
+                             static_cast<Variance*>(tensor.second_moment) + first,
+                             tensor.step,
+                             count,
+                             tensor.number};
+    update_run<float, Gradient, Mean, Variance>(coefficients, part, 0, count);
+    uint32_t words[PHILOX_WORDS];
+    for (int64_t i = 0; i < count; ++i) {
+      if (i % PHILOX_WORDS == 0) {
+        const uint32_t group = static_cast<uint32_t>((first + i) / PHILOX_WORDS);
+        philox_words(coefficients.rounding_seed, row, group, PHILOX_USE_ROUNDING, words);
+      }
+      parameters[i] = rounded_stochastically<Parameter>(values[i], words[i % PHILOX_WORDS]);
+    }
+  }
+}
+
 using UpdateRun = void (*)(const Coefficients&, const AdamW16Tensor&, int64_t begin, int64_t end);
+
+template <class Parameter, class Gradient, class Mean, class Variance>
+UpdateRun choose(const AdamW16Step& p) {
+  if constexpr (sizeof(Parameter) == 2) {
+    if (p.stochastic_rounding) return &update_run_rounding<Parameter, Gradient, Mean, Variance>;
+  }
+  return &update_run<Parameter, Gradient, Mean, Variance>;
+}
 
 template <class Parameter, class Gradient>
 UpdateRun choose(const AdamW16Step& p) {
   if (p.first_moment_coded) {
-    return p.second_moment_coded ? &update_run<Parameter, Gradient, Fp169, Fp0610>
-                                 : &update_run<Parameter, Gradient, Fp169, float>;
+    return p.second_moment_coded ? choose<Parameter, Gradient, Fp169, Fp0610>(p)
+                                 : choose<Parameter, Gradient, Fp169, float>(p);
   }
-  return p.second_moment_coded ? &update_run<Parameter, Gradient, float, Fp0610>
-                               : &update_run<Parameter, Gradient, float, float>;
+  return p.second_moment_coded ? choose<Parameter, Gradient, float, Fp0610>(p)
+                               : choose<Parameter, Gradient, float, float>(p);
 }
 
 template <class Parameter>

@@ -34,8 +34,8 @@ def _native_step(
     max_variance: float,
     grad_scale: Tensor | None,
     found_nonfinite: Tensor | None,
-    _rounding_seed: None,
-    _numbers: list[int],
+    rounding_seed: int | None,
+    numbers: list[int],
 ) -> None:
     if not params:
         return
@@ -64,6 +64,9 @@ def _native_step(
         grad_scale=0 if grad_scale is None else grad_scale.data_ptr(),
         found_nonfinite=0 if found_nonfinite is None else found_nonfinite.data_ptr(),
         factors=0 if factors is None else factors.data_ptr(),
+        numbers=numbers,
+        stochastic_rounding=rounding_seed is not None,
+        rounding_seed=rounding_seed or 0,
     )
     # The kernel wrote through addresses, of which autograd knows nothing.
     torch.autograd.graph.increment_version(params)
@@ -75,10 +78,8 @@ def _unsupported(
     first_moments: list[Tensor],
     second_moments: list[Tensor],
     steps: list[Tensor],
-    *settings,
+    *_settings,
 ) -> str | None:
-    if settings[-2] is not None and params[0].dtype in (torch.float16, torch.bfloat16):
-        return "the kernel rounds to nearest"
     for name, tensors in (("params", params), ("grads", grads)):
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1 or not dtypes.issubset(_DTYPES):
@@ -113,12 +114,32 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-adamw16_step_op.provide("native", _native_step, unavailable=_native.unavailable, unsupported=_unsupported)
+def _native_unsupported(params: list[Tensor], *arguments) -> str | None:
+    if _rounds_stochastically(params, *arguments):
+        if params[0].device.type != "cpu":
+            return "the CUDA kernel rounds to nearest"
+        if not all(param.is_contiguous() for param in params):
+            return "the kernel numbers elements as they lie in memory, for the noise by which it rounds"
+    return _unsupported(params, *arguments)
+
+
+def _triton_unsupported(params: list[Tensor], *arguments) -> str | None:
+    if _rounds_stochastically(params, *arguments):
+        return "the kernel rounds to nearest"
+    return _unsupported(params, *arguments)
+
+
+def _rounds_stochastically(params: list[Tensor], *arguments) -> bool:
+    *_, rounding_seed, _numbers = arguments
+    return rounding_seed is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in params)
+
+
+adamw16_step_op.provide("native", _native_step, unavailable=_native.unavailable, unsupported=_native_unsupported)
 adamw16_step_op.provide(
     "triton",
     _triton.launcher("adamw", "adamw16_step"),
     unavailable=_triton.unavailable,
-    unsupported=_unsupported,
+    unsupported=_triton_unsupported,
 )
 adamw16_step_op.provide("reference", reference.adamw16_step)
 
@@ -165,7 +186,7 @@ def adamw16_step(
             by the host. Without it an infinite or NaN gradient ruins the parameter and its moments.
         rounding_seed: None to round parameters to nearest; else, from 0 to 2^63 - 1, 16-bit ones are rounded up or down
             at random, so that on average nothing is lost of a step smaller than their precision. The noise is a
-            function of this seed, the parameter's number and step and the element's number. By the reference only.
+            function of this seed, the parameter's number and step and the element's number. On a GPU by the reference.
         numbers: of the params, from 0 to 2^31 - 1, for that noise; None: 0, 1, 2, ...
 
     Gradients and moments of a parameter that is not dense, or that have other strides than it, are left to the
