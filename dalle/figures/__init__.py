@@ -1,0 +1,1 @@
+"""Figures of real training runs: ``python -m dalle.figures``."""

@@ -1,0 +1,68 @@
+"""What the figures share: a small transformer on the shipped model's tokens, trained for a short while, and its log."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dalle.checkpoint import shipped
+from dalle.config import DALLEConfig
+from dalle.data import open_dataset
+from dalle.errors import UserError
+from dalle.files import atomic_write
+from dalle.pictures import read_log
+from dalle.tokenizer import Tokenizer
+from dalle.train.dalle import DALLEStage, DALLETraining
+from dalle.train.loop import RunSettings, run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Runs:
+    """Trains stage 2 of ``config``, changes to the "emoji" preset, on ``data``; image tokens are encoded once."""
+
+    def __init__(self, data: Path, cache: Path, **config: Any):
+        self.config = dataclasses.replace(DALLEConfig.preset("emoji"), **config)
+        self.images = open_dataset(data, "train", captions=True)
+        self.cache = cache
+        self.shipped = shipped()
+        self.tokenizer = Tokenizer.load(self.shipped / "tokenizer.json")
+
+    def log(self, change: Callable[[DALLEStage], None] = lambda stage: None, **training: Any) -> list[dict[str, Any]]:
+        """The log of a run with these settings of ``DALLETraining``, a line an update, of a stage that ``change`` saw
+        first."""
+        settings = DALLETraining(**{"schedule": "cosine", "warm_up_fraction": 0.02, **training})
+        stage = DALLEStage(self.config, settings, self.images, self.shipped, self.cache, tokenizer=self.tokenizer)
+        change(stage)
+        with tempfile.TemporaryDirectory() as out:
+            run(stage, out, RunSettings(log_every=1, picture_every=0, checkpoint_every=settings.updates))
+            return read_log(Path(out) / "log.jsonl")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("expected matplotlib to draw a figure: pip install matplotlib") from error
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def finish(figure: Figure, out: Path) -> None:
+    """Write the figure, its axes with a grid and no frame."""
+    for axes in figure.axes:
+        axes.set_xlabel("update")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write(out, buffer.getvalue())
+
+
+def smooth(values: list[float], over: int = 40) -> list[float]:
+    """The mean of each value and as many before it as there are, up to ``over``."""
+    return [sum(values[max(0, i - over + 1) : i + 1]) / min(i + 1, over) for i in range(len(values))]
