@@ -81,10 +81,12 @@ def step(job: Job, watch: Callable[[DALLE], Watch]) -> Watch:
     is_autocast = half is not None and job.bytes.stored == 4
     with _fake_mesh(job) as mesh, FakeTensorMode():
         model = _Model(config)
+        scales = None
         if half is not None and not is_autocast:
-            model.set_precision(half, torch.ones(2 * config.layers))
+            scales = torch.ones(2 * config.layers)
+            model.set_precision(half, scales)
         shard(model, mesh, half, compressed=bool(job.rank))
-        powersgd = compress(model, mesh, job.rank) if job.rank else None
+        powersgd = compress(model, mesh, job.rank, scales) if job.rank else None
         text = torch.zeros(job.images_per_gpu, config.text_len, dtype=torch.int64)
         image = torch.zeros(job.images_per_gpu, config.image_len, dtype=torch.int64)
         with watch(model) as watcher:
