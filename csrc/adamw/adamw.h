@@ -11,6 +11,8 @@
 // before, 11.7) and 10.4 ms (float16; before, 11.0), twice one thread's speed taken for two: the instructions bind, not
 // memory, and not root and quotient alone, without which it would still take 10.0 ms (bfloat16, before).
 //
+// Stochastic rounding takes 8.8 ms for 2^21 bfloat16 parameters on two threads where rounding to nearest takes 1.6.
+//
 // On CUDA 319 million parameters in 289 tensors are 4.5 GB, 1.05 ms for an H200, which copies 4.25 TB/s; some 60
 // instructions an element stay below that. Reached there: 1.12 ms with 16-bit parameters and codes, 2.3 times the speed
 // of torch's fused AdamW in float32, and 1.56 ms with float32 parameters and gradients (floor 1.50 ms).

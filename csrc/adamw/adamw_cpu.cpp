@@ -172,14 +172,9 @@ void update_run_rounding(const Coefficients& coefficients, const AdamW16Tensor& 
                              count,
                              tensor.number};
     update_run<float, Gradient, Mean, Variance>(coefficients, part, 0, count);
-    uint32_t words[PHILOX_WORDS];
-    for (int64_t i = 0; i < count; ++i) {
-      if (i % PHILOX_WORDS == 0) {
-        const uint32_t group = static_cast<uint32_t>((first + i) / PHILOX_WORDS);
-        philox_words(coefficients.rounding_seed, row, group, PHILOX_USE_ROUNDING, words);
-      }
-      parameters[i] = rounded_stochastically<Parameter>(values[i], words[i % PHILOX_WORDS]);
-    }
+    uint32_t words[SPLIT];
+    philox_words(coefficients.rounding_seed, row, first, PHILOX_USE_ROUNDING, words);
+    for (int64_t i = 0; i < count; ++i) parameters[i] = rounded_stochastically<Parameter>(values[i], words[i]);
   }
 }
 
