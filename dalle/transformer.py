@@ -218,8 +218,8 @@ class DALLE(nn.Module):
     ``[B, H*W]`` in raster order.
 
     It is written to run under ``torch.autocast``: the residual stream, the embeddings and the logits stay in the
-    parameters' dtype (fp32), the resblocks' matrices and the attention take autocast's. :meth:`set_precision` is the
-    paper's way to 16 bits instead.
+    parameters' dtype (fp32), the resblocks' matrices, the attention and the operands of the loss take autocast's.
+    :meth:`set_precision` is the paper's way to 16 bits instead.
     """
 
     def __init__(self, config: DALLEConfig):
@@ -275,8 +275,8 @@ class DALLE(nn.Module):
     def forward(self, text: torch.Tensor, image_tokens: torch.Tensor) -> DALLELoss:
         """The training loss of a batch; raises :class:`UserError` for a wrong shape, dtype, device or token."""
         text_hidden, image_hidden = self._hidden(text, image_tokens)
-        text_loss = linear_cross_entropy(text_hidden, self.text_unembedding.weight, text.flatten())
-        image_loss = linear_cross_entropy(image_hidden, self.image_unembedding.weight, image_tokens.flatten())
+        text_loss = self._cross_entropy(text_hidden, self.text_unembedding, text)
+        image_loss = self._cross_entropy(image_hidden, self.image_unembedding, image_tokens)
         return DALLELoss(TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss, text_loss, image_loss)
 
     def logits(self, text: torch.Tensor, image_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -313,6 +313,14 @@ class DALLE(nn.Module):
     def _image_positions(self) -> torch.Tensor:
         """Row plus column embedding of every image token: ``[H*W, dim]``."""
         return (self.row_embedding.weight[:, None] + self.column_embedding.weight).flatten(0, 1)
+
+    def _cross_entropy(self, hidden: torch.Tensor, unembedding: nn.Linear, tokens: torch.Tensor) -> torch.Tensor:
+        """By products of autocast's dtype, as everywhere under autocast, whose results, the logits, are fp32."""
+        weight, device = unembedding.weight, hidden.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        return linear_cross_entropy(hidden, weight, tokens.flatten())
 
     def _unembed(self, hidden: torch.Tensor, unembedding: nn.Linear) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
