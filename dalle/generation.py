@@ -181,16 +181,19 @@ def _draw_batch(
     ``noise`` is ``[P * samples, H*W]``; ``advance`` is called after every token.
     """
     logits, decoding = model.prefill(text, samples, prime)
-    step = partial(model.decode_step, decoding=decoding)
-    if text.is_cuda and decoding.layers is not None and prime.shape[1] < model.config.image_len - 1:
-        step = GraphedStep(model, decoding)
     finite = torch.ones((), dtype=torch.bool, device=text.device)
-    drawn: list[torch.Tensor] = []
-    for position in range(prime.shape[1], model.config.image_len):
-        if drawn:
-            logits = step(drawn[-1])
-        finite &= logits.isfinite().all()
-        drawn.append(sampler.draw(logits, noise[:, position]))
+
+    def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        finite.logical_and_(logits.sum(dtype=torch.float64).isfinite())
+        return sampler.draw(logits, uniform)
+
+    given, total = prime.shape[1], model.config.image_len
+    graphed = text.is_cuda and decoding.layers is not None and given < total - 1
+    step = GraphedStep(model, decoding, draw, noise) if graphed else partial(single_step, model, decoding, draw, noise)
+    drawn = [draw(logits, noise[:, given])]
+    advance()
+    for _ in range(given + 1, total):
+        drawn.append(step(drawn[-1]))
         advance()
     if not finite:  # looked at only here, because on a GPU the host waits for it
         raise UserError(
@@ -200,14 +203,26 @@ def _draw_batch(
     return torch.stack(drawn, dim=-1).unflatten(0, (len(text), samples))
 
 
+Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Tokens int64 ``[rows]`` from logits and one uniform number a row."""
+
+
+def single_step(
+    model: DALLE, decoding: Decoding, draw: Draw, noise: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Give the next tokens int64 ``[rows]`` and draw those after them, by their column of ``noise``."""
+    logits = model.decode_step(tokens, decoding)
+    return draw(logits, noise[:, decoding.position])
+
+
 class GraphedStep:
-    """``model.decode_step`` as a CUDA graph: captured once, replayed for every token, with no work for the host.
+    """:func:`single_step` as a CUDA graph: captured once, replayed for every token, with no work for the host.
 
     A step of a small model is hundreds of short kernels, which a host launches more slowly than a GPU runs them.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: DALLE, decoding: Decoding):
+    def __init__(self, model: DALLE, decoding: Decoding, draw: Draw, noise: torch.Tensor):
         caches = decoding.caches
         rows, device = caches[0].step_shape[0], caches[0].device
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -216,18 +231,18 @@ class GraphedStep:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             # Compiles and warms up. What it puts into the caches is where the first token's keys and values go.
-            model.decode_step_at(self.tokens, self.position, decoding)
+            draw(model.decode_step_at(self.tokens, self.position, decoding), noise[:, 0])
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
-            self.logits = model.decode_step_at(self.tokens, self.position, decoding)
+            logits = model.decode_step_at(self.tokens, self.position, decoding)
             self.position += 1
+            self.drawn = draw(logits, noise.index_select(1, self.position).squeeze(1))
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The logits after the next tokens, int64 ``[rows]``; valid until the next call."""
         self.tokens.copy_(tokens)
         self.graph.replay()
-        return self.logits
+        return self.drawn.clone()
 
 
 def _noise(seed: int, prompts: range, samples: range, columns: int, device: torch.device) -> torch.Tensor:

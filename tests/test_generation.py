@@ -11,7 +11,7 @@ import torch
 
 from dalle.config import DALLEConfig, DVAEConfig
 from dalle.errors import UserError
-from dalle.generation import GeneratedImages, Sampler, draw_tokens, generate, prime_tokens
+from dalle.generation import GeneratedImages, Sampler, draw_tokens, generate, prime_tokens, single_step
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import DALLE
 
@@ -217,8 +217,6 @@ def test_a_captured_step_draws_what_steps_one_by_one_draw(given, dtype, monkeypa
     model = DALLE(config).to("cuda", dtype).eval()
     text, prime = torch.randint(1, 40, (2, 5)), torch.randint(0, 64, (given,))
     graphed = draw_tokens(model, text, 3, seed=4, prime=prime if given else None)
-    monkeypatch.setattr(
-        "dalle.generation.GraphedStep", lambda model, decoding: partial(model.decode_step, decoding=decoding)
-    )
+    monkeypatch.setattr("dalle.generation.GraphedStep", lambda *arguments: partial(single_step, *arguments))
     assert torch.equal(draw_tokens(model, text, 3, seed=4, prime=prime if given else None), graphed)
     assert (graphed[..., 0, 0] != graphed[..., 3, 3]).any()
