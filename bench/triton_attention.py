@@ -161,7 +161,10 @@ CANDIDATES = {
     },
     ("sparse_attention_backward", "dk float32 128"): {DEFAULT: keys((16, 16, 8, 1), (32, 16, 8, 1))},
     ("sparse_attention_backward", "dk float32 256"): {DEFAULT: keys((8, 16, 8, 1))},
-    ("decode_attention", "rows 16-bit 64"): {DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 1))},
+    ("decode_attention", "rows 16-bit 64"): {
+        DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 1)),
+        90: decoded_rows((32, 4, 1), (64, 4, 1), (64, 8, 1), (128, 4, 1), (128, 8, 1)),
+    },
     ("decode_attention", "rows 16-bit 128"): {DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 8, 1))},
     ("decode_attention", "rows 16-bit 256"): {DEFAULT: decoded_rows((16, 4, 1), (16, 8, 1), (32, 8, 1))},
     ("decode_attention", "rows float32 64"): {DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 8, 1))},

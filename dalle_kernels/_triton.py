@@ -134,3 +134,11 @@ def architecture(device: torch.device) -> int:
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has; 1 for what is no GPU."""
     return (_assumed or _chip(device))[1]
+
+
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a launch whose kernel may start while the one before it ends (Hopper and later).
+
+    Such a kernel has a constexpr parameter DEPENDENT, under which it waits for the one before itself.
+    """
+    return {"DEPENDENT": True, "launch_pdl": True} if architecture(device) >= 90 else {"DEPENDENT": False}

@@ -56,14 +56,19 @@ def key_blocks(keys: int, queries: int, warps: int, stages: int, figure: str | N
     return Configuration({"BLOCK_KEYS": keys, "BLOCK_QUERIES": queries}, warps, stages, figure=figure)
 
 
-def row_blocks(keys: int, warps: int, stages: int) -> Configuration:
+def row_blocks(keys: int, warps: int, stages: int, figure: str | None = None) -> Configuration:
     """Decoding of one sample."""
-    return Configuration({"BLOCK_KEYS": keys}, warps, stages)
+    return Configuration({"BLOCK_KEYS": keys}, warps, stages, figure=figure)
 
 
 def sample_blocks(samples: int, keys: int, warps: int, stages: int) -> Configuration:
     """Decoding of samples that share text."""
     return Configuration({"BLOCK_SAMPLES": samples, "BLOCK_KEYS": keys}, warps, stages)
+
+
+def few_rows_blocks(parts: int, outputs: int, inputs: int, warps: int, stages: int) -> Configuration:
+    """Products of few rows."""
+    return Configuration({"PARTS": parts, "BLOCK_OUTPUTS": outputs, "BLOCK_INPUTS": inputs}, warps, stages)
 
 
 TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
@@ -146,6 +151,19 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("adamw16_step", "any"): {DEFAULT: Configuration({"BLOCK": 2048}, num_warps=8)},
     # grad_scale
     ("grad_scale", "any"): {DEFAULT: Configuration({"BLOCK": 4096}, num_warps=8)},
+    # transformer
+    ("decode_layers", "16-bit 8"): {DEFAULT: few_rows_blocks(4, 16, 64, warps=4, stages=5)},
+    ("decode_layers", "16-bit 16"): {DEFAULT: few_rows_blocks(4, 16, 64, warps=4, stages=3)},
+    ("decode_layers", "16-bit 32"): {DEFAULT: few_rows_blocks(4, 16, 64, warps=4, stages=3)},
+    ("decode_layers", "float32 8"): {DEFAULT: few_rows_blocks(4, 16, 32, warps=4, stages=2)},
+    ("decode_layers", "float32 16"): {DEFAULT: few_rows_blocks(4, 16, 16, warps=4, stages=2)},
+    ("decode_layers", "float32 32"): {DEFAULT: few_rows_blocks(4, 16, 16, warps=8, stages=2)},
+    ("decode_layers", "normed 16-bit 8"): {DEFAULT: few_rows_blocks(4, 32, 64, warps=4, stages=3)},
+    ("decode_layers", "normed 16-bit 16"): {DEFAULT: few_rows_blocks(4, 16, 64, warps=4, stages=3)},
+    ("decode_layers", "normed 16-bit 32"): {DEFAULT: few_rows_blocks(4, 16, 64, warps=4, stages=3)},
+    ("decode_layers", "normed float32 8"): {DEFAULT: few_rows_blocks(4, 16, 32, warps=4, stages=2)},
+    ("decode_layers", "normed float32 16"): {DEFAULT: few_rows_blocks(4, 16, 16, warps=4, stages=2)},
+    ("decode_layers", "normed float32 32"): {DEFAULT: few_rows_blocks(4, 16, 16, warps=8, stages=2)},
     # attention
     ("sparse_attention", "16-bit 64"): {
         DEFAULT: query_blocks(64, 32, 32, warps=4, stages=2),
@@ -201,7 +219,10 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("sparse_attention_backward", "dk float32 64"): {DEFAULT: key_blocks(32, 32, warps=8, stages=1)},
     ("sparse_attention_backward", "dk float32 128"): {DEFAULT: key_blocks(32, 16, warps=8, stages=1)},
     ("sparse_attention_backward", "dk float32 256"): {DEFAULT: key_blocks(8, 16, warps=8, stages=1)},
-    ("decode_attention", "rows 16-bit 64"): {DEFAULT: row_blocks(32, warps=4, stages=1)},
+    ("decode_attention", "rows 16-bit 64"): {
+        DEFAULT: row_blocks(32, warps=4, stages=1),
+        90: row_blocks(128, warps=8, stages=1, figure="H200: 0.0109 ms, 2026-11-26"),
+    },
     ("decode_attention", "rows 16-bit 128"): {DEFAULT: row_blocks(32, warps=4, stages=1)},
     ("decode_attention", "rows 16-bit 256"): {DEFAULT: row_blocks(16, warps=4, stages=1)},
     ("decode_attention", "rows float32 64"): {DEFAULT: row_blocks(32, warps=4, stages=1)},

@@ -193,6 +193,8 @@ def decode_layers_call(op: str, draw: random.Random) -> Call:
         held += [torch.randn(tensor.shape).to(dtype) for tensor in (cache.text, cache.image)]
     x = laid_out(draw, torch.randn(prompts * samples, dim).to(dtype))
     position = draw.randrange(0 if samples == 1 else text_len, pattern.seq_len)
+    if op == "decode_layers_at":
+        position = torch.tensor(position, dtype=draw.choice((torch.int32, torch.int64)))
     settings = (",".join(kinds), *cache.pattern_arguments[1:], head_dim**-0.5, draw.choice((1e-5, 0.1)))
     return Call((x, [weight.to(dtype) for weight in weights], held, position, *settings))
 
@@ -331,7 +333,7 @@ SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
     **dict.fromkeys([f"{job}_{form}" for job in ("encode", "decode") for form in ("fp169", "fp0610")], float16_call),
     **dict.fromkeys(["sparse_attention", "sparse_attention_backward"], attention_call),
     **dict.fromkeys(["decode_attention", "decode_attention_at"], decode_call),
-    "decode_layers": decode_layers_call,
+    **dict.fromkeys(["decode_layers", "decode_layers_at"], decode_layers_call),
     "linear": linear_call,
     **dict.fromkeys(["mlp", "mlp_backward"], mlp_call),
     **dict.fromkeys(

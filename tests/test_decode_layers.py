@@ -47,9 +47,9 @@ def draw_layers(dim, heads, head_dim, hidden, dtype=torch.float32, count=6):
     ]
 
 
-def new_caches(prompts, heads, head_dim, dtype, samples=1, count=6):
+def new_caches(prompts, heads, head_dim, dtype, samples=1, count=6, device="cpu"):
     patterns = [AttentionPattern(kind, TEXT_LEN, GRID, 3) for kind in KINDS[:count]]
-    return [KVCache(pattern, prompts, heads, head_dim, dtype, samples_per_prompt=samples) for pattern in patterns]
+    return [KVCache(pattern, prompts, heads, head_dim, dtype, device, samples) for pattern in patterns]
 
 
 def decode_all(x, layers, prompts, heads, head_dim, samples):
@@ -175,7 +175,26 @@ def operator_arguments(dtype=torch.float32, rows=2):
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.dalle_kernels.decode_layers.default, operator_arguments())
+    arguments = operator_arguments()
+    torch.library.opcheck(torch.ops.dalle_kernels.decode_layers.default, arguments)
+    x, weights, caches, position, *settings = arguments
+    at = (x, weights, caches, torch.tensor([position]), *settings)
+    torch.library.opcheck(torch.ops.dalle_kernels.decode_layers_at.default, at)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_position_as_a_tensor(samples):
+    """The same bits as by number, and NaN where there is no step."""
+    layers, last = draw_layers(12, 2, 4, 20), TEXT_LEN + GRID[0] * GRID[1]
+    caches, others = (new_caches(2, 2, 4, torch.float32, samples) for _ in range(2))
+    for cache in (*caches, *others):
+        cache.prefill(*torch.ones(2, 2, 2, TEXT_LEN, 4))
+    for place in range(TEXT_LEN, last):
+        x = torch.randn(2 * samples, 12)
+        found = decode_layers(x, layers, others, position=torch.tensor([place]))
+        assert torch.equal(found, decode_layers(x, layers, caches))
+    for place in (-1, last, *([0] if samples > 1 else [])):
+        assert decode_layers(x, layers, others, position=torch.tensor(place)).isnan().all()
 
 
 @native_only

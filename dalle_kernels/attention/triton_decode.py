@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_dependent import await_last_kernel
 from .triton_tiles import LOWEST, load_real_rows, load_rows, meet, power, product, signed
 
 
@@ -87,13 +88,14 @@ def decode_rows_kernel(q, q_strides, k_new, k_strides, v_new, v_strides, text, i
                        prompts, samples, heads, text_len, height, width, kernel_size, slots, numbers, part_keys,
                        first_part, parts, exponent,
                        KIND: tl.constexpr, SIGN: tl.constexpr, POSITION_ON_DEVICE: tl.constexpr, TEXT: tl.constexpr,
-                       SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                       SPLIT: tl.constexpr, DEPENDENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                        BLOCK_KEYS: tl.constexpr):  # fmt: skip
     """A program takes one head of one sample through a part of the image keys, and with ``TEXT`` of the text's.
 
     It is ``part_keys`` of the numbers from 0 to ``text_len`` (if ``TEXT``) and ``numbers`` more. Without ``SPLIT`` it
     writes the output, else its unnormalized sum and its maximum and total as part ``first_part`` and on of ``parts``.
     """
+    await_last_kernel(DEPENDENT)
     if POSITION_ON_DEVICE:
         position = tl.load(position)
         is_step = (position >= (0 if TEXT else text_len)) & (position < text_len + height * width)
@@ -167,9 +169,11 @@ def decode_rows_kernel(q, q_strides, k_new, k_strides, v_new, v_strides, text, i
 
 @triton.jit(do_not_specialize=["prompts", "samples", "heads", "text_len", "part_keys", "parts"])
 def decode_text_kernel(q, q_strides, text, sums, statistics, prompts, samples, heads, text_len, part_keys, parts,
-                       exponent, SIGN: tl.constexpr, TAIL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                       BLOCK_SAMPLES: tl.constexpr, BLOCK_KEYS: tl.constexpr):  # fmt: skip
+                       exponent, SIGN: tl.constexpr, TAIL: tl.constexpr, DEPENDENT: tl.constexpr,
+                       HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SAMPLES: tl.constexpr,
+                       BLOCK_KEYS: tl.constexpr):  # fmt: skip
     """A program takes a tile of a prompt's samples through a part of its text keys, ``part_keys`` whole blocks."""
+    await_last_kernel(DEPENDENT)
     program, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     prompt, head = program // heads, program % heads
     text += program.to(tl.int64) * text_len * HEAD_DIM
@@ -202,9 +206,10 @@ def decode_text_kernel(q, q_strides, text, sums, statistics, prompts, samples, h
 
 
 @triton.jit(do_not_specialize=["parts"])
-def join_parts_kernel(sums, statistics, out, parts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                      BLOCK_PARTS: tl.constexpr):  # fmt: skip
+def join_parts_kernel(sums, statistics, out, parts, DEPENDENT: tl.constexpr, HEAD_DIM: tl.constexpr,
+                      BLOCK_D: tl.constexpr, BLOCK_PARTS: tl.constexpr):  # fmt: skip
     """The output of one head of one sample from its parts."""
+    await_last_kernel(DEPENDENT)
     program = tl.program_id(0).to(tl.int64)
     part, column = tl.arange(0, BLOCK_PARTS), tl.arange(0, BLOCK_D)
     real, in_head = part < parts, column < HEAD_DIM

@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dalle_kernels import _triton
 from dalle_kernels._triton_configurations import configuration
 from dalle_kernels.attention import reference
 from dalle_kernels.attention.tiles import Stream, has_full_key_tiles, has_full_query_tiles, most_visible, stream
@@ -140,7 +141,7 @@ def decode_attention(q, k_new, v_new, text, image, position, kind, text_len, hei
     rows = prompts * samples
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     exponent, sign = _scale_arguments(scale, q.dtype)
-    common = {"SIGN": sign, "HEAD_DIM": head_dim, "BLOCK_D": block_of_head(head_dim)}
+    head = {"HEAD_DIM": head_dim, "BLOCK_D": block_of_head(head_dim), **_triton.dependent_launch(q.device)}
     shared = samples > 1 and text_len > 0
     blocks = configuration("decode_attention", f"rows {shape_class(q)}", q.device)
     numbers = most_visible(kind, height, width, kernel_size)
@@ -159,18 +160,17 @@ def decode_attention(q, k_new, v_new, text, image, position, kind, text_len, hei
     if shared:
         decode_text_kernel[(prompts * heads, text_parts, sample_tiles)](
             q, q.stride(), text, sums, statistics, prompts, samples, heads, text_len, text_part_keys, all_parts,
-            exponent, TAIL=text_len % text_blocks["BLOCK_KEYS"] != 0, **common, **text_blocks.options,
+            exponent, TAIL=text_len % text_blocks["BLOCK_KEYS"] != 0, SIGN=sign, **head, **text_blocks.options,
         )  # fmt: skip
     decode_rows_kernel[(rows * heads, parts)](
         q, q.stride(), k_new, k_new.stride(), v_new, v_new.stride(), text, image, out, sums, statistics, position,
         prompts, samples, heads, text_len, height, width, kernel_size, slots, numbers, part_keys, text_parts, all_parts,
         exponent, KIND=kind, POSITION_ON_DEVICE=isinstance(position, Tensor), TEXT=not shared, SPLIT=all_parts > 1,
-        **common, **blocks.options,
+        SIGN=sign, **head, **blocks.options,
     )  # fmt: skip
     if all_parts > 1:
         join_parts_kernel[(rows * heads,)](
-            sums, statistics, out, all_parts, HEAD_DIM=head_dim, BLOCK_D=common["BLOCK_D"],
-            BLOCK_PARTS=triton.next_power_of_2(all_parts),
+            sums, statistics, out, all_parts, BLOCK_PARTS=triton.next_power_of_2(all_parts), **head
         )  # fmt: skip
     return out
 

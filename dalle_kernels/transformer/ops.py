@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from dalle_kernels import _native, _triton
 from dalle_kernels._dispatch import Op
 from dalle_kernels.attention.cache import KVCache
-from dalle_kernels.attention.decode import check_position, decode_attention
+from dalle_kernels.attention.decode import check_position
 from dalle_kernels.attention.ops import checked_scale
 from dalle_kernels.attention.slots import visible_keys
 from dalle_kernels.linear.ops import FEW_ROWS
@@ -49,6 +48,13 @@ def _decode_native(x, weights, caches, position, kinds, text_len, height, width,
     return out
 
 
+def _decode_at_native(x, weights, caches, position, kinds, text_len, height, width, *settings):
+    place = int(position)  # of the CPU, where nothing waits for it
+    if not (text_len if caches[1].shape[3] > 1 else 0) <= place < text_len + height * width:
+        return torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
+    return _decode_native(x, weights, caches, place, kinds, text_len, height, width, *settings)
+
+
 def _hidden(weights: list[Tensor]) -> int:
     return weights[LayerWeights._fields.index("expansion_weight")].shape[0]
 
@@ -65,31 +71,32 @@ def _native_unsupported(x, weights, caches, *_settings) -> str | None:
     return None
 
 
-def _decode_triton(x, weights, caches, position, kinds, text_len, height, width, kernel_size, scale, epsilon):
-    """Attention by Triton's kernels, products by the library."""
-    step = (position, text_len, height, width, kernel_size, scale)
-    return reference.by_attention(_attend_triton, x, weights, caches, kinds, step, epsilon)
-
-
-_attend_triton = _triton.launcher("attention", "decode_attention")
-
-
-def _triton_unsupported(x, weights, caches, position, kinds, text_len, *_settings) -> str | None:
+def _triton_at_unsupported(x, weights, caches, *_settings) -> str | None:
     if x.dtype not in _triton.DTYPES:
         return f"the Triton kernel takes float32, bfloat16 and float16, got {x.dtype}"
-    if len(x) == 0 or not all(cache.is_contiguous() for cache in caches):
-        return "the Triton kernel takes contiguous caches of at least one row"
-    if position < text_len and caches[1].shape[3] > 1:
-        return "the Triton kernel takes text tokens of one sample a prompt"
+    if len(x) == 0 or not all(tensor.is_contiguous() for tensor in (*weights, *caches)):
+        return "the Triton kernel takes contiguous weights, and contiguous caches of at least one row"
     return None
 
 
-_decode = Op(
-    f"decode_layers(Tensor x, Tensor[] weights, Tensor(a!)[] caches, SymInt position, {_SETTINGS}) -> Tensor", _fake
-)
+def _triton_unsupported(x, weights, caches, position, kinds, text_len, *_settings) -> str | None:
+    if position < text_len and caches[1].shape[3] > 1:
+        return "the Triton kernel takes text tokens of one sample a prompt"
+    return _triton_at_unsupported(x, weights, caches)
+
+
+_TENSORS = "Tensor x, Tensor[] weights, Tensor(a!)[] caches"
+_decode = Op(f"decode_layers({_TENSORS}, SymInt position, {_SETTINGS}) -> Tensor", _fake)
+_decode_at = Op(f"decode_layers_at({_TENSORS}, Tensor position, {_SETTINGS}) -> Tensor", _fake)
+_launch = _triton.launcher("transformer", "decode_layers")
 _decode.provide("native", _decode_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported)
-_decode.provide("triton", _decode_triton, unavailable=_triton.unavailable, unsupported=_triton_unsupported)
+_decode.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_triton_unsupported)
 _decode.provide("reference", reference.decode_layers)
+_decode_at.provide(
+    "native", _decode_at_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported
+)
+_decode_at.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_triton_at_unsupported)
+_decode_at.provide("reference", reference.decode_layers_at)
 
 
 def _shapes(dim: int, width: int, hidden: int) -> list[tuple[int, ...]]:
@@ -159,11 +166,7 @@ def decode_layers(
     with torch.no_grad():
         scale = checked_scale(scale, first.head_dim)
         if position is not None:
-            with torch.autocast(x.device.type, enabled=False):
-                for layer, cache in zip(layers, caches):
-                    attend = partial(decode_attention, cache=cache, scale=scale, position=position)
-                    x = reference.decode_layer(x, layer, attend, cache.heads, epsilon)
-            return x
+            return _decode_at(x, weights, held, position, kinds, *first.pattern_arguments[1:], scale, epsilon)
         out = _decode(x, weights, held, first.length, kinds, *first.pattern_arguments[1:], scale, epsilon)
     for cache in caches:
         cache.length += 1

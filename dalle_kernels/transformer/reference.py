@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_kernels.attention.reference import decode_attention
+from dalle_kernels.attention.reference import decode_attention, decode_attention_at
 
 
 class LayerWeights(NamedTuple):
@@ -50,10 +50,29 @@ def decode_layers(
     ``kinds`` their patterns' kinds, joined by commas.
     """
     step = (position, text_len, height, width, kernel_size, scale)
-    return by_attention(decode_attention, x, weights, caches, kinds, step, epsilon)
+    return by_layers(decode_layer, decode_attention, x, weights, caches, kinds, step, epsilon)
 
 
-def by_attention(
+def decode_layers_at(
+    x: Tensor,
+    weights: list[Tensor],
+    caches: list[Tensor],
+    position: Tensor,
+    kinds: str,
+    text_len: int,
+    height: int,
+    width: int,
+    kernel_size: int,
+    scale: float,
+    epsilon: float,
+) -> Tensor:
+    """:func:`decode_layers` at a position that only the device knows: see ``decode_attention_at``."""
+    step = (position, text_len, height, width, kernel_size, scale)
+    return by_layers(decode_layer, decode_attention_at, x, weights, caches, kinds, step, epsilon)
+
+
+def by_layers(
+    run_layer: Callable[..., Tensor],
     decode: Callable[..., Tensor],
     x: Tensor,
     weights: list[Tensor],
@@ -62,7 +81,10 @@ def by_attention(
     step: tuple,
     epsilon: float,
 ) -> Tensor:
-    """The layers by any provider's ``decode_attention``; ``step`` are its arguments after the cache but the kind."""
+    """The layers by any provider's ``decode_layer`` and ``decode_attention``.
+
+    ``step`` are the arguments of the latter after the cache but the kind.
+    """
     position, *settings = step
     layers = zip(*[iter(weights)] * len(LayerWeights._fields), strict=True)
     for layer, text, image, kind in zip(layers, caches[::2], caches[1::2], kinds.split(","), strict=True):
@@ -70,7 +92,7 @@ def by_attention(
         def attend(*tokens: Tensor, text=text, image=image, kind=kind) -> Tensor:
             return decode(*tokens, text, image, position, kind, *settings)
 
-        x = decode_layer(x, LayerWeights(*layer), attend, image.shape[2], epsilon)
+        x = run_layer(x, LayerWeights(*layer), attend, image.shape[2], epsilon)
     return x
 
 
