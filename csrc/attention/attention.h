@@ -53,8 +53,8 @@ struct SparseAttention {
   int64_t* workspace;  // if not nullptr: takes the bytes of scratch space of the call, which then computes nothing
 };
 
-// Needs neither out nor lse: the softmax statistics are computed again. With logits of 1e4, lse in float32 is off by up
-// to 5e-4, which would be the relative error of every probability.
+// On the CPU it needs neither out nor lse: the softmax statistics are computed again. With logits of 1e4, lse in float32
+// is off by up to 5e-4, which would be the relative error of every probability.
 struct SparseAttentionBackward {
   Dtype dtype;  // of all tensors: any but float64
   int64_t batch, heads, head_dim;
@@ -63,16 +63,22 @@ struct SparseAttentionBackward {
   Heads grad_out, q, k, v;
   Heads dq, dk, dv;  // written in full
   int threads;
-  int64_t* workspace;  // as above
+  int64_t* workspace;  // as above; CUDA's is `scratch`, which the caller provides
+  Heads out;           // of the forward, as is lse: read on CUDA only
+  const float* lse;
+  void* scratch;       // a multiple of 256 bytes
 };
 
 DALLE_DECLARE_CPU_KERNEL(sparse_attention, SparseAttention)
 DALLE_DECLARE_CPU_KERNEL(sparse_attention_backward, SparseAttentionBackward)
 
-// On Hopper GPUs only, bfloat16 and float16, head_dim 64 and 128; `threads` and `workspace` are not read.
+// On Hopper GPUs only, bfloat16 and float16, head_dim 64 and, of the forward, 128; `threads` is not read, and `workspace`
+// only by the backward.
 namespace cuda {
 const char* sparse_attention(const SparseAttention&, void* stream);
 const char* sparse_attention_refusal(const SparseAttention&);  // why it would do nothing, or nullptr; takes no out
+const char* sparse_attention_backward(const SparseAttentionBackward&, void* stream);
+const char* sparse_attention_backward_refusal(const SparseAttentionBackward&);  // takes no gradients of q, k and v
 }  // namespace cuda
 
 }  // namespace dalle

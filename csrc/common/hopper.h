@@ -20,6 +20,12 @@ inline __device__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Where the block's dynamic shared memory begins: aligned for tiles.
+inline __device__ uint32_t dynamic_shared() {
+  extern __shared__ __align__(TILE_ALIGNMENT) uint8_t tiles[];
+  return shared_address(tiles);
+}
+
 // The registers that each thread of a warpgroup has from here on: more of them waits for others to give theirs up.
 template <int COUNT, bool MORE>
 inline __device__ void keep_registers() {
@@ -94,6 +100,14 @@ inline __device__ void copy_box(uint32_t to, const void* map, const int (&corner
       : "memory");
 }
 
+// A run of bytes, whose count and addresses are multiples of 16, as they are.
+inline __device__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+      "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // ---- wgmma: four consecutive warps multiply 64 rows, 16 of each warp, with a matrix in shared memory, asynchronously.
 // Thread t of a warp has, of every 8 columns, columns 2 * (t % 4) and the next one of rows t / 4 (elements 0 and 1 of
 // four) and t / 4 + 8 (elements 2 and 3): of sums as floats, of the left operand as pairs of 16 bits.
@@ -102,6 +116,11 @@ inline __device__ void copy_box(uint32_t to, const void* map, const int (&corner
 inline __device__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 inline __device__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 inline __device__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// For all but the products of the last COUNT commits, which end in their order.
+template <int COUNT>
+inline __device__ void products_wait_but() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(COUNT) : "memory");
+}
 
 // Keeps the compiler from moving uses of sums to before the wait for them.
 template <int COUNT>
@@ -153,6 +172,49 @@ DALLE_DEFINE_PRODUCTS(BFloat16, "bf16")
 DALLE_DEFINE_PRODUCTS(Half, "f16")
 
 #undef DALLE_DEFINE_PRODUCTS
+
+// 64 x 16 numbers by 16 x 32, of a right operand whose columns are the rows in shared memory, and a left one that is in
+// registers or, `a` being its descriptor, in shared memory too. `first` products take no sums: what was in `d` is no
+// longer needed, which the compiler knows, and no register of it waits for products under way.
+#define DALLE_RESULTS_8(d, i)                                                                                       \
+  "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3]), "=f"(d[i + 4]), "=f"(d[i + 5]), "=f"(d[i + 6]),       \
+      "=f"(d[i + 7])
+#define DALLE_RESULTS_16(d) DALLE_RESULTS_8(d, 0), DALLE_RESULTS_8(d, 8)
+#define DALLE_WGMMA_32(TYPE, A, B, ADD, IMMEDIATES, SUMS, ...)                                                      \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE     \
+               "." TYPE " {" DALLE_REGISTERS_16 "}, " A ", " B ", p, 1, 1, " IMMEDIATES ";\n}"                      \
+               : SUMS                                                                                               \
+               : __VA_ARGS__)
+#define DALLE_LEFT "{%16, %17, %18, %19}"
+
+#define DALLE_DEFINE_PRODUCTS_32(Element, TYPE)                                                                     \
+  template <bool first>                                                                                             \
+  __device__ __forceinline__ void multiply_32(Element, float (&d)[16], const uint32_t* a, uint64_t b) {             \
+    if constexpr (first) {                                                                                          \
+      DALLE_WGMMA_32(TYPE, DALLE_LEFT, "%20", "0", "0", DALLE_RESULTS_16(d), "r"(a[0]), "r"(a[1]), "r"(a[2]),       \
+                     "r"(a[3]), "l"(b));                                                                            \
+    } else {                                                                                                        \
+      DALLE_WGMMA_32(TYPE, DALLE_LEFT, "%20", "1", "0", DALLE_SUMS_16(d, 0), "r"(a[0]), "r"(a[1]), "r"(a[2]),       \
+                     "r"(a[3]), "l"(b));                                                                            \
+    }                                                                                                               \
+  }                                                                                                                 \
+  template <bool first>                                                                                             \
+  __device__ __forceinline__ void multiply_32(Element, float (&d)[16], uint64_t a, uint64_t b) {                    \
+    if constexpr (first) {                                                                                          \
+      DALLE_WGMMA_32(TYPE, "%16", "%17", "0", "0, 0", DALLE_RESULTS_16(d), "l"(a), "l"(b));                         \
+    } else {                                                                                                        \
+      DALLE_WGMMA_32(TYPE, "%16", "%17", "1", "0, 0", DALLE_SUMS_16(d, 0), "l"(a), "l"(b));                         \
+    }                                                                                                               \
+  }
+
+DALLE_DEFINE_PRODUCTS_32(BFloat16, "bf16")
+DALLE_DEFINE_PRODUCTS_32(Half, "f16")
+
+#undef DALLE_DEFINE_PRODUCTS_32
+#undef DALLE_LEFT
+#undef DALLE_WGMMA_32
+#undef DALLE_RESULTS_16
+#undef DALLE_RESULTS_8
 #undef DALLE_REGISTERS_32
 #undef DALLE_REGISTERS_16
 #undef DALLE_REGISTERS_8
@@ -173,6 +235,18 @@ inline __device__ uint32_t packed(Half, float low, float high) {
   return pair;
 }
 
+// The two numbers of such a pair.
+inline __device__ float2 unpacked(BFloat16, uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+inline __device__ float2 unpacked(Half, uint32_t pair) {
+  float2 numbers;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(numbers.x), "=f"(numbers.y)
+      : "r"(pair));
+  return numbers;
+}
+
 // Four 8 x 8 blocks of 16-bit numbers, as a left operand's 16 x 16 has them: thread t gives the address of row t % 8 of
 // block t / 8.
 inline __device__ void load_blocks(uint32_t address, uint32_t* blocks) {
@@ -182,10 +256,34 @@ inline __device__ void load_blocks(uint32_t address, uint32_t* blocks) {
                : "memory");
 }
 
+inline __device__ float4 load_four(uint32_t address) {
+  float4 four;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+               : "r"(address)
+               : "memory");
+  return four;
+}
+
 inline __device__ void store_16_bytes(void* to, const uint32_t (&words)[4]) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
                "r"(words[3])
                : "memory");
+}
+
+// Four threads have 16 bytes each of four pieces of a row, one piece after the other; afterwards each has one piece.
+inline __device__ void transpose_pieces(uint32_t (&pieces)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(~0u, odd ? pieces[i] : pieces[i + 1], 1);
+    pieces[i] = odd ? got : pieces[i], pieces[i + 1] = odd ? pieces[i + 1] : got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(~0u, high ? pieces[i] : pieces[i + 2], 2);
+    pieces[i] = high ? got : pieces[i], pieces[i + 2] = high ? pieces[i + 2] : got;
+  }
 }
 
 inline __device__ float exp2_approximate(float x) {

@@ -21,6 +21,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static thread_local  // of a block, which is a thread of the system
 
 using cudaError_t = int;
@@ -30,6 +31,9 @@ constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct float2 {
+  float x, y;
 };
 struct float4 {
   float x, y, z, w;
@@ -170,6 +174,15 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int bits) {
   return on_cpu::shuffle(value, on_cpu::block->running % on_cpu::WARP ^ bits);
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  on_cpu::Meeting& warp = on_cpu::block->warps[on_cpu::block->running / on_cpu::WARP];
+  return static_cast<unsigned>(on_cpu::meet(warp, static_cast<int>(value)));
+}
+inline int __all_sync(unsigned mask, int value) { return !__reduce_or_sync(mask, value == 0); }
+template <class T>
+T __ldg(const T* at) {
+  return *at;
+}
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -185,7 +198,12 @@ inline int min(int a, int b) { return a < b ? a : b; }
 
 // ---- The host's side
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {};
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the CPU that stands for a GPU"; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }

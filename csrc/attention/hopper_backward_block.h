@@ -1,0 +1,156 @@
+// What both kernels of the Hopper backward share: the launch's parameters, the ring through which strips pass by, and
+// rows on their way out.
+#pragma once
+
+#include "attention/hopper_backward_plan.h"
+#include "attention/hopper_block.h"
+
+namespace dalle::cuda {
+namespace {
+
+using namespace plain;
+
+[[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f;
+[[maybe_unused]] constexpr int PAIR_THREADS = PAIR * 128;
+[[maybe_unused]] constexpr int HEAD = 64;  // head_dim
+[[maybe_unused]] constexpr int TILE_BYTES = TILE * TILE_ROW_BYTES;
+[[maybe_unused]] constexpr int STRIP_BYTES = STRIP * TILE_ROW_BYTES;
+
+// Of a query: its log-sum-exp in units of powers of 2, infinite where there is no query, and grad_out . out.
+struct Statistics {
+  float shift, delta;
+};
+[[maybe_unused]] constexpr int STATISTICS_BYTES = STRIP * static_cast<int>(sizeof(Statistics));
+
+struct BackwardLaunch {
+  Operand q, k, v, out, grad_out;  // in boxes of a strip
+  HopperPlan plan;
+  int heads, all_heads, seq;
+  float scale, exponent;   // scale * log2(e)
+  Heads dq, dk, dv;
+  const float* lse;
+  Statistics* statistics;  // of each head plan.tiles * TILE: of text places, then of image places
+  uint32_t* masks;         // [masks][128]: of queries, then of keys
+};
+
+struct HeadNumber {
+  int all, sample, of_sample;
+  __device__ HeadNumber(int head, int heads) : all(head), sample(head / heads), of_sample(head % heads) {}
+};
+
+// Asks for a strip's rows at a place of a head.
+__device__ inline void copy_strip(uint32_t to, const Operand& operand, const HopperPlan& plan, const HeadNumber& head,
+                                  bool image, int place, uint32_t barrier) {
+  const bool columns = image && plan.kind == PatternKind::column;
+  const int corner[5] = {0, columns ? place & (plan.segment - 1) : place, columns ? place >> plan.segment_bits : 0,
+                         head.of_sample, head.sample};
+  copy_box(to, image ? &operand.image : &operand.text, corner, barrier);
+}
+
+__device__ inline void copy_tile(uint32_t to, const Operand& operand, const HopperPlan& plan, const HeadNumber& head,
+                                 bool image, int place, uint32_t barrier) {
+  for (int row = 0; row < TILE; row += STRIP) {
+    copy_strip(to + row * TILE_ROW_BYTES, operand, plan, head, image, place + row, barrier);
+  }
+}
+
+// The strips that a pair's block goes through: those of its own part that either tile needs, and then, which both do,
+// `others` of the other part: the text of image queries, the image of text keys.
+struct Course {
+  Strips own;
+  int others;
+  __device__ int count() const { return own.end - own.begin + others; }
+  __device__ bool is_own(int n) const { return n < own.end - own.begin; }
+  __device__ int strip(int n) const { return is_own(n) ? own.begin + n : n - (own.end - own.begin); }
+  // The numbers of the strips that one tile needs: of its own part, and of the other one if there is such a tile.
+  __device__ Strips needed(const Strips& of_tile) const {
+    return {of_tile.begin - own.begin, of_tile.end - own.begin};
+  }
+  __device__ Strips needed_others(bool exists) const { return {count() - (exists ? others : 0), count()}; }
+};
+
+// The ring: STAGES places, a power of 2, for two operands' strips and, of queries, their statistics. Strip number n goes to
+// place n % STAGES. A thread asks for each one AHEAD strips before its own warpgroup takes it; a warp that has read a
+// strip says so. The other warpgroup may be behind by STAGES - AHEAD before that thread has to wait for it.
+template <int STAGES, bool STATISTICS>
+struct RingOfStrips {
+  static_assert((STAGES & (STAGES - 1)) == 0 && STAGES >= 4);
+  static constexpr int AHEAD = STAGES > 4 ? STAGES - 3 : STAGES - 2;
+  static constexpr int BARRIERS = STAGES * 2 * STRIP_BYTES + (STATISTICS ? STAGES * STATISTICS_BYTES : 0);
+  static constexpr int BYTES = BARRIERS + STAGES * 16;
+
+  uint32_t start;
+
+  __device__ void init() const {
+    for (int n = 0; n < STAGES; ++n) {
+      barrier_init(barrier(n), 1);
+      barrier_init(barrier(n) + FREE, PAIR_THREADS / 32);
+    }
+  }
+  __device__ uint32_t strips(int n) const { return start + n % STAGES * (2 * STRIP_BYTES); }
+  __device__ uint32_t statistics(int n) const {
+    return start + STAGES * 2 * STRIP_BYTES + n % STAGES * STATISTICS_BYTES;
+  }
+  __device__ uint32_t barrier(int n) const { return start + BARRIERS + n % STAGES * 16; }
+
+  // Once the place of strip n is free, makes it expect its bytes.
+  __device__ void expect(int n) const {
+    barrier_wait(barrier(n) + FREE, n / STAGES % 2 ^ 1);
+    barrier_arrive_expecting(barrier(n), 2 * STRIP_BYTES + (STATISTICS ? STATISTICS_BYTES : 0));
+  }
+  __device__ void wait(int n) const { barrier_wait(barrier(n), n / STAGES % 2); }
+  __device__ void release(int n) const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier(n) + FREE);
+  }
+};
+
+// The left operand of a product, 64 x 64 numbers of a tile, as a thread has them.
+__device__ inline void load_tile(uint32_t tile, uint32_t (&blocks)[HEAD / 4]) {
+  const uint32_t lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int depth = 0; depth < HEAD / 16; ++depth) {
+    load_blocks(tile + swizzled_offset(row, depth * 2 + lane / 16), blocks + 4 * depth);
+  }
+}
+
+// results = left, 64 x 64 numbers of which left(depth) gives 16 columns, times the transpose of a strip.
+template <class Element, class Left>
+__device__ __forceinline__ void multiply_strip(float (&results)[STRIP / 2], const Left& left, uint64_t strip) {
+  multiply_32<true>(Element{}, results, left(0), strip);
+#pragma unroll
+  for (int depth = 1; depth < HEAD / 16; ++depth) {
+    multiply_32<false>(Element{}, results, left(depth), moved(strip, 32 * depth));
+  }
+  products_commit();
+}
+
+__device__ inline uint32_t mask_at(const BackwardLaunch& launch, int mask) {
+  return mask < 0 ? ALL_SEEN : __ldg(launch.masks + mask * 128 + threadIdx.x % 128);
+}
+
+// Writes the rows of a tile that exist, times `factor`.
+template <class Element>
+__device__ void store_tile(const BackwardLaunch& launch, const HeadNumber& head, bool image, int first, const Heads& to,
+                           const float (&sums)[HEAD / 2], float factor) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+  Element* start = static_cast<Element*>(to.data) + head.sample * to.batch_stride + head.of_sample * to.head_stride +
+                   lane % 4 * 8;
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    const int token = token_of(launch.plan, image, first + row + 8 * which);
+#pragma unroll
+    for (int column = 0; column < HEAD; column += 32) {
+      uint32_t pieces[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = sums + column / 2 + 4 * i + 2 * which;
+        pieces[i] = packed(Element{}, pair[0] * factor, pair[1] * factor);
+      }
+      transpose_pieces(pieces);
+      if (token >= 0) store_16_bytes(start + token * to.token_stride + column, pieces);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dalle::cuda
