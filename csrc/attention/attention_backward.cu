@@ -27,14 +27,14 @@ __global__ void __launch_bounds__(128) write_masks(const __grid_constant__ Backw
 template <class Element>
 __global__ void __launch_bounds__(PAIR_THREADS, 2) query_gradient(const __grid_constant__ BackwardLaunch launch) {
 #if defined(DALLE_HOPPER)
-  QueryGradient<Element>(launch, dynamic_shared()).run();
+  QueryGradient<Element>(launch).run();
 #endif
 }
 
 template <class Element>
 __global__ void __launch_bounds__(PAIR_THREADS, 2) key_gradients(const __grid_constant__ BackwardLaunch launch) {
 #if defined(DALLE_HOPPER)
-  KeyGradients<Element>(launch, dynamic_shared()).run();
+  KeyGradients<Element>(launch).run();
 #endif
 }
 
@@ -57,9 +57,14 @@ const char* run_all(const SparseAttentionBackward& p, const BackwardLaunch& laun
   const int64_t blocks = p.batch * p.heads * (pairs_of(plan, false) + pairs_of(plan, true));
   const char* failed = run(write_masks, query_masks(plan) + key_masks(plan), 128, 0, launch, stream);
   if (failed != nullptr) return failed;
-  failed = run(query_gradient<Element>, blocks, PAIR_THREADS, QueryLayout::END, launch, stream);
+#ifndef ONLYB
+  failed = run(query_gradient<Element>, blocks, PAIR_THREADS, QueryGradient<Element>::SHARED, launch, stream);
   if (failed != nullptr) return failed;
-  return run(key_gradients<Element>, blocks, PAIR_THREADS, KeyLayout::END, launch, stream);
+#ifdef ONLYA
+  return nullptr;
+#endif
+#endif
+  return run(key_gradients<Element>, blocks, PAIR_THREADS, KeyGradients<Element>::SHARED, launch, stream);
 }
 
 int64_t statistics_bytes(const SparseAttentionBackward& p, const HopperPlan& plan) {
@@ -78,6 +83,7 @@ const char* make_plan(const SparseAttentionBackward& p, HopperPlan& plan) {
   }
   failed = plan_pattern(p.pattern, plan);
   if (failed != nullptr) return failed;
+  plan_strips(plan);
   if (p.batch * p.heads * plan.tiles > 1 << 30) return "the Hopper kernel takes up to 2^30 tiles of 64 queries";
   return nullptr;
 }

@@ -47,13 +47,6 @@ __device__ inline void copy_strip(uint32_t to, const Operand& operand, const Hop
   copy_box(to, image ? &operand.image : &operand.text, corner, barrier);
 }
 
-__device__ inline void copy_tile(uint32_t to, const Operand& operand, const HopperPlan& plan, const HeadNumber& head,
-                                 bool image, int place, uint32_t barrier) {
-  for (int row = 0; row < TILE; row += STRIP) {
-    copy_strip(to + row * TILE_ROW_BYTES, operand, plan, head, image, place + row, barrier);
-  }
-}
-
 // The strips that a pair's block goes through: those of its own part that either tile needs, and then, which both do,
 // `others` of the other part: the text of image queries, the image of text keys.
 struct Course {
@@ -82,25 +75,119 @@ struct RingOfStrips {
   uint32_t start;
 
   __device__ void init() const {
-    for (int n = 0; n < STAGES; ++n) {
+    for (uint32_t n = 0; n < STAGES; ++n) {
       barrier_init(barrier(n), 1);
       barrier_init(barrier(n) + FREE, PAIR_THREADS / 32);
     }
   }
-  __device__ uint32_t strips(int n) const { return start + n % STAGES * (2 * STRIP_BYTES); }
-  __device__ uint32_t statistics(int n) const {
+  __device__ uint32_t strips(uint32_t n) const { return start + n % STAGES * (2 * STRIP_BYTES); }
+  __device__ uint32_t statistics(uint32_t n) const {
     return start + STAGES * 2 * STRIP_BYTES + n % STAGES * STATISTICS_BYTES;
   }
-  __device__ uint32_t barrier(int n) const { return start + BARRIERS + n % STAGES * 16; }
+  __device__ uint32_t barrier(uint32_t n) const { return start + BARRIERS + n % STAGES * 16; }
 
   // Once the place of strip n is free, makes it expect its bytes.
-  __device__ void expect(int n) const {
+  __device__ void expect(uint32_t n) const {
     barrier_wait(barrier(n) + FREE, n / STAGES % 2 ^ 1);
     barrier_arrive_expecting(barrier(n), 2 * STRIP_BYTES + (STATISTICS ? STATISTICS_BYTES : 0));
   }
-  __device__ void wait(int n) const { barrier_wait(barrier(n), n / STAGES % 2); }
-  __device__ void release(int n) const {
+  __device__ void wait(uint32_t n) const { barrier_wait(barrier(n), n / STAGES % 2); }
+  __device__ void release(uint32_t n) const {
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier(n) + FREE);
+  }
+};
+
+// What a block does, whose two warpgroups own a tile each. Shared memory begins with OPERANDS operands' two tiles each,
+// then comes the ring.
+//
+// `Derived` says which operands these are (tile_operand, strip_operand, copy_statistics) and what becomes of a strip
+// (begin, mask_of_strip, take, end).
+template <class Derived, class Ring, int OPERANDS>
+struct PairBlock {
+  static constexpr int RING = OPERANDS * PAIR * TILE_BYTES, TILES = RING + Ring::BYTES;  // TILES: the tiles' barrier
+  static constexpr int SHARED = TILES + 16;
+
+  const BackwardLaunch& launch;
+  const HopperPlan& plan;
+  const PairOfTiles pair;
+  const HeadNumber head;
+  const uint32_t memory;
+  const int group;   // from a shuffle: so the compiler knows that a warp's threads agree on all that follows from it
+  const int first;   // the warpgroup's tile begins at this place
+  const bool exists;
+  const Ring ring;
+
+  __device__ PairBlock(const BackwardLaunch& launch_, const PairOfTiles& pair_)
+      : launch(launch_), plan(launch_.plan), pair(pair_), head(pair.head, launch_.heads), memory(dynamic_shared()),
+        group(__shfl_sync(~0u, threadIdx.x / 128, 0)), first(pair.first + group * TILE),
+        exists(has_tile(plan, pair, group)), ring{memory + RING} {}
+
+  __device__ Derived& derived() { return static_cast<Derived&>(*this); }
+  __device__ uint32_t tile(int operand) const { return memory + (operand * PAIR + group) * TILE_BYTES; }
+
+  __device__ void init() const {
+    if (threadIdx.x == 0) {
+      barrier_init(memory + TILES, 1);
+      ring.init();
+      barrier_init_done();
+    }
+    __syncthreads();
+  }
+
+  __device__ void ask_tiles() {
+    if (threadIdx.x != 0) return;
+    barrier_arrive_expecting(memory + TILES, OPERANDS * PAIR * TILE_BYTES);
+    for (int operand = 0; operand < OPERANDS; ++operand) {
+      for (int row = 0; row < PAIR * TILE; row += STRIP) {
+        copy_strip(memory + operand * PAIR * TILE_BYTES + row * TILE_ROW_BYTES, derived().tile_operand(operand), plan,
+                   head, pair.image, pair.first + row, memory + TILES);
+      }
+    }
+  }
+
+  // Asks for strip n, if there is one.
+  __device__ void ask(const Course& course, int n) {
+    if (threadIdx.x == 0 && n < course.count()) {
+      const bool image = course.is_own(n) == pair.image;
+      const int place = course.strip(n) * STRIP;
+      ring.expect(n);
+      copy_strip(ring.strips(n), derived().strip_operand(0), plan, head, image, place, ring.barrier(n));
+      copy_strip(ring.strips(n) + STRIP_BYTES, derived().strip_operand(1), plan, head, image, place, ring.barrier(n));
+      derived().copy_statistics(n, image, place);
+    }
+    __syncwarp();
+  }
+
+  __device__ void take_all(const Course& course, const Strips& needed) {
+    for (int n = needed.begin; n < needed.end; ++n) {
+      const uint32_t mask = derived().mask_of_strip(course, n);
+      ring.wait(n);
+      derived().take(course, n, n > needed.begin, mask);
+    }
+    derived().taken(needed);
+  }
+  // Strips that the other warpgroup alone needs.
+  __device__ void pass(const Course& course, int begin, int end) {
+    for (int n = begin; n < end; ++n) {
+      ring.wait(n);
+      ring.release(n);
+      ask(course, n + Ring::AHEAD);
+    }
+  }
+
+  // `seen` are the strips of its own part that the warpgroup's tile needs.
+  __device__ void run(const Course& course, const Strips& seen) {
+    init();
+    ask_tiles();
+    for (int n = 0; n < Ring::AHEAD; ++n) ask(course, n);
+    barrier_wait(memory + TILES, 0);
+    derived().begin();
+    const Strips own = course.needed(seen), others = course.needed_others(exists);
+    pass(course, 0, own.begin);
+    take_all(course, own);
+    pass(course, own.end, others.begin);
+    take_all(course, others);
+    if (exists) derived().end();
   }
 };
 

@@ -7,71 +7,35 @@
 namespace dalle::cuda {
 namespace {
 
-// Shared memory of a block, from its start.
-struct KeyLayout {
-  using Ring = RingOfStrips<8, true>;
-  static constexpr int K = 0, V = PAIR * TILE_BYTES, RING = 2 * V;
-  static constexpr int TILES = RING + Ring::BYTES, END = TILES + 16;  // the barrier of the tiles
-};
+using KeyRing = RingOfStrips<8, true>;
 
 template <class Element>
-struct KeyGradients {
-  const BackwardLaunch& launch;
-  const HopperPlan& plan;
-  const PairOfTiles pair;
-  const HeadNumber head;
-  const uint32_t memory;
-  const int group, first;
-  Strips seeing{};
-  Course course{};
-  KeyLayout::Ring ring;
+struct KeyGradients : PairBlock<KeyGradients<Element>, KeyRing, 2> {
+  using Block = PairBlock<KeyGradients<Element>, KeyRing, 2>;
+  using Block::exists, Block::first, Block::head, Block::launch, Block::pair, Block::plan, Block::ring, Block::tile;
+  enum : int { K, V };  // its tiles
+
   float key_sums[HEAD / 2], value_sums[HEAD / 2];
 
-  __device__ KeyGradients(const BackwardLaunch& launch_, uint32_t memory_)
-      : launch(launch_), plan(launch_.plan), pair(pair_of_keys(plan, blockIdx.x, launch_.all_heads)),
-        head(pair.head, launch_.heads), memory(memory_), group(__shfl_sync(~0u, threadIdx.x / 128, 0)),
-        first(pair.first + group * TILE), ring{memory_ + KeyLayout::RING} {
-    course.own = queries_seeing(plan, pair.image, pair.first);
-    seeing = {course.own.begin, course.own.begin};
-    if (has_tile(plan, pair, group)) seeing = queries_seeing(plan, pair.image, first);
+  __device__ explicit KeyGradients(const BackwardLaunch& launch_)
+      : Block(launch_, pair_of_keys(launch_.plan, blockIdx.x, launch_.all_heads)) {}
+
+  __device__ const Operand& tile_operand(int i) const { return i == K ? launch.k : launch.v; }
+  __device__ const Operand& strip_operand(int i) const { return i == 0 ? launch.q : launch.grad_out; }
+  __device__ void copy_statistics(int n, bool image, int place) const {
+    const int64_t from = static_cast<int64_t>(head.all) * plan.tiles * TILE + (image ? plan.text_tiles * TILE : 0);
+    copy_bytes(ring.statistics(n), launch.statistics + from + place, STATISTICS_BYTES, ring.barrier(n));
+  }
+
+  __device__ void run() {
+    Course course{queries_seeing(plan, pair.image, pair.first), pair.image ? 0 : tiles_of(plan, true) * (TILE / STRIP)};
     if (has_tile(plan, pair, 1)) course.own.end = queries_seeing(plan, pair.image, pair.first + TILE).end;
-    course.others = pair.image ? 0 : tiles_of(plan, true) * (TILE / STRIP);
+    Block::run(course, exists ? queries_seeing(plan, pair.image, first) : Strips{course.own.begin, course.own.begin});
   }
 
-  __device__ uint32_t tile(int operand) const { return memory + operand + group * TILE_BYTES; }
-
-  __device__ void init() const {
-    if (threadIdx.x == 0) {
-      barrier_init(memory + KeyLayout::TILES, 1);
-      ring.init();
-      barrier_init_done();
-    }
-    __syncthreads();
-  }
-
-  __device__ void ask_tiles() const {
-    if (threadIdx.x != 0) return;
-    const uint32_t barrier = memory + KeyLayout::TILES;
-    barrier_arrive_expecting(barrier, 2 * PAIR * TILE_BYTES);
-    for (int i = 0; i < PAIR; ++i) {
-      const int place = pair.first + i * TILE, bytes = i * TILE_BYTES;
-      copy_tile(memory + KeyLayout::K + bytes, launch.k, plan, head, pair.image, place, barrier);
-      copy_tile(memory + KeyLayout::V + bytes, launch.v, plan, head, pair.image, place, barrier);
-    }
-  }
-
-  // Asks for strip n, if there is one.
-  __device__ void ask(int n) const {
-    if (threadIdx.x == 0 && n < course.count()) {
-      const bool image = pair.image || !course.is_own(n);
-      const int place = course.strip(n) * STRIP;
-      ring.expect(n);
-      copy_strip(ring.strips(n), launch.q, plan, head, image, place, ring.barrier(n));
-      copy_strip(ring.strips(n) + STRIP_BYTES, launch.grad_out, plan, head, image, place, ring.barrier(n));
-      const int64_t from = static_cast<int64_t>(head.all) * plan.tiles * TILE + (image ? plan.text_tiles * TILE : 0);
-      copy_bytes(ring.statistics(n), launch.statistics + from + place, STATISTICS_BYTES, ring.barrier(n));
-    }
-    __syncwarp();
+  __device__ void begin() {
+#pragma unroll
+    for (int i = 0; i < HEAD / 2; ++i) key_sums[i] = value_sums[i] = 0;
   }
 
   // The statistics of a thread's two columns among eight.
@@ -81,25 +45,31 @@ struct KeyGradients {
 
   // Scores to weights; of 8 columns that none of the warp's rows is seen from there are no exponentials.
   __device__ void weigh(int n, float (&scores)[STRIP / 2], uint32_t mask) const {
-    const bool all = __all_sync(~0u, mask == ALL_SEEN);
+    if (__all_sync(~0u, mask == ALL_SEEN)) {
+#pragma unroll
+      for (int columns = 0; columns < STRIP / 8; ++columns) {
+        const float4 at = statistics(n, columns);
+#pragma unroll
+        for (int i = 4 * columns; i < 4 * columns + 4; ++i) {
+          scores[i] = exp2_approximate(fmaf(scores[i], launch.exponent, i % 2 ? -at.z : -at.x));
+        }
+      }
+      return;
+    }
     const uint32_t any = __reduce_or_sync(~0u, mask | mask >> 8);
 #pragma unroll
     for (int columns = 0; columns < STRIP / 8; ++columns) {
-      float* some = scores + 4 * columns;
       if ((any >> 2 * columns & 3) == 0) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) some[i] = 0;
+        for (int i = 0; i < 4; ++i) scores[4 * columns + i] = 0;
         continue;
       }
       const float4 at = statistics(n, columns);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) some[i] = fmaf(some[i], launch.exponent, i % 2 ? -at.z : -at.x);
-      if (!all) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) some[i] = mask >> (i / 2 * 8 + 2 * columns + i % 2) & 1 ? some[i] : -INFINITY;
+      for (int i = 4 * columns; i < 4 * columns + 4; ++i) {
+        const float x = fmaf(scores[i], launch.exponent, i % 2 ? -at.z : -at.x);
+        scores[i] = exp2_approximate(mask >> (i / 2 % 2 * 8 + 2 * columns + i % 2) & 1 ? x : -INFINITY);
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) some[i] = exp2_approximate(some[i]);
     }
   }
 
@@ -127,16 +97,16 @@ struct KeyGradients {
     products_commit();
   }
 
-  __device__ void take(int n, uint32_t mask) {
+  __device__ void take(const Course& course, int n, bool, uint32_t mask) {
     const uint64_t queries = tile_descriptor(ring.strips(n)), grads = moved(queries, STRIP_BYTES);
-    const uint64_t keys = tile_descriptor(tile(KeyLayout::K)), values = tile_descriptor(tile(KeyLayout::V));
+    const uint64_t keys = tile_descriptor(tile(K)), values = tile_descriptor(tile(V));
     float weights[STRIP / 2], grad_weights[STRIP / 2];
     products_begin();
     multiply_strip<Element>(weights, [&](int depth) { return moved(keys, 32 * depth); }, queries);
     multiply_strip<Element>(grad_weights, [&](int depth) { return moved(values, 32 * depth); }, grads);
     products_wait_but<1>();
     pin(weights);
-    ask(n + KeyLayout::Ring::AHEAD);
+    Block::ask(course, n + KeyRing::AHEAD);
     weigh(n, weights, mask);
     uint32_t rounded[STRIP / 4];
 #pragma unroll
@@ -153,39 +123,14 @@ struct KeyGradients {
     ring.release(n);
   }
 
-  __device__ uint32_t mask_of_strip(int n) const {
+  __device__ uint32_t mask_of_strip(const Course& course, int n) const {
     const int mask = course.is_own(n) ? key_mask(plan, pair.image, first, course.strip(n)) : -1;
     return mask_at(launch, mask < 0 ? -1 : query_masks(plan) + mask);
   }
 
-  __device__ void take_all(const Strips& strips) {
-    for (int n = strips.begin; n < strips.end; ++n) {
-      const uint32_t mask = mask_of_strip(n);
-      ring.wait(n);
-      take(n, mask);
-    }
-  }
-  __device__ void pass(int begin, int end) const {
-    for (int n = begin; n < end; ++n) {
-      ring.wait(n);
-      ring.release(n);
-      ask(n + KeyLayout::Ring::AHEAD);
-    }
-  }
+  __device__ void taken(const Strips&) const {}
 
-  __device__ void run() {
-    init();
-    ask_tiles();
-    for (int n = 0; n < KeyLayout::Ring::AHEAD; ++n) ask(n);
-#pragma unroll
-    for (int i = 0; i < HEAD / 2; ++i) key_sums[i] = value_sums[i] = 0;
-    barrier_wait(memory + KeyLayout::TILES, 0);
-    const Strips own = course.needed(seeing), others = course.needed_others(has_tile(plan, pair, group));
-    pass(0, own.begin);
-    take_all(own);
-    pass(own.end, others.begin);
-    take_all(others);
-    if (!has_tile(plan, pair, group)) return;
+  __device__ void end() const {
     store_tile<Element>(launch, head, pair.image, first, launch.dk, key_sums, launch.scale);
     store_tile<Element>(launch, head, pair.image, first, launch.dv, value_sums, 1);
   }

@@ -39,26 +39,26 @@ DALLE_INLINE Strips queries_seeing(const HopperPlan& plan, bool image, int first
 // 8 further.
 constexpr uint32_t ALL_SEEN = 0xffff;
 
-// How many strips the window of an image tile has, masked ones all.
-DALLE_INLINE int window_strips(const HopperPlan& plan) {
-  return TILE / STRIP + divided_up(reach_back(plan), STRIP);
+// Fills in the strips of an image tile's window, masked ones all.
+DALLE_INLINE void plan_strips(HopperPlan& plan) {
+  plan.step = STRIP;
+  plan.steps = TILE / STRIP + divided_up(reach_back(plan), STRIP);
 }
 
 // The table's order: the two strips of a tile that sees itself causally, then a window's strips, of queries in the order
 // of keys for each variant of the mask, of keys in the order of queries.
 DALLE_INLINE int query_masks(const HopperPlan& plan) {
-  return TILE / STRIP + (plan.kind == PatternKind::causal ? 0 : mask_variants(plan) * window_strips(plan));
+  return TILE / STRIP + (plan.kind == PatternKind::causal ? 0 : mask_variants(plan) * plan.steps);
 }
 DALLE_INLINE int key_masks(const HopperPlan& plan) {
-  return TILE / STRIP + (plan.kind == PatternKind::causal ? 0 : window_strips(plan));
+  return TILE / STRIP + (plan.kind == PatternKind::causal ? 0 : plan.steps);
 }
 
 // The mask of the queries at `first` for a strip of keys that they see, or -1 where all is seen.
 DALLE_INLINE int query_mask(const HopperPlan& plan, bool image, int first, int strip) {
   const int ahead = strip - first / STRIP;
   if (sees_all_before(plan, image)) return ahead < 0 ? -1 : ahead;
-  const int strips = window_strips(plan);
-  return TILE / STRIP + mask_variant(plan, first) * strips + ahead + strips - TILE / STRIP;
+  return mask_variant(plan, first) * plan.steps + ahead + plan.steps;
 }
 
 // The mask of the keys at `first` for a strip of queries that see them, or -1 where all is seen.
@@ -80,7 +80,7 @@ DALLE_INLINE uint32_t mask_word(int thread, const Bit& bit) {
 }
 
 DALLE_INLINE uint32_t query_mask_word(const HopperPlan& plan, int mask, int thread) {
-  const int strips = window_strips(plan), window = mask - TILE / STRIP;
+  const int strips = plan.steps, window = mask - TILE / STRIP;
   if (window < 0) return mask_word(thread, [&](int query, int key) { return mask * STRIP + key <= query; });
   const int hidden = hidden_columns(plan, window / strips), from = (window % strips - strips) * STRIP + TILE;
   return mask_word(thread, [&](int query, int key) { return sees(plan, query, from + key, hidden); });
@@ -121,12 +121,22 @@ DALLE_INLINE PairOfTiles pair_of_queries(const HopperPlan& plan, int block) {
   return {block / pairs, image, (image ? pair - text : pair) * PAIR * TILE};
 }
 
-// Blocks of keys: the text's of all heads first, which take longest.
+// Blocks of keys: the text's take longest and come first, every third block being one, so that on a multiprocessor blocks
+// that begin and end have one beside them that computes.
 DALLE_INLINE PairOfTiles pair_of_keys(const HopperPlan& plan, int block, int heads) {
   const int text = pairs_of(plan, false), image = pairs_of(plan, true);
-  if (block < heads * text) return {block / text, false, block % text * PAIR * TILE};
-  block -= heads * text;
-  return {block / image, true, block % image * PAIR * TILE};
+#ifdef NOMIX
+  const int mixed = 0;
+#else
+  const int mixed = image >= 2 * text ? 3 * heads * text : 0;
+#endif
+  const bool is_image = block < mixed ? block % 3 != 0 : mixed > 0 || block >= heads * text;
+  if (!is_image) {
+    const int pair = mixed > 0 ? block / 3 : block;
+    return {pair / text, false, pair % text * PAIR * TILE};
+  }
+  const int pair = block < mixed ? block / 3 * 2 + block % 3 - 1 : block - heads * text;
+  return {pair / image, true, pair % image * PAIR * TILE};
 }
 
 DALLE_INLINE bool has_tile(const HopperPlan& plan, const PairOfTiles& pair, int group) {
