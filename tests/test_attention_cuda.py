@@ -72,6 +72,27 @@ CASES = [
 ]
 
 
+def native_gradients(grad_out, q, k, v, out, lse, pattern, scale):
+    """The backward operator's results, in memory that was NaN."""
+    arguments = pattern.kind, pattern.text_len, *pattern.grid, pattern.kernel_size, scale
+    with dalle_kernels.use("native"), poisoned_allocations():
+        return dalle_kernels.ops()["sparse_attention_backward"](grad_out, q, k, v, out, lse, *arguments)
+
+
+def check_gradients(q, k, v, pattern, scale=0.125):
+    grad_out = torch.randn_like(q)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    doubled = [x.double().requires_grad_() for x in (q, k, v)]
+    exact_out, exact_lse = masked_softmax(*doubled, pattern, scale)
+    exact = torch.autograd.grad(exact_out, doubled, grad_out.double())
+    plain = torch.autograd.grad(masked_softmax(*inputs, pattern, scale)[0], inputs, grad_out)
+    saved = exact_out.detach().to(q.dtype), exact_lse.detach().float().contiguous()
+    actual, again = (native_gradients(grad_out, q, k, v, *saved, pattern, scale) for _ in range(2))
+    assert all(map(torch.equal, actual, again))
+    for name, *gradients in zip(("dq", "dk", "dv"), actual, plain, exact):
+        assert_accurate(*gradients, name=f"{name} of {pattern}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(case, dtype):
@@ -79,6 +100,29 @@ def test_matches_float64(case, dtype):
     torch.manual_seed(seq)
     for batch, heads, scale, heads_first in ((2, 3, None, False), (1, 40, -0.3, True)):
         check(*draw(batch, heads, seq, 64, dtype, heads_first), AttentionPattern(kind, text_len, grid), scale)
+
+
+# Not of one token: the gradients of its scores are zero, and are rounded otherwise.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*(case for case in CASES if case[3] > 1), ("column", 300, (64, 7), 745)], ids=str)
+def test_gradients_match_float64(case, dtype):
+    kind, text_len, grid, seq = case
+    torch.manual_seed(seq)
+    for batch, heads, scale, heads_first in ((2, 3, 0.125, False), (1, 40, -0.3, True)):
+        check_gradients(*draw(batch, heads, seq, 64, dtype, heads_first), AttentionPattern(kind, text_len, grid), scale)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+@pytest.mark.parametrize("scale", [0.0, 30.0], ids=["zero", "extreme"])
+def test_gradients_of_zero_and_extreme_scales(kind, scale):
+    torch.manual_seed(0)
+    check_gradients(*draw(1, 4, 1280, 64, torch.bfloat16), AttentionPattern(kind, 256, (32, 32)), scale)
+
+
+def test_gradients_of_slices_of_one_tensor():
+    torch.manual_seed(0)
+    joined = torch.randn(2, 1280, 3, 5, 64, device="cuda").bfloat16()
+    check_gradients(*(joined[:, :, i].transpose(1, 2) for i in range(3)), AttentionPattern("conv", 256, (32, 32)))
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "axial_row"])
@@ -137,6 +181,23 @@ def test_a_captured_call_replays():
         tensor.copy_(values)
     graph.replay()
     assert torch.equal(out, native(*fresh, pattern)[0])
+
+
+def test_a_captured_backward_replays():
+    torch.manual_seed(0)
+    pattern = AttentionPattern("column", 257, (32, 32))
+    q, k, v = draw(1, 4, 1280, 64, torch.bfloat16)
+    saved, grad_out = native(q, k, v, pattern), torch.randn_like(q)
+    expected = native_gradients(grad_out, q, k, v, *saved, pattern, 0.125)
+    arguments = pattern.kind, pattern.text_len, *pattern.grid, pattern.kernel_size, 0.125
+    graph = torch.cuda.CUDAGraph()
+    with dalle_kernels.use("native"), torch.cuda.graph(graph):
+        gradients = dalle_kernels.ops()["sparse_attention_backward"](grad_out, q, k, v, *saved, *arguments)
+    for _ in range(2):
+        for gradient in gradients:
+            gradient.fill_(math.nan)
+        graph.replay()
+        assert all(map(torch.equal, gradients, expected))
 
 
 def test_a_nan_stays_in_its_rows():

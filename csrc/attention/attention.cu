@@ -20,9 +20,9 @@
 
 #include "attention/attention.h"
 #include "attention/hopper_consumer.h"
+#include "attention/hopper_operand.h"
 #include "attention/hopper_producer.h"
 #include "common/cuda.h"
-#include "common/tensor_map.h"
 
 namespace dalle::cuda {
 namespace {
@@ -60,35 +60,8 @@ __global__ void __launch_bounds__(THREADS<GROUPS>, 1) forward(const __grid_const
 #endif
 }
 
-BoxedTensor boxed(const Heads& tensor, const SparseAttention& p, int64_t first_token, int64_t tokens, int rows) {
-  const auto bytes = [](int64_t stride) { return static_cast<uint64_t>(stride) * 2; };
-  BoxedTensor boxed{};
-  boxed.data = static_cast<const uint16_t*>(tensor.data) + first_token * tensor.token_stride;
-  const uint64_t sizes[5] = {static_cast<uint64_t>(p.head_dim), static_cast<uint64_t>(tokens), 1,
-                             static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.batch)};
-  const uint64_t strides[4] = {bytes(tensor.token_stride), 16, bytes(tensor.head_stride), bytes(tensor.batch_stride)};
-  const uint32_t box[5] = {TILE_COLUMNS, static_cast<uint32_t>(rows), 1, 1, 1};
-  for (int i = 0; i < 5; ++i) boxed.sizes[i] = sizes[i], boxed.box[i] = box[i];
-  for (int i = 0; i < 4; ++i) boxed.strides[i] = sizes[i + 1] > 1 ? strides[i] : 16;
-  return boxed;
-}
-
-BoxedTensor boxed_image(const Heads& tensor, const SparseAttention& p, const HopperPlan& plan, int rows) {
-  if (plan.kind != PatternKind::column) return boxed(tensor, p, plan.text_len, plan.image_len, rows);
-  BoxedTensor columns = boxed(tensor, p, plan.text_len - plan.missing, plan.rows, plan.segment);
-  columns.sizes[2] = static_cast<uint64_t>(plan.width);
-  columns.strides[0] = static_cast<uint64_t>(plan.width * tensor.token_stride) * 2;
-  columns.strides[1] = static_cast<uint64_t>(tensor.token_stride) * 2;
-  columns.box[2] = static_cast<uint32_t>(rows / plan.segment);
-  return columns;
-}
-
-const char* make_operand(const Heads& tensor, const SparseAttention& p, const HopperPlan& plan, int rows,
-                         Operand& operand) {
-  const bool bfloat16 = p.dtype == Dtype::bfloat16;
-  const char* failed = make_tensor_map(boxed_image(tensor, p, plan, rows), bfloat16, operand.image);
-  if (failed != nullptr || plan.text_len == 0) return failed;
-  return make_tensor_map(boxed(tensor, p, 0, plan.text_len, TILE), bfloat16, operand.text);
+OperandShape shape_of(const SparseAttention& p) {
+  return {p.dtype == Dtype::bfloat16, p.batch, p.heads, p.pattern.seq, p.head_dim};
 }
 
 template <class Element, int HEAD_DIM, int STEP, int GROUPS>
@@ -100,9 +73,9 @@ const char* launch_forward(const SparseAttention& p, const HopperPlan& plan, cud
   launch.exponent = launch.sign == 0 ? 1 : fmaxf(fabsf(p.scale) * 1.4426950408889634f, 1e-36f);
   launch.total = static_cast<int>(p.batch * p.heads * plan.tiles);
   launch.out = p.out, launch.lse = p.lse;
-  const char* failed = make_operand(p.q, p, plan, TILE, launch.q);
-  if (failed == nullptr) failed = make_operand(p.k, p, plan, STEP, launch.k);
-  if (failed == nullptr) failed = make_operand(p.v, p, plan, STEP, launch.v);
+  const char* failed = make_operand(p.q, shape_of(p), plan, TILE, TILE, launch.q);
+  if (failed == nullptr) failed = make_operand(p.k, shape_of(p), plan, STEP, TILE, launch.k);
+  if (failed == nullptr) failed = make_operand(p.v, shape_of(p), plan, STEP, TILE, launch.v);
   if (failed != nullptr) return failed;
 
   const auto kernel = forward<Element, HEAD_DIM, STEP, GROUPS>;
@@ -138,22 +111,13 @@ const char* launch_head_dim(const SparseAttention& p, const HopperPlan& plan, cu
   return p.head_dim == 64 ? launch_step<Element, 64>(p, plan, stream) : launch_step<Element, 128>(p, plan, stream);
 }
 
-// Whether the copy engine reads the tensor as it lies: addresses and strides in whole 16 bytes.
-bool is_copyable(const Heads& tensor, const SparseAttention& p) {
-  const auto fits = [](int64_t size, int64_t stride) {
-    return size <= 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t{1} << 36);
-  };
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && fits(p.batch, tensor.batch_stride) &&
-         fits(p.heads, tensor.head_stride) && fits(p.pattern.seq, tensor.token_stride);
-}
-
 const char* make_plan(const SparseAttention& p, HopperPlan& plan) {
   const char* failed = hopper_status();
   if (failed != nullptr) return failed;
   if (p.dtype != Dtype::bfloat16 && p.dtype != Dtype::float16) return "the Hopper kernel takes bfloat16 and float16";
   if (p.head_dim != 64 && p.head_dim != 128) return "the Hopper kernel takes a head_dim of 64 or 128";
   for (const Heads& tensor : {p.q, p.k, p.v}) {
-    if (!is_copyable(tensor, p)) {
+    if (!is_copyable(tensor, shape_of(p))) {
       return "the Hopper kernel takes tensors whose address and strides are multiples of 16 bytes, and not zero";
     }
   }

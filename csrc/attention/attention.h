@@ -72,8 +72,8 @@ struct SparseAttentionBackward {
 DALLE_DECLARE_CPU_KERNEL(sparse_attention, SparseAttention)
 DALLE_DECLARE_CPU_KERNEL(sparse_attention_backward, SparseAttentionBackward)
 
-// On Hopper GPUs only, bfloat16 and float16, head_dim 64 and, of the forward, 128; `threads` is not read, and `workspace`
-// only by the backward.
+// On Hopper GPUs only, bfloat16 and float16, head_dim 64 and, of the forward, 128; `threads` is not read, nor is the
+// forward's `workspace`.
 namespace cuda {
 const char* sparse_attention(const SparseAttention&, void* stream);
 const char* sparse_attention_refusal(const SparseAttention&);  // why it would do nothing, or nullptr; takes no out

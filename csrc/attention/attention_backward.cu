@@ -57,13 +57,8 @@ const char* run_all(const SparseAttentionBackward& p, const BackwardLaunch& laun
   const int64_t blocks = p.batch * p.heads * (pairs_of(plan, false) + pairs_of(plan, true));
   const char* failed = run(write_masks, query_masks(plan) + key_masks(plan), 128, 0, launch, stream);
   if (failed != nullptr) return failed;
-#ifndef ONLYB
   failed = run(query_gradient<Element>, blocks, PAIR_THREADS, QueryGradient<Element>::SHARED, launch, stream);
   if (failed != nullptr) return failed;
-#ifdef ONLYA
-  return nullptr;
-#endif
-#endif
   return run(key_gradients<Element>, blocks, PAIR_THREADS, KeyGradients<Element>::SHARED, launch, stream);
 }
 
@@ -72,6 +67,14 @@ int64_t statistics_bytes(const SparseAttentionBackward& p, const HopperPlan& pla
 }
 
 const char* make_plan(const SparseAttentionBackward& p, HopperPlan& plan) {
+  const char* failed = plan_pattern(p.pattern, plan);
+  if (failed != nullptr) return failed;
+  plan_strips(plan);
+  if (p.batch * p.heads * plan.tiles > 1 << 30) return "the Hopper kernel takes up to 2^30 tiles of 64 queries";
+  return nullptr;
+}
+
+const char* check(const SparseAttentionBackward& p) {
   const char* failed = hopper_status();
   if (failed != nullptr) return failed;
   if (p.dtype != Dtype::bfloat16 && p.dtype != Dtype::float16) return "the Hopper kernel takes bfloat16 and float16";
@@ -81,11 +84,8 @@ const char* make_plan(const SparseAttentionBackward& p, HopperPlan& plan) {
       return "the Hopper kernel takes tensors whose address and strides are multiples of 16 bytes, and not zero";
     }
   }
-  failed = plan_pattern(p.pattern, plan);
-  if (failed != nullptr) return failed;
-  plan_strips(plan);
-  if (p.batch * p.heads * plan.tiles > 1 << 30) return "the Hopper kernel takes up to 2^30 tiles of 64 queries";
-  return nullptr;
+  HopperPlan plan;
+  return make_plan(p, plan);
 }
 
 const char* make_operands(const SparseAttentionBackward& p, BackwardLaunch& launch) {
@@ -102,10 +102,7 @@ const char* make_operands(const SparseAttentionBackward& p, BackwardLaunch& laun
 
 }  // namespace
 
-const char* sparse_attention_backward_refusal(const SparseAttentionBackward& p) {
-  HopperPlan plan;
-  return make_plan(p, plan);
-}
+const char* sparse_attention_backward_refusal(const SparseAttentionBackward& p) { return check(p); }
 
 const char* sparse_attention_backward(const SparseAttentionBackward& p, void* stream) {
   BackwardLaunch launch{};
@@ -118,6 +115,8 @@ const char* sparse_attention_backward(const SparseAttentionBackward& p, void* st
     *p.workspace = statistics_bytes(p, plan) + (query_masks(plan) + key_masks(plan)) * 128 * int64_t{sizeof(uint32_t)};
     return nullptr;
   }
+  failed = check(p);
+  if (failed != nullptr) return failed;
   failed = make_operands(p, launch);
   if (failed != nullptr) return failed;
   launch.heads = static_cast<int>(p.heads), launch.all_heads = static_cast<int>(p.batch * p.heads);

@@ -52,6 +52,46 @@ DALLE_BINDINGS(m) {
       },
       "q"_a, "k"_a, "v"_a, "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a,
       "Why sparse_attention would do nothing, or None.");
+  m.def(
+      "sparse_attention_backward",
+      [](const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+         const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv, uintptr_t scratch, int kind, int64_t text_len,
+         int64_t height, int64_t width, int64_t kernel_size, float scale, uintptr_t stream) {
+        const auto [batch, heads, seq, head_dim] = sizes_of(q);
+        const Pattern pattern{PatternKind{kind}, seq, text_len, height, width, kernel_size};
+        const SparseAttentionBackward params{q.dtype, batch, heads, head_dim, pattern, scale, heads_of(grad_out),
+                                             heads_of(q), heads_of(k), heads_of(v), heads_of(dq), heads_of(dk),
+                                             heads_of(dv), 1, nullptr, heads_of(out), lse.as<float>(),
+                                             pointer<void>(scratch)};
+        DALLE_RUN(sparse_attention_backward, params, stream);
+      },
+      "grad_out"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a, "scratch"_a, "kind"_a, "text_len"_a,
+      "height"_a, "width"_a, "kernel_size"_a, "scale"_a, "executor"_a);
+  m.def(
+      "sparse_attention_backward_scratch",
+      [](const Four& shape, int kind, int64_t text_len, int64_t height, int64_t width, int64_t kernel_size) {
+        int64_t bytes = 0;
+        SparseAttentionBackward params{};
+        params.batch = shape[0], params.heads = shape[1], params.head_dim = shape[3], params.workspace = &bytes;
+        params.pattern = {PatternKind{kind}, shape[2], text_len, height, width, kernel_size};
+        DALLE_RUN(sparse_attention_backward, params, uintptr_t{0});
+        return bytes;
+      },
+      "shape"_a, "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a);
+  m.def(
+      "sparse_attention_backward_refusal",
+      [](const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, int kind,
+         int64_t text_len, int64_t height, int64_t width, int64_t kernel_size) {
+        const auto [batch, heads, seq, head_dim] = sizes_of(q);
+        SparseAttentionBackward params{};
+        params.dtype = q.dtype, params.batch = batch, params.heads = heads, params.head_dim = head_dim;
+        params.pattern = {PatternKind{kind}, seq, text_len, height, width, kernel_size};
+        params.grad_out = heads_of(grad_out), params.q = heads_of(q), params.k = heads_of(k), params.v = heads_of(v);
+        params.out = heads_of(out);
+        return cuda::sparse_attention_backward_refusal(params);
+      },
+      "grad_out"_a, "q"_a, "k"_a, "v"_a, "out"_a, "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a,
+      "Why sparse_attention_backward would do nothing, or None.");
 #else
   m.def(
       "sparse_attention_backward",

@@ -62,8 +62,8 @@ struct Course {
   __device__ Strips needed_others(bool exists) const { return {count() - (exists ? others : 0), count()}; }
 };
 
-// The ring: STAGES places, a power of 2, for two operands' strips and, of queries, their statistics. Strip number n goes to
-// place n % STAGES. A thread asks for each one AHEAD strips before its own warpgroup takes it; a warp that has read a
+// The ring: STAGES places, a power of 2, for two operands' strips and, of queries, their statistics. Strip number n
+// goes to place n % STAGES. A thread asks for each one AHEAD strips before its own warpgroup takes it; a warp that has read a
 // strip says so. The other warpgroup may be behind by STAGES - AHEAD before that thread has to wait for it.
 template <int STAGES, bool STATISTICS>
 struct RingOfStrips {
@@ -162,9 +162,8 @@ struct PairBlock {
     for (int n = needed.begin; n < needed.end; ++n) {
       const uint32_t mask = derived().mask_of_strip(course, n);
       ring.wait(n);
-      derived().take(course, n, n > needed.begin, mask);
+      derived().take(course, n, mask);
     }
-    derived().taken(needed);
   }
   // Strips that the other warpgroup alone needs.
   __device__ void pass(const Course& course, int begin, int end) {

@@ -97,7 +97,7 @@ struct KeyGradients : PairBlock<KeyGradients<Element>, KeyRing, 2> {
     products_commit();
   }
 
-  __device__ void take(const Course& course, int n, bool, uint32_t mask) {
+  __device__ void take(const Course& course, int n, uint32_t mask) {
     const uint64_t queries = tile_descriptor(ring.strips(n)), grads = moved(queries, STRIP_BYTES);
     const uint64_t keys = tile_descriptor(tile(K)), values = tile_descriptor(tile(V));
     float weights[STRIP / 2], grad_weights[STRIP / 2];
@@ -127,8 +127,6 @@ struct KeyGradients : PairBlock<KeyGradients<Element>, KeyRing, 2> {
     const int mask = course.is_own(n) ? key_mask(plan, pair.image, first, course.strip(n)) : -1;
     return mask_at(launch, mask < 0 ? -1 : query_masks(plan) + mask);
   }
-
-  __device__ void taken(const Strips&) const {}
 
   __device__ void end() const {
     store_tile<Element>(launch, head, pair.image, first, launch.dk, key_sums, launch.scale);

@@ -45,8 +45,8 @@ DALLE_INLINE void plan_strips(HopperPlan& plan) {
   plan.steps = TILE / STRIP + divided_up(reach_back(plan), STRIP);
 }
 
-// The table's order: the two strips of a tile that sees itself causally, then a window's strips, of queries in the order
-// of keys for each variant of the mask, of keys in the order of queries.
+// The table's order: the two strips of a tile that sees itself causally, then a window's strips, of queries in the
+// order of keys for each variant of the mask, of keys in the order of queries.
 DALLE_INLINE int query_masks(const HopperPlan& plan) {
   return TILE / STRIP + (plan.kind == PatternKind::causal ? 0 : mask_variants(plan) * plan.steps);
 }
@@ -121,22 +121,12 @@ DALLE_INLINE PairOfTiles pair_of_queries(const HopperPlan& plan, int block) {
   return {block / pairs, image, (image ? pair - text : pair) * PAIR * TILE};
 }
 
-// Blocks of keys: the text's take longest and come first, every third block being one, so that on a multiprocessor blocks
-// that begin and end have one beside them that computes.
+// Blocks of keys: the text's of all heads first, which take longest.
 DALLE_INLINE PairOfTiles pair_of_keys(const HopperPlan& plan, int block, int heads) {
   const int text = pairs_of(plan, false), image = pairs_of(plan, true);
-#ifdef NOMIX
-  const int mixed = 0;
-#else
-  const int mixed = image >= 2 * text ? 3 * heads * text : 0;
-#endif
-  const bool is_image = block < mixed ? block % 3 != 0 : mixed > 0 || block >= heads * text;
-  if (!is_image) {
-    const int pair = mixed > 0 ? block / 3 : block;
-    return {pair / text, false, pair % text * PAIR * TILE};
-  }
-  const int pair = block < mixed ? block / 3 * 2 + block % 3 - 1 : block - heads * text;
-  return {pair / image, true, pair % image * PAIR * TILE};
+  if (block < heads * text) return {block / text, false, block % text * PAIR * TILE};
+  block -= heads * text;
+  return {block / image, true, block % image * PAIR * TILE};
 }
 
 DALLE_INLINE bool has_tile(const HopperPlan& plan, const PairOfTiles& pair, int group) {

@@ -5,13 +5,10 @@
 
 #include "attention/hopper_backward_block.h"
 
-#ifndef ASTAGES
-#define ASTAGES 4
-#endif
 namespace dalle::cuda {
 namespace {
 
-using QueryRing = RingOfStrips<ASTAGES, false>;
+using QueryRing = RingOfStrips<8, false>;
 
 template <class Element>
 struct QueryGradient : PairBlock<QueryGradient<Element>, QueryRing, 3> {
@@ -116,20 +113,14 @@ struct QueryGradient : PairBlock<QueryGradient<Element>, QueryRing, 3> {
     }
   }
 
-  __device__ void take(const Course& course, int n, bool another, uint32_t mask) {
+  __device__ void take(const Course& course, int n, uint32_t mask) {
     const uint64_t keys = tile_descriptor(ring.strips(n)), values = moved(keys, STRIP_BYTES);
     float weights[STRIP / 2], grad_weights[STRIP / 2];
     products_begin();
     multiply_strip<Element>(weights, [&](int depth) { return queries + 4 * depth; }, keys);
-#ifdef SSG
-    const uint64_t left = tile_descriptor(tile(GRAD_OUT));
-    multiply_strip<Element>(grad_weights, [&](int depth) { return moved(left, 32 * depth); }, values);
-#else
     multiply_strip<Element>(grad_weights, [&](int depth) { return grads + 4 * depth; }, values);
-#endif
-    products_wait_but<1>();  // for the scores, and with them for the last strip's dq
+    products_wait_but<1>();
     pin(weights);
-    if (another) ring.release(n - 1);
     Block::ask(course, n + QueryRing::AHEAD);
     weigh(weights, mask);
     products_wait();
@@ -142,22 +133,15 @@ struct QueryGradient : PairBlock<QueryGradient<Element>, QueryRing, 3> {
       multiply<Right::rows, HEAD>(Element{}, sums, grad_scores + key / 4, moved(keys, key * TILE_ROW_BYTES), true);
     }
     products_commit();
-#ifdef FULLWAIT
     products_wait();
     pin(sums);
-#endif
+    ring.release(n);
   }
 
   __device__ uint32_t mask_of_strip(const Course& course, int n) const {
     const int strip = course.strip(n);
     if (course.is_own(n)) return mask_at(launch, query_mask(plan, pair.image, first, strip));
     return columns_below(plan.text_len - strip * STRIP, threadIdx.x % 4);
-  }
-
-  __device__ void taken(const Strips& strips) {
-    products_wait();
-    pin(sums);
-    if (strips.begin < strips.end) ring.release(strips.end - 1);
   }
 
   __device__ void end() const {

@@ -13,7 +13,8 @@ struct OperandShape {
   int64_t batch, heads, seq, head_dim;
 };
 
-inline BoxedTensor boxed(const Heads& tensor, const OperandShape& shape, int64_t first_token, int64_t tokens, int rows) {
+inline BoxedTensor boxed(const Heads& tensor, const OperandShape& shape, int64_t first_token, int64_t tokens,
+                         int rows) {
   const auto bytes = [](int64_t stride) { return static_cast<uint64_t>(stride) * 2; };
   BoxedTensor boxed{};
   boxed.data = static_cast<const uint16_t*>(tensor.data) + first_token * tensor.token_stride;

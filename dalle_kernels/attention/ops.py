@@ -17,9 +17,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
 
 AHEAD_OF_TRITON = {(kind, torch.bfloat16, 64) for kind in ("row", "column", "conv")}
-"""Pattern, dtype and head_dim of which a run on a Hopper GPU has shown the compiled kernel ahead of Triton's."""
+"""Pattern, dtype and head_dim of which a run on a Hopper GPU has shown the compiled kernels, of the forward and of the
+backward, ahead of Triton's."""
 FEWEST_HEADS_AHEAD = 496
-"""Of all samples together: the fewest that this run had. Of anything else the kernel is opt-in."""
+"""Of all samples together: the fewest that this run had. Of anything else the kernels are opt-in."""
 
 PATTERN_SCHEMA = "str kind, int text_len, int height, int width, int kernel_size, float scale"
 
@@ -48,20 +49,35 @@ def _forward_native(q, k, v, kind, *pattern):
 
 def _backward_native(grad_out, q, k, v, out, lse, kind, *pattern):
     gradients = _backward_fake(grad_out, q, k, v, out, lse, kind, *pattern)
-    _native.call("sparse_attention_backward", q.device, grad_out, q, k, v, *gradients, KINDS.index(kind), *pattern)
+    inputs, results, settings = (grad_out, q, k, v), gradients, (KINDS.index(kind), *pattern)
+    if q.is_cuda:
+        size = _native.query("sparse_attention_backward_scratch", q.device, tuple(q.shape), *settings[:5])
+        scratch = torch.empty(size, dtype=torch.uint8, device=q.device)
+        inputs, results = (*inputs, out, lse), (*gradients, scratch.data_ptr())
+    _native.call("sparse_attention_backward", q.device, *inputs, *results, *settings)
     return gradients
 
 
-def _cuda_unsupported(q, k, v, kind, *pattern) -> str | None:
+def _cuda_unsupported(q, kind, refusal: str, tensors, pattern) -> str | None:
     ahead = (kind, q.dtype, q.shape[-1]) in AHEAD_OF_TRITON and q.shape[0] * q.shape[1] >= FEWEST_HEADS_AHEAD
     if not ahead and forced_provider() != "native":
         return "no run on a GPU has shown it ahead of Triton for such a call; dalle_kernels.use('native') takes it"
     with torch.cuda.device(q.device):
-        return _native.library("cuda").sparse_attention_refusal(q, k, v, KINDS.index(kind), *pattern[:4])
+        return getattr(_native.library("cuda"), refusal)(*tensors, KINDS.index(kind), *pattern[:4])
 
 
-def _forward_unsupported(q, *arguments) -> str | None:
-    return _native_unsupported(q, *arguments) or (_cuda_unsupported(q, *arguments) if q.is_cuda else None)
+def _forward_unsupported(q, k, v, kind, *pattern) -> str | None:
+    reason = _native_unsupported(q, k, v)
+    if reason is None and q.is_cuda:
+        return _cuda_unsupported(q, kind, "sparse_attention_refusal", (q, k, v), pattern)
+    return reason
+
+
+def _backward_unsupported(grad_out, q, k, v, out, lse, kind, *pattern) -> str | None:
+    reason = _native_unsupported(grad_out, q, k, v, out)
+    if reason is None and q.is_cuda:
+        return _cuda_unsupported(q, kind, "sparse_attention_backward_refusal", (grad_out, q, k, v, out), pattern)
+    return reason
 
 
 def _native_unsupported(first, *arguments) -> str | None:
@@ -84,12 +100,11 @@ _backward = Op(
     f"{PATTERN_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward_fake,
 )
-_native_limits = {"unavailable": _native.unavailable_but_on_cpu, "unsupported": _native_unsupported}
 _triton_limits = {"unavailable": _triton.unavailable, "unsupported": _native_unsupported}
 _forward.provide("native", _forward_native, unavailable=_native.unavailable, unsupported=_forward_unsupported)
 _forward.provide("triton", _triton.launcher("attention", "sparse_attention"), **_triton_limits)
 _forward.provide("reference", reference.sparse_attention)
-_backward.provide("native", _backward_native, **_native_limits)
+_backward.provide("native", _backward_native, unavailable=_native.unavailable, unsupported=_backward_unsupported)
 _backward.provide("triton", _triton.launcher("attention", "sparse_attention_backward"), **_triton_limits)
 _backward.provide("reference", reference.sparse_attention_backward)
 

@@ -1,0 +1,87 @@
+"""The Hopper kernels of attention's backward themselves, compiled for the CPU by tests/cuda_on_cpu, against float64."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_kernels import AttentionPattern, _native
+from dalle_kernels.attention.pattern import KINDS
+from dalle_kernels.testing import assert_accurate
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = shutil.which("c++") or shutil.which("g++")
+SOURCES = [ROOT / "csrc/attention/attention_backward.cu", ROOT / "tests/cuda_on_cpu/attention_backward.cpp"]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler")
+    path = tmp_path_factory.mktemp("cuda_on_cpu") / "attention_backward.so"
+    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-w", "-x", "c++"]
+    includes = [f"-I{ROOT / folder}" for folder in ("tests/cuda_on_cpu", "csrc")]
+    subprocess.run([COMPILER, *options, *includes, *map(str, SOURCES), "-o", str(path)], check=True)
+    library = ctypes.CDLL(str(path))
+    library.attention_backward.restype = ctypes.c_char_p
+    return library
+
+
+def gradients_of(library, grad_out, q, k, v, out, lse, pattern, scale):
+    """dq, dk and dv from memory that was NaN."""
+    batch, heads, seq, _ = q.shape
+    gradients = [torch.full_like(q, math.nan) for _ in range(3)]
+    numbers = [_native.DTYPES[q.dtype], batch, heads, KINDS.index(pattern.kind), seq, pattern.text_len]
+    numbers += [*pattern.grid, pattern.kernel_size]
+    tensors = [n for x in (grad_out, q, k, v, out, *gradients) for n in (x.data_ptr(), *x.stride()[:3])]
+    arguments = [(ctypes.c_int64 * len(given))(*given) for given in (numbers, tensors)]
+    arguments += [ctypes.c_float(scale), ctypes.c_void_p(lse.data_ptr())]
+    size = ctypes.c_int64()
+    assert library.attention_backward(*arguments, None, ctypes.byref(size), None) is None
+    scratch = torch.full((size.value // 4,), math.nan)
+    assert library.attention_backward(*arguments, ctypes.c_void_p(scratch.data_ptr()), None, None) is None
+    return gradients
+
+
+def attend(q, k, v, pattern, scale):
+    scores = (q @ k.transpose(-2, -1) * scale).masked_fill(~pattern.mask(q.shape[2]), -torch.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text_len", "grid", "kernel_size", "seq", "heads", "dtype", "scale"),
+    [
+        ("row", 64, (8, 8), 3, 128, 1, torch.bfloat16, 0.125),
+        ("row", 0, (5, 7), 3, 35, 2, torch.float16, 0.125),
+        ("row", 200, (8, 8), 3, 150, 1, torch.bfloat16, 0.125),
+        ("row", 150, (3, 150), 3, 400, 1, torch.bfloat16, 0.125),
+        ("column", 13, (3, 5), 3, 20, 2, torch.bfloat16, -0.3),
+        ("column", 77, (7, 13), 3, 165, 1, torch.bfloat16, 0.125),
+        ("column", 33, (40, 5), 3, 230, 1, torch.float16, 0.125),
+        ("conv", 77, (9, 13), 5, 190, 1, torch.bfloat16, 0.125),
+        ("conv", 130, (12, 16), 11, 322, 1, torch.bfloat16, 0.0),
+        ("causal", 0, (16, 16), 3, 200, 1, torch.bfloat16, 0.125),
+        ("conv_corner", 7, (9, 16), 5, 150, 1, torch.bfloat16, 0.125),
+        ("axial_row", 5, (9, 16), 3, 140, 1, torch.float16, 3.0),
+    ],
+)
+def test_gradients_match_float64(library, kind, text_len, grid, kernel_size, seq, heads, dtype, scale):
+    torch.manual_seed(seq)
+    pattern = AttentionPattern(kind, text_len, grid, kernel_size)
+    # As slices of one tensor, tokens before heads.
+    q, k, v, grad_out = torch.randn(2, seq, 4, heads, 64).to(dtype).permute(2, 0, 3, 1, 4)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    doubled = [x.double().requires_grad_() for x in (q, k, v)]
+    exact_out, exact_lse = attend(*doubled, pattern, scale)
+    exact = torch.autograd.grad(exact_out, doubled, grad_out.double())
+    plain = torch.autograd.grad(attend(*inputs, pattern, scale)[0], inputs, grad_out)
+    out, lse = exact_out.detach().to(dtype), exact_lse.detach().float().contiguous()
+    actual = gradients_of(library, grad_out, q, k, v, out, lse, pattern, scale)
+    for name, *gradients in zip(("dq", "dk", "dv"), actual, plain, exact):
+        assert_accurate(*gradients, name=name)
