@@ -36,7 +36,7 @@ def step(rows, dim, hidden, count, dtype, device):
     return partial(triton_kernels.decode_layers, x, weights, held, position, *settings)
 
 
-NARROW = [(4, 16, 64, 4, 3), (4, 32, 64, 4, 3), (4, 16, 64, 4, 5), (8, 16, 64, 8, 3)]
+NARROW = [(4, 16, 64, 4, 3), (4, 32, 64, 4, 3), (4, 16, 64, 4, 5), (4, 16, 128, 4, 5)]
 WIDE = [(4, 16, 16, 4, 2), (8, 16, 16, 8, 2), (4, 16, 16, 8, 2)]
 CANDIDATES = {
     "16-bit 8": NARROW,

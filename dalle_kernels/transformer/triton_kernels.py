@@ -2,6 +2,10 @@
 
 Floor: bytes. Every weight is read once: at 4.3 TB/s (an H200) a layer of width 1920 takes 20.6 µs in bfloat16, and the
 keys and values of 8 samples of 30 heads 4 µs more. A layer is five launches, of which four read weights.
+
+Reached on an H200, one launch after another in a graph: 11.8 µs for queries, keys and values (floor 5.1), 4.3 for the
+projection (1.7), 13.6 for the expansion (6.9) and 9.3 for the contraction (6.9); a step of 24 layers with embedding,
+logits and drawing 1.56 ms.
 """
 
 from __future__ import annotations
