@@ -59,6 +59,7 @@ def attend(q, k, v, pattern, scale):
     [
         ("row", 64, (8, 8), 3, 128, 1, torch.bfloat16, 0.125),
         ("row", 0, (5, 7), 3, 35, 2, torch.float16, 0.125),
+        ("row", 13, (16, 16), 3, 269, 2, torch.bfloat16, 0.125),
         ("row", 200, (8, 8), 3, 150, 1, torch.bfloat16, 0.125),
         ("row", 150, (3, 150), 3, 400, 1, torch.bfloat16, 0.125),
         ("column", 13, (3, 5), 3, 20, 2, torch.bfloat16, -0.3),

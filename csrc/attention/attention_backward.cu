@@ -10,10 +10,10 @@
 // 401,408 pairs a head are visited, 81 us of the tensor cores for dq (three products) and 108 us for dk and dv (four);
 // exponentials take 54 us of either, if all overlap.
 //
-// Reached: row 527 us, column 509, conv 670, of which the kernel of dq takes 242, 237 and 300, where cuDNN's dense causal
-// backward takes 946 and the Triton kernels 609, 744 and 1022. A strip's time is that of its products and that of its
-// instructions (about 280 of a warp for dq, 330 for dk and dv), one after the other: 32 columns are little work for what
-// a strip costs beside, and 64 do not fit into the registers of dk and dv.
+// Reached: row 527 us, column 509, conv 670, of which the kernel of dq takes 245, 242 and 302, where cuDNN's dense
+// causal backward takes 946 and the Triton kernels 609, 744 and 1022. Times grow with the number of strips, by about
+// the sum of what their products and their instructions (280 of a warp for dq, 330 for dk and dv) would take alone: 32
+// columns are little work for what a strip costs beside, and 64 do not fit into the registers of dk and dv.
 #include "attention/attention.h"
 #include "attention/hopper_backward_keys.h"
 #include "attention/hopper_backward_queries.h"

@@ -26,11 +26,11 @@ struct BackwardLaunch {
   Operand q, k, v, out, grad_out;  // in boxes of a strip
   HopperPlan plan;
   int heads, all_heads, seq;
-  float scale, exponent;   // scale * log2(e)
+  float scale, exponent;  // scale * log2(e)
   Heads dq, dk, dv;
   const float* lse;
   Statistics* statistics;  // of each head plan.tiles * TILE: of text places, then of image places
-  uint32_t* masks;         // [masks][128]: of queries, then of keys
+  uint32_t* masks;  // [masks][128]: of queries, then of keys
 };
 
 struct HeadNumber {
@@ -63,8 +63,8 @@ struct Course {
 };
 
 // The ring: STAGES places, a power of 2, for two operands' strips and, of queries, their statistics. Strip number n
-// goes to place n % STAGES. A thread asks for each one AHEAD strips before its own warpgroup takes it; a warp that has read a
-// strip says so. The other warpgroup may be behind by STAGES - AHEAD before that thread has to wait for it.
+// goes to place n % STAGES. A thread asks for each one AHEAD strips before its own warpgroup takes it; a warp that has
+// read a strip says so. The other warpgroup may be behind by STAGES - AHEAD before that thread has to wait for it.
 template <int STAGES, bool STATISTICS>
 struct RingOfStrips {
   static_assert((STAGES & (STAGES - 1)) == 0 && STAGES >= 4);
@@ -112,8 +112,8 @@ struct PairBlock {
   const PairOfTiles pair;
   const HeadNumber head;
   const uint32_t memory;
-  const int group;   // from a shuffle: so the compiler knows that a warp's threads agree on all that follows from it
-  const int first;   // the warpgroup's tile begins at this place
+  const int group;  // from a shuffle: so the compiler knows that a warp's threads agree on all that follows from it
+  const int first;  // the warpgroup's tile begins at this place
   const bool exists;
   const Ring ring;
 

@@ -8,7 +8,7 @@
 namespace dalle::cuda {
 namespace {
 
-using QueryRing = RingOfStrips<8, false>;
+using QueryRing = RingOfStrips<4, false>;
 
 template <class Element>
 struct QueryGradient : PairBlock<QueryGradient<Element>, QueryRing, 3> {
