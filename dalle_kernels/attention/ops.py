@@ -76,6 +76,8 @@ def _forward_unsupported(q, k, v, kind, *pattern) -> str | None:
 def _backward_unsupported(grad_out, q, k, v, out, lse, kind, *pattern) -> str | None:
     reason = _native_unsupported(grad_out, q, k, v, out)
     if reason is None and q.is_cuda:
+        if q.shape[2] == 1:
+            return "the compiled kernel rounds the gradients of a sequence of one token, which are zero"
         return _cuda_unsupported(q, kind, "sparse_attention_backward_refusal", (grad_out, q, k, v, out), pattern)
     return reason
 
