@@ -95,6 +95,8 @@ def run(job: dict[str, Any]) -> str:
     """Run a job and return what it wrote to stderr."""
     if "begun" in job:
         checkpoint = latest_checkpoint(job["begun"])
+        if checkpoint is None:
+            sys.exit(f"{job['begun']} holds no checkpoint: the job that was to be stopped there failed before")
         out = Path(job["arguments"][job["arguments"].index("--out") + 1])
         shutil.copytree(checkpoint, out / "checkpoints" / checkpoint.name)
         shutil.copy(Path(job["begun"]) / "log.jsonl", out)
