@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
+import on_cpu
 import pytest
 import torch
 
-from dalle_kernels import AttentionPattern, _native
+from dalle_kernels import AttentionPattern
 from dalle_kernels.attention.pattern import KINDS
 from dalle_kernels.testing import assert_accurate
-
-ROOT = Path(__file__).resolve().parent.parent
-COMPILER = shutil.which("c++") or shutil.which("g++")
-SOURCES = [ROOT / "csrc/attention/attention_backward.cu", ROOT / "tests/cuda_on_cpu/attention_backward.cpp"]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if COMPILER is None:
-        pytest.skip("needs a C++ compiler")
-    path = tmp_path_factory.mktemp("cuda_on_cpu") / "attention_backward.so"
-    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-w", "-x", "c++"]
-    includes = [f"-I{ROOT / folder}" for folder in ("tests/cuda_on_cpu", "csrc")]
-    subprocess.run([COMPILER, *options, *includes, *map(str, SOURCES), "-o", str(path)], check=True)
-    library = ctypes.CDLL(str(path))
-    library.attention_backward.restype = ctypes.c_char_p
-    return library
+    return on_cpu.compiled("attention", tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 def gradients_of(library, grad_out, q, k, v, out, lse, pattern, scale):
     """dq, dk and dv from memory that was NaN."""
-    batch, heads, seq, _ = q.shape
     gradients = [torch.full_like(q, math.nan) for _ in range(3)]
-    numbers = [_native.DTYPES[q.dtype], batch, heads, KINDS.index(pattern.kind), seq, pattern.text_len]
-    numbers += [*pattern.grid, pattern.kernel_size]
-    tensors = [n for x in (grad_out, q, k, v, out, *gradients) for n in (x.data_ptr(), *x.stride()[:3])]
-    arguments = [(ctypes.c_int64 * len(given))(*given) for given in (numbers, tensors)]
-    arguments += [ctypes.c_float(scale), ctypes.c_void_p(lse.data_ptr())]
-    size = ctypes.c_int64()
-    assert library.attention_backward(*arguments, None, ctypes.byref(size), None) is None
-    scratch = torch.full((size.value // 4,), math.nan)
-    assert library.attention_backward(*arguments, ctypes.c_void_p(scratch.data_ptr()), None, None) is None
+    settings = (KINDS.index(pattern.kind), pattern.text_len, *pattern.grid, pattern.kernel_size)
+    bytes_needed = library.sparse_attention_backward_scratch(tuple(q.shape), *settings)
+    scratch = torch.full((bytes_needed // 4,), math.nan)
+    library.sparse_attention_backward(grad_out, q, k, v, out, lse, *gradients, scratch.data_ptr(), *settings, scale, 0)
     return gradients
 
 

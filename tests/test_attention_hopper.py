@@ -126,6 +126,14 @@ def test_queries_meet_each_visible_key_once(case, steps):
     assert torch.equal(met, pattern.mask(seq).int())
 
 
+def test_a_step_is_chosen_that_leaves_room_for_two_stages():
+    arguments = KINDS.index("conv"), 1280, 256, 32, 32, 11, (80, 64), 64, GROUPS
+    plan = library().HopperPlan(*arguments)
+    assert (plan.step, plan.stages) == (80, 2)  # the fewest keys
+    longer = library().HopperPlan(arguments[0], 1281, 257, *arguments[3:])
+    assert (longer.step, longer.stages) == (64, 2)
+
+
 @pytest.mark.parametrize(
     ("case", "sentence"),
     [

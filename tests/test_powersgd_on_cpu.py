@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 
+import on_cpu
 import pytest
 import torch
 
 from dalle_kernels.powersgd import models, ops
 from dalle_kernels.powersgd.reference import orthogonalize
 
-ROOT = Path(__file__).resolve().parent.parent
-COMPILER = shutil.which("c++") or shutil.which("g++")
-SOURCES = [*sorted((ROOT / "csrc/powersgd").glob("*.cu")), ROOT / "csrc/powersgd/bindings.cpp"]
-SOURCES += [ROOT / "csrc/common/device.cu", ROOT / "csrc/module_cuda.cpp"]
 EPS = 1e-6
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """The CUDA library's module, with this family alone, that runs on CPU tensors."""
-    pybind11 = pytest.importorskip("pybind11")
-    if COMPILER is None:
-        pytest.skip("needs a C++ compiler")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [ROOT / "tests/cuda_on_cpu", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    options = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-DDALLE_MODULE_CUDA"]
-    options += [f"-I{include}" for include in includes]
-    compiling, objects = [], []
-    for source in SOURCES:
-        objects.append(folder / f"{source.stem}.o")
-        command = [COMPILER, *options, "-w", "-x", "c++", "-c", str(source), "-o", str(objects[-1])]
-        compiling.append(subprocess.Popen(command))
-    assert all(process.wait() == 0 for process in compiling)
-    subprocess.run([COMPILER, "-shared", "-pthread", *map(str, objects), "-o", str(path)], check=True)
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return on_cpu.compiled("powersgd", tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -8,15 +8,26 @@
 // Floor, on an H200 (132 multiprocessors; 2,048 multiply-adds and 16 exponentials a cycle each), batch 8, 62 heads of
 // 64, text 256, 32 x 32 image tokens, bfloat16: 76 us of memory traffic. `row` visits 401,408 pairs a head, 25,088
 // cycles of the tensor cores, of which 346,112 need an exponential, 21,632 cycles; that is 54 and 46 us at 1.75 GHz if
-// all overlap. A warp issues about 210 instructions for a step of 64 keys and 1,700 for a tile, 72 us. About 100 us
-// were predicted.
+// all overlap.
 //
-// Reached: row 164 us, column 157, conv 232, where cuDNN's dense causal attention takes 288, FlashAttention-2's 438 and
-// the Triton kernels 205, 206 and 352. With text 257 it takes 178, 176 and 247. Of the 10,800 cycles that a warpgroup
-// spends on a tile of `row` the softmax takes 40 %, waiting for scores 13 %, for weighted values 12 %, the way from a
-// step to the next 15 %, the end of a tile 13 %: three warpgroups do not hide each other's waits. With four, products
-// had to wait for each other for want of registers, and row took 174 us.
+// Reached: row 158 us, column 152, conv 218, where cuDNN's dense causal attention takes 292, FlashAttention-2's 438 and
+// the Triton kernels 205, 206 and 352. With text 257 it takes 172, 171 and, when its window had one stage, 258.
+//
+// Every step is a chain of product, maximum, exponentials and product that three warpgroups do not hide for each other;
+// one warpgroup alone takes 278 us. Of a form that took 164, leaving out the exponentials saved 17, all products 29,
+// the results' stores 16, the copies 19. One more step of the same keys cost row 10 us, so steps are as large as
+// registers allow: two text tiles a step saved 1 to 3 us, conv's window in three steps of 80 keys instead of four of 64
+// saved 12. Adding one text tile's values while the other's weights are made saved 2 to 3, shuffles for maxima that do
+// rise alone 3.
+//
+// What did not help: asking for the next step's scores before this one's softmax, and for the next tile's before the
+// end of this one, cost row 8 us and conv 47, for registers then held but 48 keys a step, and column nothing; a cubic
+// polynomial for every fourth exponential cost such a form 9 to 16 us. Stores of 8 bytes with half the shuffles, or the
+// values of halves of a window, changed at most 2 us. With four warpgroups products had to wait for each other for want
+// of registers, and row took 174 us. What may: exponentials by the maximum as it is, taken again where sums grow, saved
+// the form with early scores 9 us; it was not tried in this one.
 #include <cmath>
+#include <iterator>
 
 #include "attention/attention.h"
 #include "attention/hopper_consumer.h"
@@ -30,7 +41,7 @@ namespace {
 template <class Element, int HEAD_DIM, int STEP, int GROUPS>
 __global__ void __launch_bounds__(THREADS<GROUPS>, 1) forward(const __grid_constant__ Launch launch) {
 #if defined(DALLE_HOPPER)
-  extern __shared__ __align__(TILE_ALIGNMENT) uint8_t memory[];
+  uint8_t* memory = dynamic_shared();
   const HopperPlan& plan = launch.plan;
   const Shared shared{launch.layout, plan, shared_address(memory)};
   if (threadIdx.x == 0) {
@@ -85,25 +96,28 @@ const char* launch_forward(const SparseAttention& p, const HopperPlan& plan, cud
   failed = status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_SHARED));
   if (failed != nullptr) return failed;
   const int blocks = divided_up(launch.total, GROUPS) < processors ? divided_up(launch.total, GROUPS) : processors;
-  kernel<<<static_cast<unsigned>(blocks), THREADS<GROUPS>, launch.layout.end, stream>>>(launch);
-  return launch_status();
+  void* arguments[] = {&launch};
+  return status(cudaLaunchKernel(kernel, dim3(blocks), dim3(THREADS<GROUPS>), arguments, launch.layout.end, stream));
 }
 
 // How the work is cut, by the head's width: warpgroups of a block, and the steps to choose from.
 template <int HEAD_DIM>
 struct Cut {
-  static constexpr int GROUPS = 3, STEPS[2] = {96, 64};
+  static constexpr int GROUPS = 3, STEPS[3] = {96, 80, 64};
 };
 template <>
 struct Cut<128> {
   static constexpr int GROUPS = 2, STEPS[2] = {64, 32};
 };
 
-template <class Element, int HEAD_DIM>
+template <class Element, int HEAD_DIM, int CHOICE = 0>
 const char* launch_step(const SparseAttention& p, const HopperPlan& plan, cudaStream_t stream) {
   using Cut = Cut<HEAD_DIM>;
-  return plan.step == Cut::STEPS[0] ? launch_forward<Element, HEAD_DIM, Cut::STEPS[0], Cut::GROUPS>(p, plan, stream)
-                                    : launch_forward<Element, HEAD_DIM, Cut::STEPS[1], Cut::GROUPS>(p, plan, stream);
+  constexpr int STEP = Cut::STEPS[CHOICE];
+  if constexpr (CHOICE + 1 < std::size(Cut::STEPS)) {
+    if (plan.step != STEP) return launch_step<Element, HEAD_DIM, CHOICE + 1>(p, plan, stream);
+  }
+  return launch_forward<Element, HEAD_DIM, STEP, Cut::GROUPS>(p, plan, stream);
 }
 
 template <class Element>

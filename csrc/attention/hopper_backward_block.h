@@ -118,7 +118,7 @@ struct PairBlock {
   const Ring ring;
 
   __device__ PairBlock(const BackwardLaunch& launch_, const PairOfTiles& pair_)
-      : launch(launch_), plan(launch_.plan), pair(pair_), head(pair.head, launch_.heads), memory(dynamic_shared()),
+      : launch(launch_), plan(launch_.plan), pair(pair_), head(pair.head, launch_.heads), memory(shared_address(dynamic_shared())),
         group(__shfl_sync(~0u, threadIdx.x / 128, 0)), first(pair.first + group * TILE),
         exists(has_tile(plan, pair, group)), ring{memory + RING} {}
 

@@ -104,7 +104,7 @@ struct KeyGradients : PairBlock<KeyGradients<Element>, KeyRing, 2> {
     products_begin();
     multiply_strip<Element>(weights, [&](int depth) { return moved(keys, 32 * depth); }, queries);
     multiply_strip<Element>(grad_weights, [&](int depth) { return moved(values, 32 * depth); }, grads);
-    products_wait_but<1>();
+    products_wait<1>();
     pin(weights);
     Block::ask(course, n + KeyRing::AHEAD);
     weigh(n, weights, mask);

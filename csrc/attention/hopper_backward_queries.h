@@ -119,7 +119,7 @@ struct QueryGradient : PairBlock<QueryGradient<Element>, QueryRing, 3> {
     products_begin();
     multiply_strip<Element>(weights, [&](int depth) { return queries + 4 * depth; }, keys);
     multiply_strip<Element>(grad_weights, [&](int depth) { return grads + 4 * depth; }, values);
-    products_wait_but<1>();
+    products_wait<1>();
     pin(weights);
     Block::ask(course, n + QueryRing::AHEAD);
     weigh(weights, mask);

@@ -13,9 +13,9 @@ namespace {
 // A block is a number of warpgroups that consume and one that produces, of which one warp works. That one gives
 // registers to the others: how many a thread keeps.
 template <int GROUPS>
-constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 40 : 56;
+constexpr int PRODUCER_REGISTERS = GROUPS == 2 ? 40 : 32;
 template <int GROUPS>
-constexpr int CONSUMER_REGISTERS = GROUPS == 2 ? 232 : 152;
+constexpr int CONSUMER_REGISTERS = GROUPS == 2 ? 232 : 160;
 template <int GROUPS>
 constexpr int THREADS = (GROUPS + 1) * 128;
 

@@ -76,55 +76,60 @@ struct Consumer {
     }
   }
 
-  // scores = queries times the transpose of KEYS keys at `keys`, of a tile of `rows` rows.
-  template <int KEYS>
-  __device__ void score(float (&scores)[KEYS / 2], uint32_t keys, int rows) {
+  // scores = queries times the transpose of KEYS keys at `keys`, of a tile of ROWS rows.
+  template <int KEYS, int ROWS>
+  __device__ void score(float (&scores)[KEYS / 2], uint32_t keys) {
     const uint64_t tile = tile_descriptor(keys);
 #pragma unroll
     for (int depth = 0; depth < HEAD_DIM / 16; ++depth) {
-      const uint64_t right = moved(tile, depth / 4 * rows * TILE_ROW_BYTES + depth % 4 * 32);
-      const uint32_t* left = queries + 4 * depth;
-      const bool add = depth > 0;
-#pragma unroll
-      for (int key = 0; key + 64 <= KEYS; key += 64) {
-        multiply<Right::columns, 64>(Element{}, scores + key / 2, left, moved(right, key * TILE_ROW_BYTES), add);
-      }
-      if constexpr (KEYS % 64 >= 32) {
-        constexpr int KEY = KEYS / 64 * 64;
-        multiply<Right::columns, 32>(Element{}, scores + KEY / 2, left, moved(right, KEY * TILE_ROW_BYTES), add);
-      }
-      if constexpr (KEYS % 32 >= 16) {
-        constexpr int KEY = KEYS / 32 * 32;
-        multiply<Right::columns, 16>(Element{}, scores + KEY / 2, left, moved(right, KEY * TILE_ROW_BYTES), add);
-      }
+      const uint32_t offset = depth / 4 * ROWS * TILE_ROW_BYTES + depth % 4 * 32;
+      multiply<Right::columns, KEYS>(Element{}, scores, queries + 4 * depth, moved(tile, offset), depth > 0);
     }
   }
 
-  // sums += weights times KEYS values at `values`, of a tile of `rows` rows.
-  template <int KEYS>
-  __device__ void add_values(const uint32_t (&weights)[KEYS / 4], uint32_t values, int rows) {
+  // sums += weights times KEYS values at `values`, of a tile of ROWS rows.
+  template <int KEYS, int ROWS>
+  __device__ void add_values(const uint32_t (&weights)[KEYS / 4], uint32_t values) {
     const uint64_t tile = tile_descriptor(values);
 #pragma unroll
     for (int key = 0; key < KEYS; key += 16) {
 #pragma unroll
       for (int column = 0; column < HEAD_DIM; column += 64) {
         multiply<Right::rows, 64>(Element{}, sums + column / 2, weights + key / 4,
-                                  moved(tile, column * 2 * rows + key * TILE_ROW_BYTES), true);
+                                  moved(tile, column * 2 * ROWS + key * TILE_ROW_BYTES), true);
+      }
+    }
+  }
+
+  // Raises `largest` to the scores that the thread's two rows see: all, or those that bits of `masks`, one for each of
+  // a row's, tell. Others become minus infinity, but in 16 x 16 pieces of which `seen` tells that no thread sees them.
+  template <int KEYS, bool MASKED>
+  __device__ void find_largest(float (&scores)[KEYS / 2], const uint32_t (&masks)[2], uint32_t seen,
+                               float (&largest)[2]) const {
+#pragma unroll
+    for (int piece = 0; piece < KEYS / 16; ++piece) {
+      if (MASKED && (seen >> 4 * piece & 15) == 0) continue;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int which = i / 2 % 2, bit = 4 * piece + i / 4 * 2 + i % 2;
+        float& score = scores[8 * piece + i];
+        if (MASKED) score = masks[which] >> bit & 1 ? score : -INFINITY;
+        largest[which] = fmaxf(largest[which], score);
       }
     }
   }
 
   // Takes the largest scores of the thread's part of both rows. Scaling down is left undone while sums stay small: what
   // divides them at the end is relative to the same maximum.
-  __device__ void raise_maxima(float first, float second) {
+  __device__ void raise_maxima(const float (&largest)[2]) {
+    float first = largest[0] * launch.exponent, second = largest[1] * launch.exponent;
+    if (!__any_sync(~0u, first > maxima[0] + SLACK || second > maxima[1] + SLACK)) return;
 #pragma unroll
     for (int distance = 1; distance < 4; distance *= 2) {
       first = fmaxf(first, __shfl_xor_sync(~0u, first, distance));
       second = fmaxf(second, __shfl_xor_sync(~0u, second, distance));
     }
-    first = fmaxf(maxima[0], first * launch.exponent);
-    second = fmaxf(maxima[1], second * launch.exponent);
-    if (!__any_sync(~0u, first > maxima[0] + SLACK || second > maxima[1] + SLACK)) return;
+    first = fmaxf(maxima[0], first), second = fmaxf(maxima[1], second);
     const float shrink[2] = {exp2_approximate(maxima[0] - first), exp2_approximate(maxima[1] - second)};
     maxima[0] = first, maxima[1] = second;
     totals[0] *= shrink[0], totals[1] *= shrink[1];
@@ -140,81 +145,74 @@ struct Consumer {
     return packed(Element{}, x, y);
   }
 
-  template <int KEYS>
-  __device__ void weigh_all(const float (&scores)[KEYS / 2], uint32_t (&weights)[KEYS / 4]) {
-    float largest[2] = {scores[0], scores[2]};
-#pragma unroll
-    for (int i = 0; i < KEYS / 2; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], scores[i]);
-    raise_maxima(largest[0], largest[1]);
-#pragma unroll
-    for (int i = 0; i < KEYS / 4; ++i) weights[i] = weigh(scores[2 * i], scores[2 * i + 1], i % 2);
-  }
-
-  // The same where bits of `masks`, one for each of a row's scores, tell which count. Of 16 x 16 pieces that no thread
-  // of the warp sees there are no exponentials.
-  template <int KEYS>
-  __device__ void weigh_masked(float (&scores)[KEYS / 2], uint32_t (&weights)[KEYS / 4], const uint32_t (&masks)[2]) {
-    const uint32_t seen = __reduce_or_sync(~0u, masks[0] | masks[1]);
-    float largest[2] = {LOWEST, LOWEST};
-#pragma unroll
-    for (int piece = 0; piece < KEYS / 16; ++piece) {
-      if ((seen >> 4 * piece & 15) == 0) continue;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int which = i / 2 % 2, bit = 4 * piece + i / 4 * 2 + i % 2;
-        float& score = scores[8 * piece + i];
-        score = masks[which] >> bit & 1 ? score : -INFINITY;
-        largest[which] = fmaxf(largest[which], score);
-      }
-    }
-    raise_maxima(largest[0], largest[1]);
+  template <int KEYS, bool MASKED>
+  __device__ void weigh_all(const float (&scores)[KEYS / 2], uint32_t seen, uint32_t (&weights)[KEYS / 4]) {
 #pragma unroll
     for (int piece = 0; piece < KEYS / 16; ++piece) {
 #pragma unroll
       for (int i = 4 * piece; i < 4 * piece + 4; ++i) weights[i] = 0;
-      if ((seen >> 4 * piece & 15) == 0) continue;
+      if (MASKED && (seen >> 4 * piece & 15) == 0) continue;
 #pragma unroll
       for (int i = 4 * piece; i < 4 * piece + 4; ++i) weights[i] = weigh(scores[2 * i], scores[2 * i + 1], i % 2);
     }
   }
 
-  // One step: KEYS keys of a tile of ROWS rows at `keys`, their values behind it. The barrier `free`, if there is one,
-  // is told when both have been read.
-  template <int KEYS, int ROWS, bool MASKED>
-  __device__ void take(uint32_t keys, uint32_t free, const uint32_t (&masks)[2]) {
-    float scores[KEYS / 2];
-    products_begin();
-    score<KEYS>(scores, keys, ROWS);
-    products_commit();
-    products_wait();
-    pin(scores);
-    uint32_t weights[KEYS / 4];
-    if constexpr (MASKED) {
-      weigh_masked<KEYS>(scores, weights, masks);
-    } else {
-      weigh_all<KEYS>(scores, weights);
+  // One step: KEYS keys of each of TILES tiles of ROWS rows, at `keys` with the values behind. The values of a tile are
+  // added while the next one's weights are made. The barriers `free`, if there are any, are told when all is read.
+  template <int KEYS, int ROWS, bool MASKED, int TILES = 1>
+  __device__ void take(const uint32_t (&keys)[TILES], const uint32_t (&free)[TILES], const uint32_t (&masks)[2]) {
+    float scores[TILES][KEYS / 2];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      products_begin();
+      score<KEYS, ROWS>(scores[i], keys[i]);
+      products_commit();
     }
-    products_begin();
-    add_values<KEYS>(weights, keys + ROWS * HEAD_DIM * 2, ROWS);
-    products_commit();
+    const uint32_t seen = MASKED ? __reduce_or_sync(~0u, masks[0] | masks[1]) : ~0u;
+    float largest[2] = {LOWEST, LOWEST};
+    products_wait<TILES - 1>();
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      if (i > 0) products_wait();
+      pin(scores[i]);
+      find_largest<KEYS, MASKED>(scores[i], masks, seen, largest);
+    }
+    raise_maxima(largest);
+    uint32_t weights[TILES][KEYS / 4];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      weigh_all<KEYS, MASKED>(scores[i], seen, weights[i]);
+      products_begin();
+      add_values<KEYS, ROWS>(weights[i], keys[i] + ROWS * HEAD_DIM * 2);
+      products_commit();
+    }
     products_wait();
     pin(sums);
-    if (free != 0) arrive(free);
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      if (free[i] != 0) arrive(free[i]);
+    }
   }
 
-  // One text tile; the ring stands there. With `last` this warpgroup needs the head's text no more.
-  template <int KEYS, bool MASKED>
-  __device__ void take_text(const Ring& ring, int number, bool last, const uint32_t (&masks)[2]) {
-    const uint32_t barrier = shared.text_barrier(ring.place);
-    if (number == arrived) {
-      barrier_wait(barrier, ring.parity);
-      ++arrived;
+  // KEYS keys of each of TILES text tiles from number `number` on, where the ring stands, which moves on. With `last`
+  // this warpgroup needs the head's text no more.
+  template <int KEYS, bool MASKED, int TILES = 1>
+  __device__ void take_text(Ring& ring, int number, bool last, const uint32_t (&masks)[2]) {
+    uint32_t keys[TILES], free[TILES];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i, advance(ring, launch.plan.text_slots)) {
+      const uint32_t barrier = shared.text_barrier(ring.place);
+      if (number + i == arrived) {
+        barrier_wait(barrier, ring.parity);
+        ++arrived;
+      }
+      keys[i] = shared.text_keys(ring.place);
+      free[i] = last ? barrier + FREE : 0;
     }
-    take<KEYS, TILE, MASKED>(shared.text_keys(ring.place), last ? barrier + FREE : 0, masks);
-    if (last) {
-      ++released;
-      advance(release_ring, launch.plan.text_slots);
-    }
+    take<KEYS, TILE, MASKED, TILES>(keys, free, masks);
+    if (!last) return;
+    released += TILES;
+    release_ring = ring;
   }
 
   __device__ void take_texts(bool image, int number, bool last) {
@@ -222,7 +220,9 @@ struct Consumer {
     const int whole = image ? plan.text_len / TILE : number, tail = plan.text_len % TILE;
     const uint32_t all[2] = {~0u, ~0u};
     Ring ring = text_ring;
-    for (int t = 0; t < whole; ++t, advance(ring, launch.plan.text_slots)) take_text<TILE, false>(ring, t, last, all);
+    int t = 0;
+    for (; t + 2 <= whole; t += 2) take_text<TILE, false, 2>(ring, t, last, all);
+    if (t < whole) take_text<TILE, false>(ring, t, last, all);
     if (image && tail > 0 && tail <= 16) {
       const uint32_t below = mask_below(tail, lane() % 4);
       take_text<16, true>(ring, whole, last, {below, below});
@@ -243,33 +243,13 @@ struct Consumer {
       const int mask = mask_of(plan, first, s);
       uint32_t masks[2] = {~0u, ~0u};
       if (mask >= 0) {
-        load_masks(mask, masks);
+        load_pair(shared.masks() + (mask * 128 + threadIdx.x % 128) * 8, masks);
         const uint32_t before = ~mask_below(-(window.start + s * STEP), lane() % 4);
         masks[0] &= before, masks[1] &= before;
-        take<STEP, STEP, true>(keys, barrier + FREE, masks);
+        take<STEP, STEP, true>({keys}, {barrier + FREE}, masks);
       } else if constexpr (STEP == TILE) {
-        take<STEP, STEP, false>(keys, barrier + FREE, masks);
+        take<STEP, STEP, false>({keys}, {barrier + FREE}, masks);
       }
-    }
-  }
-
-  __device__ void load_masks(int mask, uint32_t (&masks)[2]) const {
-    const uint32_t address = shared.masks() + (mask * 128 + threadIdx.x % 128) * 8;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(masks[0]), "=r"(masks[1]) : "r"(address) : "memory");
-  }
-
-  // Four threads have 16 bytes each of four pieces of a row, one piece after the other; afterwards each has one piece.
-  __device__ void transpose(uint32_t (&pieces)[4]) const {
-    const bool odd = lane() & 1, high = lane() & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const uint32_t got = __shfl_xor_sync(~0u, odd ? pieces[i] : pieces[i + 1], 1);
-      pieces[i] = odd ? got : pieces[i], pieces[i + 1] = odd ? pieces[i + 1] : got;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t got = __shfl_xor_sync(~0u, high ? pieces[i] : pieces[i + 2], 2);
-      pieces[i] = high ? got : pieces[i], pieces[i + 2] = high ? pieces[i + 2] : got;
     }
   }
 
@@ -294,7 +274,7 @@ struct Consumer {
           const float* pair = sums + column / 2 + 4 * i + 2 * which;
           pieces[i] = packed(Element{}, pair[0] * factor, pair[1] * factor);
         }
-        transpose(pieces);
+        transpose_pieces(pieces);
         if (token >= 0) store_16_bytes(out + column, pieces);
       }
       if (token >= 0 && lane() % 4 == 0) statistics[token] = (maxima[which] + __log2f(total)) * LN2;

@@ -206,21 +206,23 @@ inline const char* plan_pattern(const Pattern& pattern, HopperPlan& plan) {
   return nullptr;
 }
 
-// Chooses, of `choices`, the step whose whole steps cover the window with the fewest keys, and fits shared memory.
+// Chooses, of `choices`, the step whose whole steps cover the window with the fewest keys, of those that leave shared
+// memory for two stages, if there are any: without a second one each step waits for its keys.
 template <int COUNT>
 const char* plan_steps(HopperPlan& plan, const int (&choices)[COUNT], int head_dim, int groups) {
   const bool whole = plan.kind == PatternKind::causal || plan.kind == PatternKind::column;
-  int least = 0;
+  HopperPlan best{};
+  bool best_waits = false;
   for (int step : choices) {
-    const int steps = divided_up(TILE + reach_back(plan), step);
-    if ((whole && step != TILE) || (least != 0 && steps * step >= least)) continue;
-    least = steps * step;
+    if (whole && step != TILE) continue;
     plan.step = step;
-    plan.steps = steps;
+    plan.steps = divided_up(TILE + reach_back(plan), step);
+    if (!fit_shared(plan, head_dim, groups)) continue;
+    const bool waits = plan.stages == 1 && plan.steps > 1, fewer = plan.steps * step < best.steps * best.step;
+    if (best.step == 0 || (waits == best_waits ? fewer : best_waits)) best = plan, best_waits = waits;
   }
-  if (least == 0 || !fit_shared(plan, head_dim, groups)) {
-    return "the text or the window does not fit into shared memory";
-  }
+  if (best.step == 0) return "the text or the window does not fit into shared memory";
+  plan = best;
   return nullptr;
 }
 

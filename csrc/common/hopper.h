@@ -16,14 +16,14 @@
 
 namespace dalle::cuda {
 
-inline __device__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+// The shared memory that a launch asks for, aligned for tiles.
+inline __device__ uint8_t* dynamic_shared() {
+  extern __shared__ __align__(TILE_ALIGNMENT) uint8_t memory[];
+  return memory;
 }
 
-// Where the block's dynamic shared memory begins: aligned for tiles.
-inline __device__ uint32_t dynamic_shared() {
-  extern __shared__ __align__(TILE_ALIGNMENT) uint8_t tiles[];
-  return shared_address(tiles);
+inline __device__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
 // The registers that each thread of a warpgroup has from here on: more of them waits for others to give theirs up.
@@ -115,11 +115,10 @@ inline __device__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes,
 // Before the first product after registers that products read or add to were written.
 inline __device__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 inline __device__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-inline __device__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-// For all but the products of the last COUNT commits, which end in their order.
-template <int COUNT>
-inline __device__ void products_wait_but() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(COUNT) : "memory");
+// Until all but the last LEFT groups of products that were committed are done.
+template <int LEFT = 0>
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
 // Keeps the compiler from moving uses of sums to before the wait for them.
@@ -137,6 +136,8 @@ enum class Right : int { columns = 0, rows = 1 };
       "+f"(d[i + 7])
 #define DALLE_SUMS_16(d, i) DALLE_SUMS_8(d, i), DALLE_SUMS_8(d, i + 8)
 #define DALLE_SUMS_32(d) DALLE_SUMS_16(d, 0), DALLE_SUMS_16(d, 16)
+#define DALLE_SUMS_40(d) DALLE_SUMS_32(d), DALLE_SUMS_8(d, 32)
+#define DALLE_SUMS_48(d) DALLE_SUMS_32(d), DALLE_SUMS_16(d, 32)
 
 #define DALLE_WGMMA(COLUMNS, TYPE, REGISTERS, A0, A1, A2, A3, B, ADD, RIGHT, SUMS)                                  \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" COLUMNS             \
@@ -150,14 +151,22 @@ enum class Right : int { columns = 0, rows = 1 };
 #define DALLE_REGISTERS_16 DALLE_REGISTERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define DALLE_REGISTERS_32 \
   DALLE_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define DALLE_REGISTERS_40 DALLE_REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define DALLE_REGISTERS_48 DALLE_REGISTERS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 
 // d (+)= a * b: 64 x 16 numbers by 16 x COLUMNS, of which b is the descriptor (hopper_layout.h). `d` may point into an
 // array, with a constant.
 #define DALLE_DEFINE_PRODUCTS(Element, TYPE)                                                                        \
   template <Right right, int COLUMNS>                                                                               \
   __device__ __forceinline__ void multiply(Element, float* d, const uint32_t* a, uint64_t b, bool add) {            \
-    static_assert(COLUMNS == 16 || COLUMNS == 32 || COLUMNS == 64);                                                 \
-    if constexpr (COLUMNS == 64) {                                                                                  \
+    static_assert(COLUMNS == 16 || COLUMNS == 32 || COLUMNS == 64 || COLUMNS == 80 || COLUMNS == 96);               \
+    if constexpr (COLUMNS == 96) {                                                                                  \
+      DALLE_WGMMA("96", TYPE, DALLE_REGISTERS_48, "%48", "%49", "%50", "%51", "%52", "%53", "%54",                  \
+                  DALLE_SUMS_48(d));                                                                                \
+    } else if constexpr (COLUMNS == 80) {                                                                           \
+      DALLE_WGMMA("80", TYPE, DALLE_REGISTERS_40, "%40", "%41", "%42", "%43", "%44", "%45", "%46",                  \
+                  DALLE_SUMS_40(d));                                                                                \
+    } else if constexpr (COLUMNS == 64) {                                                                           \
       DALLE_WGMMA("64", TYPE, DALLE_REGISTERS_32, "%32", "%33", "%34", "%35", "%36", "%37", "%38",                  \
                   DALLE_SUMS_32(d));                                                                                \
     } else if constexpr (COLUMNS == 32) {                                                                           \
@@ -215,10 +224,14 @@ DALLE_DEFINE_PRODUCTS_32(Half, "f16")
 #undef DALLE_WGMMA_32
 #undef DALLE_RESULTS_16
 #undef DALLE_RESULTS_8
+#undef DALLE_REGISTERS_48
+#undef DALLE_REGISTERS_40
 #undef DALLE_REGISTERS_32
 #undef DALLE_REGISTERS_16
 #undef DALLE_REGISTERS_8
 #undef DALLE_WGMMA
+#undef DALLE_SUMS_48
+#undef DALLE_SUMS_40
 #undef DALLE_SUMS_32
 #undef DALLE_SUMS_16
 #undef DALLE_SUMS_8
@@ -263,6 +276,11 @@ inline __device__ float4 load_four(uint32_t address) {
                : "r"(address)
                : "memory");
   return four;
+}
+
+// Two words of shared memory.
+inline __device__ void load_pair(uint32_t address, uint32_t (&words)[2]) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
 }
 
 inline __device__ void store_16_bytes(void* to, const uint32_t (&words)[4]) {

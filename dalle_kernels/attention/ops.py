@@ -16,11 +16,16 @@ from .pattern import KINDS, AttentionPattern
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
 
-AHEAD_OF_TRITON = {(kind, torch.bfloat16, 64) for kind in ("row", "column", "conv")}
-"""Pattern, dtype and head_dim of which a run on a Hopper GPU has shown the compiled kernels, of the forward and of the
-backward, ahead of Triton's."""
-FEWEST_HEADS_AHEAD = 496
-"""Of all samples together: the fewest that this run had. Of anything else the kernels are opt-in."""
+FORWARD_AHEAD = {
+    **{(kind, torch.bfloat16, 64): 64 for kind in ("row", "column", "conv")},
+    **{(kind, torch.bfloat16, 64): 496 for kind in ("axial_row", "conv_corner")},
+    **{(kind, torch.float16, 64): 496 for kind in ("row", "column", "conv")},
+    **{(kind, torch.bfloat16, 128): 248 for kind in ("row", "column")},
+}
+"""By pattern, dtype and head_dim: from how many heads on, of all samples together, a run on a Hopper GPU has shown the
+compiled forward ahead of Triton's. Of anything else it is opt-in."""
+BACKWARD_AHEAD = {(kind, torch.bfloat16, 64): 496 for kind in ("row", "column", "conv")}
+"""The same of the backward."""
 
 PATTERN_SCHEMA = "str kind, int text_len, int height, int width, int kernel_size, float scale"
 
@@ -58,9 +63,9 @@ def _backward_native(grad_out, q, k, v, out, lse, kind, *pattern):
     return gradients
 
 
-def _cuda_unsupported(q, kind, refusal: str, tensors, pattern) -> str | None:
-    ahead = (kind, q.dtype, q.shape[-1]) in AHEAD_OF_TRITON and q.shape[0] * q.shape[1] >= FEWEST_HEADS_AHEAD
-    if not ahead and forced_provider() != "native":
+def _cuda_unsupported(q, kind, ahead: dict, refusal: str, tensors, pattern) -> str | None:
+    fewest = ahead.get((kind, q.dtype, q.shape[-1]), math.inf)
+    if q.shape[0] * q.shape[1] < fewest and forced_provider() != "native":
         return "no run on a GPU has shown it ahead of Triton for such a call; dalle_kernels.use('native') takes it"
     with torch.cuda.device(q.device):
         return getattr(_native.library("cuda"), refusal)(*tensors, KINDS.index(kind), *pattern[:4])
@@ -69,7 +74,7 @@ def _cuda_unsupported(q, kind, refusal: str, tensors, pattern) -> str | None:
 def _forward_unsupported(q, k, v, kind, *pattern) -> str | None:
     reason = _native_unsupported(q, k, v)
     if reason is None and q.is_cuda:
-        return _cuda_unsupported(q, kind, "sparse_attention_refusal", (q, k, v), pattern)
+        return _cuda_unsupported(q, kind, FORWARD_AHEAD, "sparse_attention_refusal", (q, k, v), pattern)
     return reason
 
 
@@ -78,7 +83,8 @@ def _backward_unsupported(grad_out, q, k, v, out, lse, kind, *pattern) -> str | 
     if reason is None and q.is_cuda:
         if q.shape[2] == 1:
             return "the compiled kernel rounds the gradients of a sequence of one token, which are zero"
-        return _cuda_unsupported(q, kind, "sparse_attention_backward_refusal", (grad_out, q, k, v, out), pattern)
+        tensors = (grad_out, q, k, v, out)
+        return _cuda_unsupported(q, kind, BACKWARD_AHEAD, "sparse_attention_backward_refusal", tensors, pattern)
     return reason
 
 

@@ -26,7 +26,7 @@
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchTimeout = 702;
 
 struct dim3 {
   unsigned x, y, z;
@@ -63,6 +63,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
   Meeting all;
+  std::vector<uint8_t> shared;  // the memory asked for at the launch, filled with NaN
   ucontext_t caller;
   int running = 0, left = 0;
   void (*kernel)(void*) = nullptr;
@@ -113,6 +114,13 @@ T shuffle(T value, int lane) {
   return found;
 }
 
+// Ends the launch with an error: threads wait for what never comes.
+inline bool deadlocked = false;
+inline void give_up() {
+  deadlocked = true;
+  setcontext(&block->caller);
+}
+
 inline void run_fiber() {
   Block& b = *block;
   b.kernel(b.argument);
@@ -121,7 +129,7 @@ inline void run_fiber() {
 }
 
 template <class Params>
-void run_block(void (*kernel)(Params), const Params& params, dim3 index, int threads) {
+void run_block(void (*kernel)(Params), const Params& params, dim3 index, int threads, size_t shared = 0) {
   struct Call {
     void (*kernel)(Params);
     const Params* params;
@@ -132,6 +140,7 @@ void run_block(void (*kernel)(Params), const Params& params, dim3 index, int thr
   b.warps.resize(threads / WARP);
   for (Meeting& warp : b.warps) warp.size = WARP;
   b.all.size = threads;
+  b.shared.assign(shared, 0xff);
   b.argument = &call;
   b.kernel = [](void* argument) {
     const Call& made = *static_cast<const Call*>(argument);
@@ -153,9 +162,16 @@ struct ThreadIndex {
   } x;
 };
 
+struct BlockSize {
+  struct {
+    operator unsigned() const { return static_cast<unsigned>(block->fibers.size()); }
+  } x;
+};
+
 }  // namespace on_cpu
 
 static constexpr on_cpu::ThreadIndex threadIdx{};
+static constexpr on_cpu::BlockSize blockDim{};
 #define blockIdx on_cpu::block->index
 #define gridDim on_cpu::grid
 
@@ -175,14 +191,17 @@ T __shfl_xor_sync(unsigned, T value, int bits) {
   return on_cpu::shuffle(value, on_cpu::block->running % on_cpu::WARP ^ bits);
 }
 inline unsigned __reduce_or_sync(unsigned, unsigned value) {
-  on_cpu::Meeting& warp = on_cpu::block->warps[on_cpu::block->running / on_cpu::WARP];
-  return static_cast<unsigned>(on_cpu::meet(warp, static_cast<int>(value)));
+  return static_cast<unsigned>(on_cpu::meet(on_cpu::block->warps[on_cpu::block->running / on_cpu::WARP],
+                                            static_cast<int>(value)));
 }
-inline int __all_sync(unsigned mask, int value) { return !__reduce_or_sync(mask, value == 0); }
+inline int __any_sync(unsigned, int value) { return __reduce_or_sync(~0u, value != 0) != 0; }
+inline int __all_sync(unsigned, int value) { return !__reduce_or_sync(~0u, value == 0); }
 template <class T>
 T __ldg(const T* at) {
   return *at;
 }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __log2f(float x) { return std::log2(x); }
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -200,17 +219,20 @@ inline int min(int a, int b) { return a < b ? a : b; }
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {};
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "an error of the CPU that stands for a GPU"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorLaunchTimeout ? "the kernel waits for what never comes"
+                                         : "an error of the CPU that stands for a GPU";
+}
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = on_cpu::processors, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
@@ -221,13 +243,15 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t count, cudaStream
 }
 
 template <class Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t,
+cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t shared,
                              cudaStream_t) {
   on_cpu::grid = blocks;
+  on_cpu::deadlocked = false;
   for (unsigned z = 0; z < blocks.z; ++z) {
     for (unsigned y = 0; y < blocks.y; ++y) {
       for (unsigned x = 0; x < blocks.x; ++x) {
-        on_cpu::run_block(kernel, *static_cast<Params*>(arguments[0]), dim3(x, y, z), threads.x);
+        on_cpu::run_block(kernel, *static_cast<Params*>(arguments[0]), dim3(x, y, z), threads.x, shared);
+        if (on_cpu::deadlocked) return cudaErrorLaunchTimeout;
       }
     }
   }

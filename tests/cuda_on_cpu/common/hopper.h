@@ -1,14 +1,15 @@
-// Stands for csrc/common/hopper.h: what Hopper's instructions do, done by fibers that take turns. Copies and products
-// are done when they are asked for; who reads before waiting, or overwrites what others still read, is seen where turns
-// lay it open.
+// Stands for csrc/common/hopper.h, whose contracts these functions keep: barriers, bulk copies and products on a CPU.
+//
+// What is asynchronous happens at the worst moment that is allowed. Of the copies some are made at once, into what
+// somebody may still be reading, and the others late, when a fiber has nothing to do. Products read their operands and
+// write their sums when they are waited for, so what was overwritten in the meantime shows. A wait that no other fiber
+// can end is told instead of waited for.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <map>
+#include <deque>
 
 #include "common/hopper_layout.h"
 
@@ -16,166 +17,222 @@
 
 namespace dalle::cuda {
 
-using namespace plain;
+using plain::from_float, plain::to_float;
 
-constexpr uint32_t SHARED_BYTES = 227 << 10;
+inline uint8_t* dynamic_shared() { return on_cpu::block->shared.data(); }
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - dynamic_shared());
+}
+template <class T>
+T& shared_at(uint32_t address) {
+  return *reinterpret_cast<T*>(dynamic_shared() + address);
+}
 
-// What a block has: its shared memory, poisoned with NaN, and its barriers by address.
+template <int, bool>
+void keep_registers() {}
+
+// ---- Barriers
 struct Barrier {
-  uint32_t arrivals, pending, phase;
-  int64_t bytes;
+  uint8_t arrivals, missing, phase, unused;
+  int32_t bytes;  // that copies are still to report
 };
-inline thread_local uint8_t shared_memory[SHARED_BYTES];
-inline thread_local std::map<uint32_t, Barrier> barriers;
+static_assert(sizeof(Barrier) == 8);
 
-// Called by all threads, the first one's turn being the first.
-inline uint32_t dynamic_shared() {
-  if (on_cpu::block->running == 0) {
-    memset(shared_memory, 0xff, SHARED_BYTES);
-    barriers.clear();
-  }
-  return 0;
-}
+inline int idle = 0;  // turns of fibers in vain since anything last happened
 
-inline void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "%s\n", what);
-  std::abort();
+inline void finish_phase(Barrier& barrier) {
+  idle = 0;
+  if (barrier.missing != 0 || barrier.bytes != 0) return;
+  barrier.phase ^= 1;
+  barrier.missing = barrier.arrivals;
 }
+inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  shared_at<Barrier>(barrier) = {static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0, 0, 0};
+}
+inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
+  Barrier& b = shared_at<Barrier>(barrier);
+  b.bytes += static_cast<int32_t>(bytes);
+  --b.missing;
+  finish_phase(b);
+}
+inline void barrier_arrive(uint32_t barrier) { barrier_arrive_expecting(barrier, 0); }
 
-inline Barrier& barrier_at(uint32_t address) {
-  require(barriers.count(address) == 1, "a barrier that was not made");
-  return barriers[address];
-}
-inline void turn_if_over(Barrier& barrier) {
-  require(barrier.pending <= barrier.arrivals, "more arrivals than a phase expects");
-  if (barrier.pending > 0 || barrier.bytes != 0) return;
-  ++barrier.phase;
-  barrier.pending = barrier.arrivals;
-}
-inline void barrier_init(uint32_t address, uint32_t arrivals) { barriers[address] = {arrivals, arrivals, 0, 0}; }
-inline void barrier_init_done() {}
-inline void barrier_arrive(uint32_t address) {
-  Barrier& barrier = barrier_at(address);
-  --barrier.pending;
-  turn_if_over(barrier);
-}
-inline void barrier_arrive_expecting(uint32_t address, uint32_t bytes) {
-  barrier_at(address).bytes += bytes;
-  barrier_arrive(address);
-}
-inline bool barrier_test(uint32_t address, uint32_t parity) { return (barrier_at(address).phase & 1) != parity; }
-inline void barrier_wait(uint32_t address, uint32_t parity) {
-  while (!barrier_test(address, parity)) on_cpu::yield();
-}
-inline void copied(uint32_t address, uint32_t bytes) {
-  Barrier& barrier = barrier_at(address);
-  barrier.bytes -= bytes;
-  turn_if_over(barrier);
-}
+// ---- Copies
+struct Copy {
+  uint32_t to;
+  const CUtensorMap* map;  // or nullptr
+  int corner[5];
+  const void* from;  // of a run of bytes
+  uint32_t bytes;
+  uint32_t barrier;
+};
+inline std::deque<Copy> late;
 
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-inline void copy_box(uint32_t to, const void* pointer, const int (&corner)[5], uint32_t barrier) {
-  const CUtensorMap& map = *static_cast<const CUtensorMap*>(pointer);
-  require(to % TILE_ALIGNMENT == 0, "a tile that is not aligned");
-  uint32_t at = to;
-  for (uint32_t d = 0; d < map.box[4]; ++d) {
-    for (uint32_t c = 0; c < map.box[3]; ++c) {
-      for (uint32_t b = 0; b < map.box[2]; ++b) {
-        for (uint32_t a = 0; a < map.box[1]; ++a, at += TILE_ROW_BYTES) {
-          const uint64_t place[5] = {0, uint64_t(corner[1] + int(a)), uint64_t(corner[2] + int(b)),
-                                     uint64_t(corner[3] + int(c)), uint64_t(corner[4] + int(d))};
-          bool inside = true;
-          uint64_t offset = 0;
-          for (int i = 1; i < 5; ++i) inside &= place[i] < map.sizes[i], offset += place[i] * map.strides[i - 1];
-          for (uint32_t piece = 0; piece < 8; ++piece) {
-            uint8_t* row = shared_memory + swizzled(at + 16 * piece);
-            if (inside) {
-              memcpy(row, static_cast<const uint8_t*>(map.data) + offset + 16 * piece, 16);
-            } else {
-              memset(row, 0, 16);
-            }
-          }
-        }
-      }
+// The numbers that the copy of a box brings.
+inline uint32_t copy_numbers(const Copy& copy) {
+  const CUtensorMap& map = *copy.map;
+  const uint32_t* box = map.box;
+  const uint32_t count = box[0] * box[1] * box[2] * box[3] * box[4];
+  for (uint32_t i = 0; i < count; ++i) {
+    bool inside = true;
+    const uint8_t* from = map.data;
+    for (uint32_t axis = 0, rest = i; axis < 5; rest /= box[axis++]) {
+      const int64_t place = copy.corner[axis] + static_cast<int64_t>(rest % box[axis]);
+      inside = inside && place >= 0 && place < static_cast<int64_t>(map.sizes[axis]);
+      from += place * static_cast<int64_t>(map.strides[axis]);
     }
+    uint16_t number = 0;
+    if (inside) std::memcpy(&number, from, sizeof number);
+    shared_at<uint16_t>(swizzled(copy.to + 2 * i)) = number;
   }
-  copied(barrier, at - to);
+  return count;
+}
+
+inline void make(const Copy& copy) {
+  uint32_t bytes = copy.bytes;
+  if (copy.map != nullptr) {
+    bytes = 2 * copy_numbers(copy);
+  } else {
+    std::memcpy(&shared_at<uint8_t>(copy.to), copy.from, bytes);
+  }
+  Barrier& barrier = shared_at<Barrier>(copy.barrier);
+  barrier.bytes -= static_cast<int32_t>(bytes);
+  finish_phase(barrier);
+}
+inline void ask(const Copy& copy) {
+  static uint32_t drawn = 1;
+  drawn = drawn * 1664525 + 1013904223;
+  if (drawn >> 31) {
+    make(copy);
+  } else {
+    late.push_back(copy);
+  }
+}
+
+inline void prefetch_tensor_map(const void*) {}
+inline void copy_box(uint32_t to, const void* map, const int (&corner)[5], uint32_t barrier) {
+  ask({to, static_cast<const CUtensorMap*>(map), {corner[0], corner[1], corner[2], corner[3], corner[4]}, nullptr, 0,
+       barrier});
 }
 inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  require(to % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0 && bytes % 16 == 0, "not in 16 bytes");
-  memcpy(shared_memory + to, from, bytes);
-  copied(barrier, bytes);
+  ask({to, nullptr, {}, from, bytes, barrier});
+}
+
+inline bool barrier_test(uint32_t barrier, uint32_t parity) {
+  constexpr int IN_VAIN = 1 << 22;
+  if (shared_at<Barrier>(barrier).phase != parity) return idle = 0, true;
+  if (!late.empty() && idle % 64 == 0) make(late.front()), late.pop_front();
+  if (++idle > IN_VAIN) on_cpu::give_up();
+  return false;
+}
+inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+  while (!barrier_test(barrier, parity)) on_cpu::yield();
 }
 
 // ---- Products
+enum class Right : int { columns = 0, rows = 1 };
+
+struct Product {
+  float* sums;
+  const uint32_t* left;  // in registers, or nullptr
+  uint64_t left_tile, right;
+  int columns;
+  bool add, rows, bfloat16;
+};
+struct Products {
+  std::deque<Product> waiting;
+  std::deque<int> groups;  // how many products each has
+  int open = 0;            // of those that belong to no group yet
+};
+inline thread_local std::vector<Products> products;  // of every thread of the block
+
+inline Products& own_products() { return products[on_cpu::block->running]; }
+
+// Before a block's first use of anything here.
+inline void barrier_init_done() {
+  idle = 0;
+  late.clear();
+  products.assign(on_cpu::block->fibers.size(), {});
+}
+
 inline void products_begin() {}
-inline void products_commit() {}
-inline void products_wait() {}
-template <int COUNT>
-void products_wait_but() {}
+inline void products_commit() {
+  Products& own = own_products();
+  own.groups.push_back(own.open);
+  own.open = 0;
+}
+
+inline float number_of(uint16_t bits, bool bfloat16) {
+  return bfloat16 ? to_float(BFloat16{bits}) : to_float(Half{bits});
+}
+
+inline uint16_t number_at(uint64_t descriptor, int offset) {
+  const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
+  return shared_at<uint16_t>(swizzled(start + static_cast<uint32_t>(offset)));
+}
+
+// Column k of the left operand in the first or second of the thread's rows, which in registers four threads share.
+inline uint16_t left_number(const Product& product, const Product* const (&row)[4], int second, int k) {
+  if (product.left == nullptr) {
+    const int me = on_cpu::block->running, line = me % 128 / 32 * 16 + me % 32 / 4 + 8 * second;
+    return number_at(product.left_tile, line * TILE_ROW_BYTES + 2 * k);
+  }
+  return static_cast<uint16_t>(row[k % 8 / 2]->left[k / 8 * 2 + second] >> k % 2 * 16);
+}
+
+// One thread's part.
+inline void make(const Product& product, const Product* const (&row)[4]) {
+  const int lane = on_cpu::block->running % 4;
+  for (int i = 0; i < product.columns / 2; ++i) {
+    const int column = i / 4 * 8 + 2 * lane + i % 2, second = i / 2 % 2;
+    float sum = product.add ? product.sums[i] : 0;
+    for (int k = 0; k < 16; ++k) {
+      const int at = product.rows ? k * TILE_ROW_BYTES + column * 2 : column * TILE_ROW_BYTES + k * 2;
+      sum += number_of(left_number(product, row, second, k), product.bfloat16) *
+             number_of(number_at(product.right, at), product.bfloat16);
+    }
+    product.sums[i] = sum;
+  }
+}
+
+template <int LEFT = 0>
+void products_wait() {
+  Products& own = own_products();
+  const int first = on_cpu::block->running / 4 * 4;
+  int count = 0;
+  for (size_t group = 0; group + LEFT < own.groups.size(); ++group) count += own.groups[group];
+  on_cpu::meet_warp();
+  for (int i = 0; i < count; ++i) {
+    const Product* row[4];
+    for (int lane = 0; lane < 4; ++lane) row[lane] = &products[first + lane].waiting[i];
+    make(own.waiting[i], row);
+  }
+  on_cpu::meet_warp();
+  own.waiting.erase(own.waiting.begin(), own.waiting.begin() + count);
+  while (own.groups.size() > LEFT) own.groups.pop_front();
+}
+
 template <int COUNT>
 void pin(float (&)[COUNT]) {}
 
-enum class Right : int { columns = 0, rows = 1 };
-
-template <class Element>
-float number_at(uint32_t address) {
-  Element number;
-  memcpy(&number, shared_memory + swizzled(address), sizeof number);
-  return to_float(number);
-}
-inline uint32_t address_of(uint64_t descriptor) { return (descriptor & 0x3fff) << 4; }
-
-inline thread_local uint32_t lefts[1024][4];
-
-// The thread's two rows of a left operand's 16 columns.
-template <class Element>
-void gather(const uint32_t* a, float (&rows)[2][16]) {
-  const int me = on_cpu::block->running, quad = me / 4 * 4;
-  memcpy(lefts[me], a, 16);
-  __syncwarp();
-  for (int i = 0; i < 32; ++i) {
-    const int row = i / 16, column = i % 16;
-    const uint32_t pair = lefts[quad + column % 8 / 2][row + column / 8 * 2];
-    const Element number{static_cast<uint16_t>(column % 2 ? pair >> 16 : pair)};
-    rows[row][column] = to_float(number);
-  }
-  __syncwarp();
-}
-template <class Element>
-void gather(uint64_t a, float (&rows)[2][16]) {
-  __syncwarp();
-  const int me = on_cpu::block->running, row = me % 128 / 32 * 16 + me % 32 / 4;
-  for (int i = 0; i < 32; ++i) {
-    rows[i / 16][i % 16] = number_at<Element>(address_of(a) + (row + i / 16 * 8) * TILE_ROW_BYTES + i % 16 * 2);
-  }
-}
-
-template <class Element, Right right>
-void add_products(float* d, int columns, const float (&rows)[2][16], uint64_t b, bool add) {
-  for (int i = 0; i < columns / 2; ++i) {
-    const int column = i / 4 * 8 + on_cpu::block->running % 4 * 2 + i % 2;
-    float sum = add ? d[i] : 0;
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t offset = right == Right::rows ? k * TILE_ROW_BYTES + column * 2 : column * TILE_ROW_BYTES + k * 2;
-      sum += rows[i / 2 % 2][k] * number_at<Element>(address_of(b) + offset);
-    }
-    d[i] = sum;
-  }
+inline void multiply_later(const Product& product) {
+  Products& own = own_products();
+  own.waiting.push_back(product);
+  ++own.open;
 }
 template <Right right, int COLUMNS, class Element>
 void multiply(Element, float* d, const uint32_t* a, uint64_t b, bool add) {
-  float rows[2][16];
-  gather<Element>(a, rows);
-  add_products<Element, right>(d, COLUMNS, rows, b, add);
+  multiply_later({d, a, 0, b, COLUMNS, add, right == Right::rows, std::is_same_v<Element, BFloat16>});
 }
-template <bool first, class Element, class Left>
-void multiply_32(Element, float (&d)[16], Left a, uint64_t b) {
-  float rows[2][16];
-  gather<Element>(a, rows);
-  add_products<Element, Right::columns>(d, 32, rows, b, !first);
+template <bool first, class Element>
+void multiply_32(Element, float (&d)[16], const uint32_t* a, uint64_t b) {
+  multiply_later({d, a, 0, b, 32, !first, false, std::is_same_v<Element, BFloat16>});
+}
+template <bool first, class Element>
+void multiply_32(Element, float (&d)[16], uint64_t a, uint64_t b) {
+  multiply_later({d, nullptr, a, b, 32, !first, false, std::is_same_v<Element, BFloat16>});
 }
 
 template <class Element>
@@ -185,32 +242,32 @@ uint32_t packed(Element, float low, float high) {
   from_float(high, numbers[1]);
   return numbers[0].bits | static_cast<uint32_t>(numbers[1].bits) << 16;
 }
+
 template <class Element>
 float2 unpacked(Element, uint32_t pair) {
   return {to_float(Element{static_cast<uint16_t>(pair)}), to_float(Element{static_cast<uint16_t>(pair >> 16)})};
 }
 
 inline void load_blocks(uint32_t address, uint32_t* blocks) {
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t row = on_cpu::shuffle(address, 8 * i + on_cpu::block->running % 32 / 4);
-    memcpy(blocks + i, shared_memory + row + on_cpu::block->running % 4 * 4, 4);
+  const int lane = on_cpu::block->running % on_cpu::WARP;
+  for (int block = 0; block < 4; ++block) {
+    const uint32_t row = __shfl_sync(~0u, address, 8 * block + lane / 4);
+    blocks[block] = shared_at<uint32_t>(row + lane % 4 * 4);
   }
 }
-inline float4 load_four(uint32_t address) {
-  float4 four;
-  memcpy(&four, shared_memory + address, sizeof four);
-  return four;
+inline void load_pair(uint32_t address, uint32_t (&words)[2]) {
+  std::memcpy(words, &shared_at<uint32_t>(address), sizeof words);
 }
-inline void store_16_bytes(void* to, const uint32_t (&words)[4]) { memcpy(to, words, 16); }
-
+inline float4 load_four(uint32_t address) { return shared_at<float4>(address); }
 inline void transpose_pieces(uint32_t (&pieces)[4]) {
-  const int me = on_cpu::block->running;
-  memcpy(lefts[me], pieces, 16);
-  __syncwarp();
-  for (int i = 0; i < 4; ++i) pieces[i] = lefts[me / 4 * 4 + i][me % 4];
-  __syncwarp();
+  const int lane = on_cpu::block->running % on_cpu::WARP;
+  uint32_t given[4][4];
+  for (int from = 0; from < 4; ++from) {
+    for (int i = 0; i < 4; ++i) given[from][i] = on_cpu::shuffle(pieces[i], lane / 4 * 4 + from);
+  }
+  for (int from = 0; from < 4; ++from) pieces[from] = given[from][lane % 4];
 }
-
+inline void store_16_bytes(void* to, const uint32_t (&words)[4]) { std::memcpy(to, words, sizeof words); }
 inline float exp2_approximate(float x) { return std::exp2(x); }
 
 inline const char* hopper_status() { return nullptr; }

@@ -1,0 +1,74 @@
+"""The Hopper attention kernel itself, compiled for the CPU by tests/cuda_on_cpu, against float64: a schedule that
+deadlocks or overwrites what is still read does so here as well."""
+
+from __future__ import annotations
+
+import math
+
+import on_cpu
+import pytest
+import torch
+
+from dalle_kernels import AttentionPattern
+from dalle_kernels.attention.pattern import KINDS
+from dalle_kernels.testing import assert_accurate
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return on_cpu.compiled("attention", tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+def masked_softmax(q, k, v, pattern, scale):
+    scores = (q @ k.transpose(-2, -1)) * scale
+    scores = scores.masked_fill(~pattern.mask(q.shape[2]), -torch.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def check(library, pattern, seq, batch=1, heads=2, head_dim=64, dtype=torch.bfloat16, scale=0.125):
+    torch.manual_seed(seq)
+    q, k, v = (torch.randn(batch, seq, heads, head_dim).to(dtype).transpose(1, 2) for _ in range(3))
+    out, lse = torch.full_like(q, math.nan), torch.full((batch, heads, seq), math.nan)
+    settings = (KINDS.index(pattern.kind), pattern.text_len, *pattern.grid, pattern.kernel_size, scale)
+    library.sparse_attention(q, k, v, out, lse, *settings, 0)
+    exact, exact_lse = masked_softmax(q.double(), k.double(), v.double(), pattern, scale)
+    assert_accurate(out, masked_softmax(q, k, v, pattern, scale)[0], exact, name=f"out of {pattern}")
+    assert (lse - exact_lse).abs().max() < 1e-5 * max(1.0, exact_lse.abs().max().item())
+
+
+# Four blocks of three warpgroups each: from fewer tiles than those to several heads a block.
+CASES = [
+    ("row", 256, (32, 32), 11, 1280),
+    ("conv", 256, (32, 32), 11, 700),  # steps of 80 keys
+    ("conv", 257, (32, 32), 11, 600),  # of 64
+    ("column", 257, (32, 32), 11, 1270),
+    ("row", 77, (24, 40), 11, 437),
+    ("conv", 30, (16, 16), 5, 286),
+    ("column", 13, (3, 5), 11, 20),
+    ("row", 0, (5, 7), 11, 35),
+    ("row", 256, (32, 32), 11, 200),
+    ("row", 1, (1, 1), 11, 1),
+    ("causal", 0, (32, 32), 11, 500),
+    ("axial_row", 140, (9, 16), 11, 280),
+    ("conv_corner", 64, (16, 16), 5, 320),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_float64(library, case):
+    kind, text_len, grid, kernel_size, seq = case
+    check(library, AttentionPattern(kind, text_len, grid, kernel_size), seq)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_wide_heads_of_the_other_type(library, kind):
+    check(library, AttentionPattern(kind, 130, (16, 16), 3), 386, head_dim=128, dtype=torch.float16)
+
+
+def test_many_heads_take_turns_in_the_rings(library):
+    check(library, AttentionPattern("row", 65, (8, 8)), 129, batch=2, heads=9)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 30.0])
+def test_any_scale(library, scale):
+    check(library, AttentionPattern("row", 65, (16, 16)), 321, scale=scale)
