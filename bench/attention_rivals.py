@@ -40,6 +40,17 @@ def masked(pattern: AttentionPattern, seq: int, device: str) -> Attention:
     return partial(F.scaled_dot_product_attention, attn_mask=pattern.mask(seq).to(device))
 
 
+def eager(pattern: AttentionPattern, seq: int, device: str) -> Attention:
+    """Masked softmax attention as torch's own operations have it in the inputs' dtype, every result rounded to that."""
+    hidden = pattern.mask(seq).logical_not().to(device)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+    return attend
+
+
 def mask_rule(pattern: AttentionPattern) -> Callable:
     """The pattern as a ``mask_mod`` of FlexAttention, in closed form."""
     text, width, reach = pattern.text_len, pattern.grid[1], pattern.kernel_size // 2

@@ -75,12 +75,21 @@ class Budget:
         try:
             output, _ = process.communicate(timeout=min(seconds or self.left, self.left))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with its own processes
-            output, _ = process.communicate()
+            output = self._stop(process)
             output += b"\nstopped: the time is over"
         if not quiet:
             print("+", " ".join(command), output.decode(errors="replace"), sep="\n", flush=True)
         return process.returncode == 0
+
+    @staticmethod
+    def _stop(process: subprocess.Popen) -> bytes:
+        """End a command and its own processes, pytest with a word on what has failed so far; returns its output."""
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.communicate(timeout=10)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return process.communicate()[0]
 
 
 def test(budget: Budget) -> list[str]:

@@ -92,7 +92,9 @@ struct RingOfStrips {
     barrier_arrive_expecting(barrier(n), 2 * STRIP_BYTES + (STATISTICS ? STATISTICS_BYTES : 0));
   }
   __device__ void wait(uint32_t n) const { barrier_wait(barrier(n), n / STAGES % 2); }
+  // One thread speaks for its warp, whose others have read too: so not before all of them are here.
   __device__ void release(uint32_t n) const {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier(n) + FREE);
   }
 };
