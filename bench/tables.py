@@ -187,7 +187,7 @@ def losses(cases: list[dict]) -> str:
     header = ["op", "dtype", "ours", "of the floor", "torch, eager", "torch, compiled", "DALLE-pytorch's way", "MiB"]
     rows = [
         [
-            f"`{case['family']}`, {case['work']}",
+            ", ".join(filter(None, (f"`{case['family']}`", case["settings"].get("memory"), case["work"]))),
             SHORT[case["dtype"]],
             ours(case),
             share(case),
