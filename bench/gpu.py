@@ -4,7 +4,7 @@
     python bench/gpu.py tests           a part: tests, sanitizers, benchmarks
     python bench/gpu.py benchmarks --families attention float16 --seconds 240
 
-The tests that need a GPU come first, Triton's and those of captured graphs among them, in as many processes as there
+The tests that need a GPU come first, Triton's and those of captured graphs among them, in one process fewer than there
 are cores, since most of their time is Triton's compiler's. Beside them, for the same reason, run NVIDIA's sanitizers,
 where they are installed, over short tests of the CUDA kernels, and one round of every benchmark, which leaves what it
 compiles in caches. Then the benchmarks run alone, one after another, until the time is over; the JSON is under
@@ -93,7 +93,7 @@ class Budget:
 
 
 def test(budget: Budget) -> list[str]:
-    """As many tests at once as there are cores, with half of the time."""
+    """The tests, one process fewer than there are cores, with half of the time."""
     pytest = (
         sys.executable,
         "-m",

@@ -22,7 +22,18 @@ def step(dtype, moment, device):
     steps = [torch.zeros((), device=device) for _ in SIZES]
     settings = (1e-3, 0.9, 0.96, 1e-8, 4.5e-2, 5.0)
     scale, found = torch.ones((), device=device), torch.zeros((), dtype=torch.bool, device=device)
-    return partial(triton_kernels.adamw16_step, params, grads, *moments, steps, *settings, scale, found)
+    return partial(
+        triton_kernels.adamw16_step,
+        params,
+        grads,
+        *moments,
+        steps,
+        *settings,
+        scale,
+        found,
+        None,
+        list(range(len(SIZES))),
+    )
 
 
 CASES = [

@@ -47,7 +47,7 @@ def step(x, layers, heads, head_dim, samples, provider, on_device):
 def check(sizes, dtype, device, on_device=False):
     rows, samples, dim, heads, head_dim, hidden = sizes
     results = []
-    for seed in range(2):
+    for seed in range(2 if torch.device(device).type == "cpu" else 40):  # few numbers, whose largest error varies
         torch.manual_seed(seed)
         layers = [
             LayerWeights(*(t.to(device) for t in layer))

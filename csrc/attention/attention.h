@@ -53,8 +53,8 @@ struct SparseAttention {
   int64_t* workspace;  // if not nullptr: takes the bytes of scratch space of the call, which then computes nothing
 };
 
-// On the CPU it needs neither out nor lse: the softmax statistics are computed again. With logits of 1e4, lse in float32
-// is off by up to 5e-4, which would be the relative error of every probability.
+// On the CPU it needs neither out nor lse: the softmax statistics are computed again. With logits of 1e4, lse in
+// float32 is off by up to 5e-4, which would be the relative error of every probability.
 struct SparseAttentionBackward {
   Dtype dtype;  // of all tensors: any but float64
   int64_t batch, heads, head_dim;

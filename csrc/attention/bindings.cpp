@@ -55,8 +55,8 @@ DALLE_BINDINGS(m) {
   m.def(
       "sparse_attention_backward",
       [](const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-         const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv, uintptr_t scratch, int kind, int64_t text_len,
-         int64_t height, int64_t width, int64_t kernel_size, float scale, uintptr_t stream) {
+         const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv, uintptr_t scratch, int kind,
+         int64_t text_len, int64_t height, int64_t width, int64_t kernel_size, float scale, uintptr_t stream) {
         const auto [batch, heads, seq, head_dim] = sizes_of(q);
         const Pattern pattern{PatternKind{kind}, seq, text_len, height, width, kernel_size};
         const SparseAttentionBackward params{q.dtype, batch, heads, head_dim, pattern, scale, heads_of(grad_out),

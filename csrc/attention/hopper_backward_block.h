@@ -120,9 +120,9 @@ struct PairBlock {
   const Ring ring;
 
   __device__ PairBlock(const BackwardLaunch& launch_, const PairOfTiles& pair_)
-      : launch(launch_), plan(launch_.plan), pair(pair_), head(pair.head, launch_.heads), memory(shared_address(dynamic_shared())),
-        group(__shfl_sync(~0u, threadIdx.x / 128, 0)), first(pair.first + group * TILE),
-        exists(has_tile(plan, pair, group)), ring{memory + RING} {}
+      : launch(launch_), plan(launch_.plan), pair(pair_), head(pair.head, launch_.heads),
+        memory(shared_address(dynamic_shared())), group(__shfl_sync(~0u, threadIdx.x / 128, 0)),
+        first(pair.first + group * TILE), exists(has_tile(plan, pair, group)), ring{memory + RING} {}
 
   __device__ Derived& derived() { return static_cast<Derived&>(*this); }
   __device__ uint32_t tile(int operand) const { return memory + (operand * PAIR + group) * TILE_BYTES; }

@@ -1,10 +1,9 @@
-"""One loss scale for all resblocks in float16 against one for each, and how these move (the paper's Figure 12).
+"""Resblocks in float16 without a loss scale against one for each, and how these move (the paper's Figure 12).
 
-The run is one replica as it is among 1,024: its loss is divided by the batch of all of them. With one scale of 1 for
-all, that is with none, many gradients of the resblocks then underflow, almost half of them in the warm-up. Scales of
-their own, which start at 1,024 x 2^13, hold them all; they grow until their block's gradients overflow, and part. For
-that to be seen within minutes the paper's rule is applied 15 times an update: growth by 2^(15/1000), and one division
-in 9 updates.
+The run is one replica as it is among 1,024: its loss is divided by the batch of all of them. With no scale many
+gradients of the resblocks then underflow, almost half of them in the warm-up. Scales of their own, which start at
+1,024 x 2^13, hold them all; they grow until their block's gradients overflow, and part. For that to be seen within
+minutes the paper's rule is applied 15 times an update: growth by 2^(15/1000), and one division in 9 updates.
 """
 
 from __future__ import annotations

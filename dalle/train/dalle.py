@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Sequence
@@ -244,6 +245,7 @@ class DALLEStage(Stage):
         model = self._averaged()
         if model is None:
             return {}
+        model = copy.deepcopy(model).to(self.device)
         half = PICTURED_CAPTIONS // 2
         seen = self.captions[:: max(1, len(self.captions) // half)][:half]
         held_out = self.held_out_captions[:: max(1, len(self.held_out_captions) // half)][:half]

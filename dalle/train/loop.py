@@ -31,6 +31,9 @@ from dalle.train.team import ALONE, Alone, Figures
 from dalle.train.telemetry import Telemetry, averages
 from dalle_kernels import GradScales
 
+STARTED = ".started"
+"""Among the checkpoints: torchrun's start of the processes was allowed to use the folder, so its restarts are too."""
+
 Window = list[Figures]
 """The figures of the updates since the last line of the log, which averages them."""
 
@@ -210,7 +213,7 @@ def _log(stage: Stage, out: Path, entry: dict[str, Any]) -> None:
 
 
 def _draw(stage: Stage, out: Path, update: int) -> None:
-    figures = stage.draw_pictures(update, out / "pictures")
+    figures = stage.team.after_leader(stage.draw_pictures(update, out / "pictures"))
     if figures:
         _log(stage, out, {"update": update, **figures})
     if stage.team.leads:
@@ -230,8 +233,11 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
 
 def require_startable(out: str | Path, resume: bool, team: Alone = ALONE) -> None:
     """Raise UserError when ``out`` holds a run and ``resume`` is false, or holds none and it is true."""
-    if team.resumes:  # from whatever the start that failed has left
+    started = Path(out) / "checkpoints" / STARTED
+    if team.resumes and started.exists():  # from whatever the start that failed has left
         return
+    if team.leads:
+        started.unlink(missing_ok=True)
     checkpoint = latest_checkpoint(out)
     if checkpoint and not resume:
         raise UserError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
@@ -241,7 +247,7 @@ def require_startable(out: str | Path, resume: bool, team: Alone = ALONE) -> Non
 
 def _start(stage: Stage, out: Path, resume: bool) -> tuple[int, float, Window]:
     require_startable(out, resume, stage.team)
-    checkpoint = stage.team.from_leader(lambda: _prepare_folder(out))
+    checkpoint = stage.team.from_leader(lambda: _prepare_folder(out, stage.team.size > 1))
     if checkpoint is None:
         return 0, 0.0, []
     progress = load(stage, checkpoint)
@@ -250,12 +256,14 @@ def _start(stage: Stage, out: Path, resume: bool) -> tuple[int, float, Window]:
     return progress
 
 
-def _prepare_folder(out: Path) -> Path | None:
+def _prepare_folder(out: Path, restartable: bool) -> Path | None:
     """Make the run folder ready to write to; returns the checkpoint to go on from."""
     checkpoint = latest_checkpoint(out)
     try:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
         (out / "checkpoints").mkdir(exist_ok=True)
+        if restartable:
+            (out / "checkpoints" / STARTED).touch()
     except OSError as error:
         raise UserError(f"cannot make the run folder {out}: {error.strerror}") from None
     clear_incomplete(out)

@@ -80,7 +80,7 @@ def prepare_scaled_step(
 
     Returns:
         The norm, without the resblocks whose gradients are not finite, and for the log whether the step is skipped:
-        on the device, which nobody waits for.
+        on the device, which this does not wait for.
     """
     squares = _squares_of_resblocks(optimizer, len(scales.scales), team)
     nonfinite = squares[:-1].isfinite().logical_not()

@@ -4,7 +4,6 @@ is all here and in :mod:`dalle.train.torchrun`; nothing else knows of ranks.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -74,12 +73,12 @@ class Alone:
         return sharded + whole
 
     def whole(self, model: nn.Module, shards: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
-        """The model, in eval mode, whose parameters ``shards`` holds this team's parts of; None but in the leader.
+        """The model, in eval mode and on the CPU, whose parameters ``shards``, on the CPU too, holds this team's parts
+        of; None but in the leader.
 
         ``build`` makes a model of its shape. All processes must call this.
         """
-        on_device = all(parameter.device.type == torch.device(self.device).type for parameter in shards.parameters())
-        return shards if on_device else copy.deepcopy(shards).to(self.device)
+        return shards
 
     def error_sums(self) -> dict[str, torch.Tensor]:
         """This process's part of the sum over machines of PowerSGD's error buffers, by the parameters' names.
@@ -103,6 +102,10 @@ class Alone:
     def from_leader(self, make: Callable[[], Item]) -> Item:
         """What ``make`` returns in the leader, in every process."""
         return make()
+
+    def after_leader(self, done: Item) -> Item:
+        """``done``, once the leader has come as far: the others wait for it, however long it takes."""
+        return done
 
     def leader_first(self, make: Callable[[], Item]) -> Item:
         """What ``make`` returns, called in the leader before the others: it leaves files that they find."""

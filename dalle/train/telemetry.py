@@ -1,4 +1,4 @@
-"""What a run's log says of its numbers and its speed, gathered so that the device is waited for once a line.
+"""What a run's log says of its numbers and its speed, gathered so that it costs the device one more wait a line.
 
 A line holds, beside the averages of its updates (so the share of ``skipped_updates``, where a stage may skip them):
 

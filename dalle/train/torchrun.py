@@ -30,7 +30,7 @@ class Team(Alone):
     def __init__(self, machines: int | None, device: str):
         kind = torch.device(device).type
         if kind == "cuda":
-            super().__init__(f"cuda:{os.environ['LOCAL_RANK']}")
+            super().__init__(f"cuda:{_local_gpu()}")
             torch.cuda.set_device(self.device)
         else:
             super().__init__(kind)
@@ -129,12 +129,16 @@ class Team(Alone):
             return None
         built = build()
         built.load_state_dict(tensors)
-        return built.to(self.device).eval().requires_grad_(False)
+        return built.eval().requires_grad_(False)
 
     def from_leader(self, make: Callable[[], Item]) -> Item:
         box = [make() if self.leads else None]
         dist.broadcast_object_list(box, src=0, group=self._control)
         return box[0]
+
+    def after_leader(self, done: Item) -> Item:
+        dist.barrier(group=self._control)
+        return done
 
     def leader_first(self, make: Callable[[], Item]) -> Item:
         made = make() if self.leads else None
@@ -184,6 +188,13 @@ class Team(Alone):
     def _is_compressed(parameter: DTensor) -> bool:
         """Whether PowerSGD sums its gradient between machines, of which its mesh knows nothing."""
         return parameter.device_mesh.ndim == 1
+
+
+def _local_gpu() -> int:
+    number, count = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
+    if not number.isdecimal() or int(number) >= count:
+        raise UserError(f"expected one process for each of the {count} GPUs here, started by torchrun, got one more")
+    return int(number)
 
 
 def _restarts() -> int:

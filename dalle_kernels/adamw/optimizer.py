@@ -165,6 +165,8 @@ class AdamW16(torch.optim.Optimizer):
         hooked: list[dict[str, Any]] = []
 
         def check(_, state: dict[str, Any]) -> None:
+            for group in state["param_groups"]:
+                group.setdefault("rounding_seed", None)  # saved before there was such a setting
             _check_state(state, self)
             hooked.append(state)
 

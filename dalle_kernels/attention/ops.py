@@ -83,6 +83,8 @@ def _backward_unsupported(grad_out, q, k, v, out, lse, kind, *pattern) -> str | 
     if reason is None and q.is_cuda:
         if q.shape[2] == 1:
             return "the compiled kernel rounds the gradients of a sequence of one token, which are zero"
+        if lse.dtype != torch.float32 or not lse.is_contiguous():
+            return "the compiled kernel takes a contiguous log-sum-exp in float32"
         tensors = (grad_out, q, k, v, out)
         return _cuda_unsupported(q, kind, BACKWARD_AHEAD, "sparse_attention_backward_refusal", tensors, pattern)
     return reason

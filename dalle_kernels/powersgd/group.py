@@ -68,6 +68,9 @@ class Group:
             self.square += exempt.square().sum()
             targets = [gradients[i] for i in self.exempt]
             parts = exempt.split([target.numel() for target in targets])
+            if self.settings.keep_scale:
+                scales = (divisors / self.settings.gradient_divisor).unbind()
+                parts = [part * scales[i] for i, part in zip(self.exempt, parts)]
             torch._foreach_copy_(targets, [part.view_as(target) for part, target in zip(parts, targets)])
 
     def _divisors(self, device: torch.device) -> Tensor:

@@ -54,7 +54,8 @@ class PowerSGD:
         p_divisor, q_divisor: the factors P and Q are divided by these before they are summed: codes end at ±15.984375.
             P's numbers should stay well above ``eps``.
         keep_scale: give gradients back multiplied by their scales again, as 16-bit gradients must stay that underflow
-            without, and infinite in an FSDP unit or bucket of which one is not finite on this rank or in a factor.
+            without, and those of compressed parameters infinite in an FSDP unit or bucket where one of them is not
+            finite on this rank or in a factor.
         eps: what is added to P's diagonal before it is orthogonalized.
         seed: of the fixed Gaussian Q, equal on every rank.
 

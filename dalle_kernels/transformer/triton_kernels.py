@@ -22,7 +22,7 @@ from dalle_kernels.transformer.reference import LayerWeights
 from dalle_kernels.transformer.triton_few_rows import few_rows_kernel
 
 _MOST_ROWS = 32
-"""Of more rows the library's products take no longer."""
+"""Of more rows the products are the library's. Measured with 8 rows in 16 bits; others no GPU has timed."""
 
 
 def decode_layers(x, weights, caches, position, kinds, text_len, height, width, kernel_size, scale, epsilon):
