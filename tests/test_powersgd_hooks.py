@@ -347,20 +347,27 @@ def test_compression_rate_of_a_resblock_pair_is_the_papers(alone, monkeypatch, d
 
 
 def test_scales_are_given_back_where_the_optimizer_divides_by_them(alone):
-    model = nn.Linear(24, 16)
-    gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
-    scales = {"weight": torch.tensor([256.0])}
+    model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 20))
+    draw = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(p.shape, generator=draw) for p in model.parameters()]
+    sizes = {name: 2.0 ** (4 + place) for place, (name, _) in enumerate(model.named_parameters())}
+    scales = {name: torch.tensor([size]) for name, size in sizes.items()}
     given = {}
     for keep_scale in (False, True):
-        powersgd = PowerSGD(model, rank=4, scales=scales, keep_scale=keep_scale)
-        given[keep_scale] = [256 * gradient, torch.zeros(16)]
+        powersgd = PowerSGD(model, rank=4, scales=scales, keep_scale=keep_scale, gradient_divisor=1.5)
+        given[keep_scale] = [size * gradient for size, gradient in zip(sizes.values(), gradients)]
         powersgd._reduce(powersgd.shards, given[keep_scale])
         norm = powersgd.gradient_norm()
-    assert torch.equal(given[True][0], 256 * given[False][0]) and norm.isfinite()
+    assert norm.isfinite()
+    for size, kept, unscaled in zip(sizes.values(), given[True], given[False], strict=True):
+        torch.testing.assert_close(kept, size * unscaled, rtol=1e-6, atol=0)
+    for bias in (1, 3):
+        torch.testing.assert_close(given[False][bias], gradients[bias] / 1.5)
 
-    bad = [gradient.clone().index_put_((torch.tensor(3), torch.tensor(5)), torch.tensor(torch.inf)), torch.ones(16)]
+    bad = [torch.ones_like(gradient) for gradient in gradients]
+    bad[0][3, 5] = torch.inf
     powersgd._reduce(powersgd.shards, bad)
-    assert bad[0].isinf().all() and torch.equal(bad[1], torch.ones(16)) and powersgd.gradient_norm().isinf()
+    assert all(bad[matrix].isinf().all() for matrix in (0, 2)) and powersgd.gradient_norm().isinf()
 
 
 @pytest.mark.parametrize("example", [0, 1], ids=["DDP", "FSDP2"])

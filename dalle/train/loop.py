@@ -32,7 +32,7 @@ from dalle.train.telemetry import Telemetry, averages
 from dalle_kernels import GradScales
 
 STARTED = ".started"
-"""Among the checkpoints: torchrun's start of the processes was allowed to use the folder, so its restarts are too."""
+"""In the run folder: torchrun's start of the processes was allowed to use the folder, so its restarts are too."""
 
 Window = list[Figures]
 """The figures of the updates since the last line of the log, which averages them."""
@@ -233,7 +233,7 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
 
 def require_startable(out: str | Path, resume: bool, team: Alone = ALONE) -> None:
     """Raise UserError when ``out`` holds a run and ``resume`` is false, or holds none and it is true."""
-    started = Path(out) / "checkpoints" / STARTED
+    started = Path(out) / STARTED
     if team.resumes and started.exists():  # from whatever the start that failed has left
         return
     if team.leads:
@@ -263,7 +263,7 @@ def _prepare_folder(out: Path, restartable: bool) -> Path | None:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
         (out / "checkpoints").mkdir(exist_ok=True)
         if restartable:
-            (out / "checkpoints" / STARTED).touch()
+            (out / STARTED).touch()
     except OSError as error:
         raise UserError(f"cannot make the run folder {out}: {error.strerror}") from None
     clear_incomplete(out)
