@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import pytest
 from PIL import Image
@@ -33,7 +32,8 @@ def test_the_recipe_is_the_one_that_made_it(folder):
     for stage, config, training in (("dvae", DVAEConfig, DVAETraining), ("dalle", DALLEConfig, DALLETraining)):
         description = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))
         assert model_config(config, recipe[stage], "recipe").to_dict() == description["config"]
-        assert asdict(training(**recipe[f"{stage}_training"])) == description["note"]["training"]
+        # Settings that came later are not in its note: it had what their defaults are.
+        assert training(**recipe[f"{stage}_training"]) == training(**description["note"]["training"])
 
 
 def test_its_parts_belong_together(folder):
