@@ -175,7 +175,7 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("expected matplotlib to draw curves: pip install matplotlib") from error
+        raise UserError("expected matplotlib to draw a figure: pip install matplotlib") from error
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dalle.figures.runs import Runs, finish, new_figure, smooth
+from dalle.figures.runs import Runs, finish, smooth
+from dalle.pictures import new_figure
 
 UPDATES = 250
 MODEL = {"dim": 64, "heads": 2, "head_dim": 32, "layers": 4}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from dalle.figures.runs import Runs, finish, new_figure, smooth
+from dalle.figures.runs import Runs, finish, smooth
+from dalle.pictures import new_figure
 from dalle.train.dalle import DALLEStage
 
 UPDATES = 800

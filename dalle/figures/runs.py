@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dalle.checkpoint import shipped
 from dalle.config import DALLEConfig
 from dalle.data import open_dataset
-from dalle.errors import UserError
 from dalle.files import atomic_write
-from dalle.pictures import read_log
+from dalle.pictures import figure_png, read_log, tidy
 from dalle.tokenizer import Tokenizer
 from dalle.train.dalle import DALLEStage, DALLETraining
 from dalle.train.loop import RunSettings, run
@@ -44,23 +42,12 @@ class Runs:
             return read_log(Path(out) / "log.jsonl")
 
 
-def new_figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("expected matplotlib to draw a figure: pip install matplotlib") from error
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
-
-
 def finish(figure: Figure, out: Path) -> None:
     """Write the figure, its axes with a grid and no frame."""
     for axes in figure.axes:
         axes.set_xlabel("update")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    atomic_write(out, buffer.getvalue())
+        tidy(axes)
+    atomic_write(out, figure_png(figure))
 
 
 def smooth(values: list[float], over: int = 40) -> list[float]:
