@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from plain_attention import masked_softmax
 
 import dalle_kernels
 from dalle_kernels import AttentionPattern, _native, sparse_attention
@@ -17,12 +18,6 @@ pytestmark = [
     pytest.mark.skipif(not HOPPER or _native.unavailable("cuda") is not None, reason="no Hopper GPU, or not built"),
 ]
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-def masked_softmax(q, k, v, pattern, scale):
-    scores = (q @ k.transpose(-2, -1)) * scale
-    scores = scores.masked_fill(~pattern.mask(q.shape[2], q.device), -torch.inf)
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
 def draw(batch, heads, seq, head_dim, dtype, heads_first=False):

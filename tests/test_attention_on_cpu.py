@@ -8,6 +8,7 @@ import math
 import on_cpu
 import pytest
 import torch
+from plain_attention import masked_softmax
 
 from dalle_kernels import AttentionPattern
 from dalle_kernels.attention.pattern import KINDS
@@ -17,12 +18,6 @@ from dalle_kernels.testing import assert_accurate
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     return on_cpu.compiled("attention", tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-def masked_softmax(q, k, v, pattern, scale):
-    scores = (q @ k.transpose(-2, -1)) * scale
-    scores = scores.masked_fill(~pattern.mask(q.shape[2]), -torch.inf)
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
 def check(library, pattern, seq, batch=1, heads=2, head_dim=64, dtype=torch.bfloat16, scale=0.125):
