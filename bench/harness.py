@@ -10,6 +10,8 @@ Peak memory is the growth of the process's resident memory during one call after
 to the system first (``malloc_trim``), the kernel's high-water mark is reset through ``/proc/self/clear_refs`` and read
 from ``VmHWM`` afterwards. It holds what a call returns; ``result_bytes`` says how much of it that is. The kernel counts
 it in steps of up to some hundred KiB. On CUDA it is the allocator's own peak.
+
+On CUDA a call's time is the device's, and ``host_ms`` says how long the host was busy launching it.
 """
 
 from __future__ import annotations
@@ -157,6 +159,7 @@ class Contest:
         if len(self.seconds) != 1 + len(self.rivals):
             raise ValueError(f"expected candidates of different names, got {[rival.name for rival in self.rivals]}")
         self.memory: dict[str, dict[str, int]] = {}
+        self.host: dict[str, float] = {}
         self.slow: set[str] = set()
         self._turns: Iterator[int] = iter(())
 
@@ -171,6 +174,8 @@ class Contest:
             seconds = time.perf_counter() - begin
             if seconds > SLOW:
                 return seconds
+        if self.device == "cuda":
+            self.host[candidate.name] = min(host_seconds(candidate) for _ in range(3))
         return self.clock(candidate) * candidate.units * self.case.calls
 
     def rounds(self, most: int) -> int:
@@ -201,7 +206,8 @@ class Contest:
             candidate.before()
         each = candidate.units * self.case.calls
         if self.device == "cuda":
-            return device_seconds(candidate.run, self.case.calls) / candidate.units
+            host = self.host.get(candidate.name, 0) * self.case.calls
+            return device_seconds(candidate.run, self.case.calls, host) / candidate.units
         begin_time = time.perf_counter()
         for _ in range(self.case.calls):
             candidate.run()
@@ -215,6 +221,7 @@ class Contest:
             found[candidate.name] = {
                 **quantiles(self.seconds[candidate.name]),
                 **self.memory.get(candidate.name, {}),
+                **({"host_ms": self.host[candidate.name] * 1e3} if candidate.name in self.host else {}),
                 "same_function": candidate.same_function,
                 "note": candidate.note,
             }
@@ -238,25 +245,37 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 _L2_BYTES = 1 << 28
 """More than any GPU's second-level cache holds."""
-_PAUSE_CYCLES = 2_000_000
-"""About a millisecond."""
+_CYCLES_A_SECOND = 2e9
+"""At most, of the GPU's clock."""
+_LEAST_PAUSE, _MOST_PAUSE = 1e-3, 0.1
+"""Seconds; what waits for the device itself would wait for any pause."""
 
 
-def device_seconds(run: Callable[[], object], calls: int = 1) -> float:
+def device_seconds(run: Callable[[], object], calls: int = 1, host: float = 0) -> float:
     """Seconds of the GPU for one call of ``calls`` in a row, the first with a cold cache.
 
-    The GPU is kept busy beforehand for longer than the host needs to launch the work, so that launches do not count:
-    a model, or a captured graph, has more work queued as well.
+    The GPU is kept busy beforehand for longer than the ``host`` seconds that launching the work takes, so that launches
+    do not count: a model, or a captured graph, has more work queued as well.
     """
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.empty(_L2_BYTES, dtype=torch.uint8, device="cuda").zero_()
-    torch.cuda._sleep(_PAUSE_CYCLES)
+    torch.cuda._sleep(int(_CYCLES_A_SECOND * min(_LEAST_PAUSE + 1.5 * host, _MOST_PAUSE)))
     begin.record()
     for _ in range(calls):
         run()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / calls
+
+
+def host_seconds(candidate: Candidate) -> float:
+    """Seconds until a call returns while the GPU has nothing else to do: those of its launches, if it never waits."""
+    if candidate.before is not None:
+        candidate.before()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    candidate.run()
+    return time.perf_counter() - begin
 
 
 def keep_freed_memory() -> bool:
