@@ -63,8 +63,8 @@ struct Course {
 };
 
 // The ring: STAGES places, a power of 2, for two operands' strips and, of queries, their statistics. Strip number n
-// goes to place n % STAGES. A thread asks for each one AHEAD strips before its own warpgroup takes it; a warp that has
-// read a strip says so. The other warpgroup may be behind by STAGES - AHEAD before that thread has to wait for it.
+// goes to place n % STAGES. A thread asks for each one AHEAD strips before its own warpgroup takes it; threads that have
+// read a strip say so. The other warpgroup may be behind by STAGES - AHEAD before that thread has to wait for it.
 template <int STAGES, bool STATISTICS>
 struct RingOfStrips {
   static_assert((STAGES & (STAGES - 1)) == 0 && STAGES >= 4);
@@ -77,7 +77,7 @@ struct RingOfStrips {
   __device__ void init() const {
     for (uint32_t n = 0; n < STAGES; ++n) {
       barrier_init(barrier(n), 1);
-      barrier_init(barrier(n) + FREE, PAIR_THREADS / 32);
+      barrier_init(barrier(n) + FREE, PAIR_THREADS);
     }
   }
   __device__ uint32_t strips(uint32_t n) const { return start + n % STAGES * (2 * STRIP_BYTES); }
@@ -92,11 +92,9 @@ struct RingOfStrips {
     barrier_arrive_expecting(barrier(n), 2 * STRIP_BYTES + (STATISTICS ? STATISTICS_BYTES : 0));
   }
   __device__ void wait(uint32_t n) const { barrier_wait(barrier(n), n / STAGES % 2); }
-  // One thread speaks for its warp, whose others have read too: so not before all of them are here.
-  __device__ void release(uint32_t n) const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(barrier(n) + FREE);
-  }
+  // Each thread for itself: of one that speaks for its warp after a __syncwarp racecheck does not see that the others
+  // have read too.
+  __device__ void release(uint32_t n) const { barrier_arrive(barrier(n) + FREE); }
 };
 
 // What a block does, whose two warpgroups own a tile each. Shared memory begins with OPERANDS operands' two tiles each,
