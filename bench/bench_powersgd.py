@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dalle_kernels import PowerSGD, decode_fp169, orthogonalize
 from dalle_kernels.powersgd.compression import fixed_gaussian
 from dalle_kernels.powersgd.reference import Simulation
-from dalle_kernels.testing import assert_accurate
+from dalle_kernels.testing import GradientBucket, assert_accurate
 
 QR, GRAM_SCHMIDT = "torch.linalg.qr", "torch's PowerSGD, Gram-Schmidt"
 TORCHS_HOOK, BATCHED = "torch's powerSGD_hook", "torch's powerSGD_hook, equal shapes batched"
@@ -70,29 +70,6 @@ def test_orthogonalize(side_by_side, device, rows, rank):
     )
 
 
-class Bucket:
-    """What DDP hands to a hook, of the gradients that ``own`` holds one after the other."""
-
-    def __init__(self, parameters: list[Tensor], own: Tensor):
-        self._parameters, self._buffer = parameters, own.clone()
-
-    def index(self) -> int:
-        return 0
-
-    def is_last(self) -> bool:
-        return True
-
-    def buffer(self) -> Tensor:
-        return self._buffer
-
-    def parameters(self) -> list[Tensor]:
-        return self._parameters
-
-    def gradients(self) -> list[Tensor]:
-        parts = self._buffer.split([parameter.numel() for parameter in self._parameters])
-        return [part.view_as(parameter) for part, parameter in zip(parts, self._parameters)]
-
-
 def resblocks(dim: int, gpus: int, device: str) -> nn.ModuleDict:
     """The matrices of an attention and an MLP resblock, or what one of a machine's GPUs holds of each."""
     shapes = dict.fromkeys(("q", "k", "v", "proj"), (dim // gpus, dim))
@@ -101,7 +78,7 @@ def resblocks(dim: int, gpus: int, device: str) -> nn.ModuleDict:
     return nn.ModuleDict(layers)
 
 
-def torchs_hook(name: str, bucket: Bucket, own: Tensor, rank: int, **settings) -> Candidate | Unavailable:
+def torchs_hook(name: str, bucket: GradientBucket, own: Tensor, rank: int, **settings) -> Candidate | Unavailable:
     try:
         from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
     except ImportError as error:
@@ -133,7 +110,7 @@ def test_hook(side_by_side, device, world_of_one, dim, gpus, rank):
     model = resblocks(dim, gpus, device)
     parameters = list(model.parameters())
     own = 0.01 * torch.randn(sum(parameter.numel() for parameter in parameters), device=device)
-    powersgd, bucket = PowerSGD(model, rank // gpus), Bucket(parameters, own)
+    powersgd, bucket = PowerSGD(model, rank // gpus), GradientBucket(parameters, own.clone())
 
     def run() -> Tensor:
         return PowerSGD.ddp_hook(powersgd, bucket).wait()
@@ -159,8 +136,14 @@ def test_hook(side_by_side, device, world_of_one, dim, gpus, rank):
             settings={"dim": dim, "gpus": gpus, "rank": rank},
             ours=Candidate(OURS, run, before=lambda: bucket.buffer().copy_(own)),
             rivals=[
-                torchs_hook(TORCHS_HOOK, Bucket(parameters, own), own, rank // gpus),
-                torchs_hook(BATCHED, Bucket(parameters, own), own, rank // gpus, batch_tensors_with_same_shape=True),
+                torchs_hook(TORCHS_HOOK, GradientBucket(parameters, own.clone()), own, rank // gpus),
+                torchs_hook(
+                    BATCHED,
+                    GradientBucket(parameters, own.clone()),
+                    own,
+                    rank // gpus,
+                    batch_tensors_with_same_shape=True,
+                ),
             ],
             check=check,
             goals=[Goal("speed", 3, TORCHS_HOOK), Goal("speed", 3, BATCHED)] if device == "cuda" else [],

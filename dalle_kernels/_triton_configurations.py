@@ -154,6 +154,8 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("adamw16_step", "any"): {DEFAULT: Configuration({"BLOCK": 2048}, num_warps=8)},
     # grad_scale
     ("grad_scale", "any"): {DEFAULT: Configuration({"BLOCK": 4096}, num_warps=8)},
+    # powersgd
+    ("powersgd", "any"): {DEFAULT: Configuration({"BLOCK": 4096}, num_warps=8)},
     # transformer
     ("decode_layers", "16-bit 8"): {
         DEFAULT: few_rows_blocks(4, 16, 64, warps=4, stages=5),

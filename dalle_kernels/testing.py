@@ -152,3 +152,26 @@ def strided_views(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     for name, view in (("pitched", pitched), ("stepped", stepped), ("shifted", shifted), ("transposed", transposed)):
         if view is not None:
             yield name, view.view(values.shape).copy_(values) if values.dim() == 0 else view.copy_(values)
+
+
+class GradientBucket:
+    """What DistributedDataParallel hands to a communication hook: gradients one after the other in one ``buffer``."""
+
+    def __init__(self, parameters: Sequence[Tensor], buffer: Tensor):
+        self._parameters, self._buffer = list(parameters), buffer
+
+    def index(self) -> int:
+        return 0
+
+    def is_last(self) -> bool:
+        return True
+
+    def buffer(self) -> Tensor:
+        return self._buffer
+
+    def parameters(self) -> list[Tensor]:
+        return self._parameters
+
+    def gradients(self) -> list[Tensor]:
+        parts = self._buffer.split([parameter.numel() for parameter in self._parameters])
+        return [part.view_as(parameter) for part, parameter in zip(parts, self._parameters)]

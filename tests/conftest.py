@@ -82,3 +82,15 @@ def run_with_instruction_set(request):
         subprocess.run([sys.executable, "-c", program.format(isa=name)], check=True, env=environment)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A world of this process alone."""
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(tmp_path_factory.mktemp("alone") / "store"), 1)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

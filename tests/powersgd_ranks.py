@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dalle_kernels import PowerSGD, decode_fp169, shard_longer_axis
 from dalle_kernels.powersgd.compression import Batch
+from dalle_kernels.testing import GradientBucket
 
 WORLD = 4
 STEPS = 4
@@ -60,28 +61,15 @@ def loss(model: nn.Module, rank: int, step: int) -> Tensor:
     return model(x).square().mean()
 
 
-class Bucket:
-    """What DDP hands to its hook, of given gradients."""
-
-    def __init__(self, model: nn.Module, own: dict[str, Tensor]):
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._buffer = torch.cat([own[name].flatten() for name, _ in model.named_parameters()])
-
-    def buffer(self) -> Tensor:
-        return self._buffer
-
-    def parameters(self) -> list[Tensor]:
-        return self._parameters
-
-    def gradients(self) -> list[Tensor]:
-        parts = self._buffer.split([parameter.numel() for parameter in self._parameters])
-        return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters)]
+def bucket(model: nn.Module, own: dict[str, Tensor]) -> GradientBucket:
+    named = dict(model.named_parameters())
+    return GradientBucket(named.values(), torch.cat([own[name].flatten() for name in named]))
 
 
 def reduced(powersgd: PowerSGD, model: nn.Module, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    bucket = Bucket(model, own)
-    assert PowerSGD.ddp_hook(powersgd, bucket).value() is bucket.buffer()
-    sums = {name: part.clone() for (name, _), part in zip(model.named_parameters(), bucket.gradients())}
+    given = bucket(model, own)
+    assert PowerSGD.ddp_hook(powersgd, given).value() is given.buffer()
+    sums = {name: part.clone() for (name, _), part in zip(model.named_parameters(), given.gradients())}
     return {**sums, "norm": powersgd.gradient_norm()}
 
 
@@ -125,15 +113,14 @@ def spoil(own: dict[str, Tensor], kind: str, rank: int, step: int) -> float:
 
 @contextmanager
 def spoiled_factor(method: str) -> Iterator[None]:
-    """A step of a batch gives an infinity in the first matrix of the first batch."""
-    plain, done = getattr(Batch, method), []
+    """A step of a batch gives an infinity in the first matrix of the batch that ``tall.weight`` is in."""
+    plain = getattr(Batch, method)
 
-    def spoil(self: Batch, *args) -> Tensor:
-        factor = plain(self, *args)
-        if not done:
+    def spoil(self: Batch, *args) -> None:
+        plain(self, *args)
+        if self.shards[0].name == "tall.weight":
+            *_, factor = args
             factor[0, 0, 0] = torch.inf
-        done.append(self)
-        return factor
 
     setattr(Batch, method, spoil)
     try:

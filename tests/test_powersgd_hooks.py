@@ -42,15 +42,6 @@ def world(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks.WORLD)]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A world of this process alone."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("alone") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 class Twin:
     """The simulation of all machines' hooks on a model, or on what one GPU of each machine holds of it."""
 
@@ -391,7 +382,7 @@ def test_the_norm_takes_in_what_others_have_summed(alone):
     norms = []
     for rest in (None, torch.tensor(9.0), torch.tensor(torch.nan)):
         powersgd = PowerSGD(model, 2)
-        PowerSGD.ddp_hook(powersgd, ranks.Bucket(model, own))
+        PowerSGD.ddp_hook(powersgd, ranks.bucket(model, own))
         norms.append(powersgd.gradient_norm(rest))
     torch.testing.assert_close(norms[1], (norms[0].square() + 9).sqrt())
     assert norms[2] == torch.inf

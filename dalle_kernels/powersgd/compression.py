@@ -1,18 +1,24 @@
-"""The steps of PowerSGD that need no other rank, for many matrices at once."""
+"""What a group's matrices are, where they lie in flat tensors, and the products of PowerSGD's steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dalle_kernels import philox
-from dalle_kernels.float16.ops import decode_fp169, encode_fp169
+from dalle_kernels.float16.ops import encode_fp169
 from dalle_kernels.powersgd.shards import LocalShard
 
 _ROWS_OF_A_PARAMETER = 2**32
+
+MOST_PADDING = {"cuda": 4}
+"""By device type, how many times its own rows a matrix may get by padding with zeros, so that it is orthogonalized with
+taller ones: on a GPU a small decomposition takes as long as some of them. 1 where there is none."""
 
 
 def fixed_gaussian(shard: LocalShard, rank: int, seed: int) -> Tensor:
@@ -29,64 +35,108 @@ def fixed_gaussian(shard: LocalShard, rank: int, seed: int) -> Tensor:
 
 
 class Batch:
-    """Shards whose matrices have equal sizes, each step of all of them by one call.
+    """Shards whose matrices have equal sizes: each product of all of them is one call.
 
-    A matrix has ``rows`` and ``columns``; the smaller of them is the paper's m, the larger one n. The shards' error
-    buffers are parts of one tensor of codes from here on.
+    A matrix has ``rows`` and ``columns``; the smaller of them is the paper's m, the larger one n.
     """
 
-    def __init__(self, shards: Sequence[LocalShard], rank: int, seed: int):
+    def __init__(self, shards: Sequence[LocalShard], rank: int):
         _, rows, columns = shards[0].matrices
         self.shards = shards
-        self.counts = [shard.matrices[0] for shard in shards]
         self.is_tall = rows > columns
-        rank = min(rank, rows, columns)
-        self.fixed = torch.cat([fixed_gaussian(shard, rank, seed) for shard in shards])
-        self._keep(torch.cat([shard.errors for shard in shards]))
+        self.m, self.n = sorted((rows, columns))
+        self.rank = min(rank, self.m)
+        count = sum(shard.matrices[0] for shard in shards)
+        self.errors, self.P, self.Q = (count, rows, columns), (count, self.m, self.rank), (count, self.n, self.rank)
 
-    def _keep(self, errors: Tensor) -> None:
-        self.errors = errors
-        for shard, part in zip(self.shards, errors.split(self.counts)):
-            shard.errors = part
-
-    def accumulate(self, gradients: Sequence[Tensor], skipped: Sequence[Tensor], divisors: Sequence[Tensor]) -> Tensor:
-        """Step 2: the buffers [matrices, rows, columns], in float32, and the gradients over ``divisors`` added.
-
-        Gradients that are ``skipped`` (bool) add nothing; they are zeros afterwards.
-        """
-        errors = decode_fp169(self.errors)
-        for part, gradient, skip, divisor in zip(errors.split(self.counts), gradients, skipped, divisors):
-            part.addcdiv_(gradient.masked_fill_(skip, 0).view_as(part), divisor)
-        return errors
-
-    def project(self, errors: Tensor) -> Tensor:
+    def project(self, errors: Tensor, fixed: Tensor, out: Tensor) -> None:
         """Step 3: P = E Q for the fixed Q, [matrices, m, rank]."""
-        return self._wide(errors) @ decode_fp169(self.fixed)
+        torch.bmm(self._wide(errors), fixed, out=out)
 
-    def project_back(self, errors: Tensor, P: Tensor) -> Tensor:
+    def project_back(self, errors: Tensor, P: Tensor, out: Tensor) -> None:
         """Step 6: Q = E' P, [matrices, n, rank]."""
-        return self._wide(errors).mT @ P
+        torch.bmm(self._wide(errors).mT, P, out=out)
 
-    def decompress(self, P: Tensor, Q: Tensor) -> Tensor:
+    def decompress(self, P: Tensor, Q: Tensor, out: Tensor) -> None:
         """Step 11: P Q' as the gradient's matrices [matrices, rows, columns]."""
-        return Q @ P.mT if self.is_tall else P @ Q.mT
-
-    def feed_back(self, errors: Tensor, decompressed: Tensor, machines: int, kept: Tensor) -> None:
-        """Step 12: what the sum of all machines' has not taken of ``errors`` (overwritten) stays for the next time.
-
-        ``kept`` (int16, one a matrix) is 0 for buffers that are zeroed instead, and 1 otherwise.
-        """
-        codes = encode_fp169(errors.sub_(decompressed, alpha=1 / machines))
-        self._keep(codes.mul_(kept.view(-1, 1, 1)))
+        torch.bmm(*((Q, P.mT) if self.is_tall else (P, Q.mT)), out=out)
 
     def _wide(self, errors: Tensor) -> Tensor:
         return errors.mT if self.is_tall else errors
 
 
-def largest_magnitudes(gradients: Sequence[Tensor]) -> Tensor:
-    """Of each gradient, in float32; NaN where there is one."""
-    if gradients[0].is_cuda:
-        return torch.stack(torch._foreach_norm(gradients, math.inf)).float()
-    # On a CPU torch's largest norm takes eight times as long as this.
-    extremes = torch.stack([torch.stack(torch.aminmax(gradient)) for gradient in gradients])
-    return extremes.float().abs().amax(1)
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """How one array of every matrix lies in a flat tensor: ``shapes`` [matrices, rows, columns], batch after batch."""
+
+    shapes: tuple[tuple[int, int, int], ...]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return [math.prod(shape) for shape in self.shapes]
+
+    @cached_property
+    def numel(self) -> int:
+        return sum(self.sizes)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """The numbers of each matrix."""
+        return [rows * columns for matrices, rows, columns in self.shapes for _ in range(matrices)]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Each batch's array, of a tensor of :attr:`numel` numbers."""
+        return [part.view(shape) for part, shape in zip(flat.split(self.sizes), self.shapes)]
+
+
+class Layout:
+    """The compressed shards of a group: their batches, and how their matrices' arrays lie.
+
+    ``errors``, ``P`` and ``Q`` tell of E, P and Q. ``together`` are the stacks in which P is orthogonalized, in the
+    order of the batches: one for batches of one rank, whose matrices are padded with zero rows, which Q then has too.
+    ``owners`` is for each matrix the number of its shard, ``places`` for each shard its place among the group's.
+    ``tables`` is for what launches need to know of all that on the device.
+    """
+
+    def __init__(self, shards: Sequence[LocalShard], rank: int, device: torch.device):
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for place, shard in enumerate(shards):
+            if shard.matrices is not None and 0 not in shard.matrices:
+                by_shape.setdefault(shard.matrices[1:], []).append(place)
+        # Batches of one rank one after the other, those of few rows first.
+        ordered = sorted(by_shape.values(), key=lambda places: min(shards[places[0]].matrices[1:]))
+        self.device = device
+        self.places = [place for places in ordered for place in places]
+        self.shards = [shards[place] for place in self.places]
+        self.batches = [Batch([shards[place] for place in places], rank) for places in ordered]
+        self.owners = [i for i, shard in enumerate(self.shards) for _ in range(shard.matrices[0])]
+        self.errors, self.P, self.Q = (
+            Flat(tuple(getattr(batch, kind) for batch in self.batches)) for kind in ("errors", "P", "Q")
+        )
+        stacks = list(self._stacks(MOST_PADDING.get(device.type, 1)))
+        self.together = Flat(tuple(stack for stack, _ in stacks))
+        self.batches_together = [batches for _, batches in stacks]
+        self.owners_on_device = torch.tensor(self.owners, device=device)
+        self.tables: dict = {}
+
+    @property
+    def matrices(self) -> int:
+        return len(self.owners)
+
+    def _stacks(self, most_padding: int) -> Iterator[tuple[tuple[int, int, int], int]]:
+        """The shape of each stack of P, and how many batches it takes."""
+        taken: list[Batch] = []
+        for batch, following in zip(self.batches, [*self.batches[1:], None]):
+            taken.append(batch)
+            first = taken[0]
+            if following is None or following.rank != first.rank or following.m > most_padding * first.m:
+                yield (sum(one.P[0] for one in taken), batch.m, batch.rank), len(taken)
+                taken = []
+
+    def parts_of_stacks(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """Each batch's part [matrices, m, rank] of the stacks, as a view."""
+        parts, batches = [], iter(self.batches)
+        for stack, count in zip(stacks, self.batches_together):
+            own = [next(batches) for _ in range(count)]
+            parts += [part[:, : one.m] for part, one in zip(stack.split([one.P[0] for one in own]), own)]
+        return parts

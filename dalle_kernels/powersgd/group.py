@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_kernels.powersgd.collectives import sum_factors
-from dalle_kernels.powersgd.compression import Batch, largest_magnitudes
+from dalle_kernels import _triton
+from dalle_kernels._dispatch import forced_provider
+from dalle_kernels.float16.ops import decode_fp169
+from dalle_kernels.powersgd import steps
+from dalle_kernels.powersgd.collectives import all_reduce_codes
+from dalle_kernels.powersgd.compression import Layout, fixed_gaussian
 from dalle_kernels.powersgd.ops import orthogonalize
 from dalle_kernels.powersgd.shards import LocalShard
 
@@ -29,40 +35,55 @@ class Settings:
     keep_scale: bool
 
 
+@cache
+def _triton_steps() -> ModuleType | None:
+    if _triton.unavailable("cuda") is not None:
+        return None
+    from dalle_kernels.powersgd import triton_kernels
+
+    return triton_kernels
+
+
+def steps_on(device: torch.device) -> ModuleType:
+    """The elementwise steps for tensors of ``device``: on a GPU by Triton's kernels where they can serve."""
+    fast = _triton_steps() if device.type == "cuda" and forced_provider() in (None, "triton") else None
+    return fast or steps
+
+
 class Group:
     """Shards on one device whose gradients are summed by one pair of collectives for P, one for Q, one for the rest.
 
-    ``square`` is what the last sums add to the square of the global norm, until that is asked for.
+    Their error buffers are parts of one tensor of codes from here on. ``square`` is what the last sums add to the
+    square of the global norm, until that is asked for.
     """
 
     def __init__(self, shards: Sequence[LocalShard], settings: Settings, seed: int):
         self.shards, self.settings = shards, settings
         self.square: Tensor | None = None
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        self.exempt = []
-        for place, shard in enumerate(shards):
-            if shard.matrices is None:
-                self.exempt.append(place)
-            elif 0 not in shard.matrices:
-                by_shape.setdefault(shard.matrices[1:], []).append(place)
-        self.places = list(by_shape.values())
-        self.batches = [Batch([shards[place] for place in places], settings.rank, seed) for places in self.places]
-        # The compressed shards batch by batch, and for each of their matrices whose it is.
-        self.compressed = [place for places in self.places for place in places]
-        owners = [i for i, place in enumerate(self.compressed) for _ in range(shards[place].matrices[0])]
+        self.exempt = [place for place, shard in enumerate(shards) if shard.matrices is None]
         device = shards[0].parameter.device
-        self._order, self._owners = (torch.tensor(numbers, device=device) for numbers in (self.compressed, owners))
+        self.layout = Layout(shards, settings.rank, device)
+        self._alike = torch.full((len(shards),), settings.gradient_divisor, dtype=torch.float32, device=device)
+        self._order = torch.tensor(self.layout.places, device=device)
+        if self.layout.batches:
+            drawn = [fixed_gaussian(s, batch.rank, seed) for batch in self.layout.batches for s in batch.shards]
+            self._fixed = torch.cat([codes.flatten() for codes in drawn])
+            self._keep(torch.cat([shard.errors.flatten() for shard in self.layout.shards]))
+
+    def _keep(self, errors: Tensor) -> None:
+        self._errors = errors
+        shards = self.layout.shards
+        for shard, part in zip(shards, errors.split([shard.shape.numel() for shard in shards])):
+            shard.errors = part.view(shard.matrices)
 
     @torch.no_grad()
     def reduce(self, gradients: Sequence[Tensor]) -> None:
         """Replace this rank's gradients by what all machines' sum to (steps 2 to 12, save the norm's own sum)."""
-        divisors = self._divisors(gradients[0].device)
+        divisors = self._divisors()
         if self.exempt:
-            exempt = torch.cat([(gradients[i].float() / divisors[i]).flatten() for i in self.exempt])
+            exempt = self._quotients(gradients, divisors)
             pending = dist.all_reduce(exempt, group=self.settings.machines, async_op=True)
-        self.square = divisors.new_zeros(())
-        if self.batches:
-            self._reduce_matrices(gradients, divisors)
+        self.square = self._reduce_matrices(gradients, divisors) if self.layout.batches else divisors.new_zeros(())
         if self.exempt:
             pending.wait()
             self.square += exempt.square().sum()
@@ -73,55 +94,54 @@ class Group:
                 parts = [part * scales[i] for i, part in zip(self.exempt, parts)]
             torch._foreach_copy_(targets, [part.view_as(target) for part, target in zip(parts, targets)])
 
-    def _divisors(self, device: torch.device) -> Tensor:
+    def _divisors(self) -> Tensor:
         """What each shard's gradient is divided by, float32."""
-        divisors = torch.full((len(self.shards),), self.settings.gradient_divisor, dtype=torch.float32, device=device)
-        if any(shard.scale is not None for shard in self.shards):
-            one = torch.ones((), device=device)
-            divisors *= torch.stack([one if shard.scale is None else shard.scale.view(()) for shard in self.shards])
-        return divisors
+        if all(shard.scale is None for shard in self.shards):
+            return self._alike
+        one = torch.ones((), device=self._alike.device)
+        scales = [one if shard.scale is None else shard.scale.view(()) for shard in self.shards]
+        return self._alike * torch.stack(scales)
 
-    def _reduce_matrices(self, gradients: Sequence[Tensor], divisors: Tensor) -> None:
-        settings = self.settings
-        errors, bad_gradient, kept = self._accumulate(gradients, divisors)
-        P = [batch.project(error) for batch, error in zip(self.batches, errors)]
-        P, finite = sum_factors(P, kept == 0, settings.p_divisor, settings.machines)
-        P = [orthogonalize(p, settings.eps) for p in P]
-        Q = [batch.project_back(error, p) for batch, error, p in zip(self.batches, errors, P)]
-        Q, finite = sum_factors(Q, finite.logical_not(), settings.q_divisor, settings.machines)
+    def _quotients(self, gradients: Sequence[Tensor], divisors: Tensor) -> Tensor:
+        """The exempt gradients over their divisors, one after the other in float32."""
+        if all(self.shards[i].scale is None for i in self.exempt):
+            return torch.cat([gradients[i].flatten() for i in self.exempt]).float().div_(self.settings.gradient_divisor)
+        return torch.cat([(gradients[i].float() / divisors[i]).flatten() for i in self.exempt])
+
+    def _reduce_matrices(self, gradients: Sequence[Tensor], divisors: Tensor) -> Tensor:
+        """Returns the square of the sums' norm, infinite where something was nonfinite."""
+        settings, layout, of = self.settings, self.layout, steps_on(self._errors.device)
+        given = [gradients[place] for place in layout.places]
+        own = [gradient.contiguous() for gradient in given]
+        divisors = divisors.index_select(0, self._order)
+        errors, largest, lost = of.accumulate(layout, own, self._errors, divisors)
+        by_batch = layout.errors.views(errors)
+
+        P = errors.new_empty(layout.P.numel)
+        fixed = decode_fp169(self._fixed)
+        for batch, *parts in zip(layout.batches, by_batch, layout.Q.views(fixed), layout.P.views(P)):
+            batch.project(*parts)
+        codes = of.encode(layout, layout.P, P, lost, settings.p_divisor, settings.machine_count)
+        all_reduce_codes(codes, of.add, settings.machines)
+        stacks = layout.together.views(of.stacked(layout, codes))
+        P = layout.parts_of_stacks([orthogonalize(stack, settings.eps) for stack in stacks])
+
+        Q = fixed  # which has Q's size and is done with
+        for batch, *parts in zip(layout.batches, by_batch, P, layout.Q.views(Q)):
+            batch.project_back(*parts)
+        marks = codes[layout.P.numel :][: layout.matrices]
+        codes = of.encode(layout, layout.Q, Q, marks, settings.q_divisor, settings.machine_count)
+        all_reduce_codes(codes, of.add, settings.machines)
         # Where a factor is nonfinite nothing is decompressed, and all of the buffer stays.
-        scales = (finite.float() * settings.q_divisor).view(-1, 1, 1)
-        counts = [len(q) for q in Q]
-        Q = torch._foreach_mul(Q, scales.split(counts))
-        returned = (divisors / settings.gradient_divisor).index_select(0, self._order).index_select(0, self._owners)
-        parts_of_each = zip(self.batches, self.places, errors, P, Q, kept.split(counts), returned.split(counts))
-        for batch, places, error, p, q, keep, scale in parts_of_each:
-            decompressed = batch.decompress(p, q)
-            batch.feed_back(error, decompressed, settings.machine_count, keep)
-            if settings.keep_scale:
-                decompressed *= scale.view(-1, 1, 1)
-            own, parts = [gradients[i] for i in places], decompressed.split(batch.counts)
-            torch._foreach_copy_(own, [part.view_as(gradient) for part, gradient in zip(parts, own)])
-        self.square += torch.stack(torch._foreach_norm(Q)).square().sum()
-        nonfinite = bad_gradient.any() | finite.logical_not().any()
-        self.square.masked_fill_(nonfinite, torch.inf)
-        if settings.keep_scale:
-            for place in self.compressed:
-                gradients[place].masked_fill_(nonfinite, torch.inf)
+        Q, square = of.scaled(layout, codes, largest, settings.q_divisor)
 
-    def _accumulate(self, gradients: Sequence[Tensor], divisors: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Step 2: each batch's buffers in float32 with what is added; which gradients are nonfinite; what is kept.
-
-        Where a quotient leaves float32's range the buffer is nonfinite, and will end as zeros: 0 (int16) for each of
-        its matrices, 1 for those of others.
-        """
-        largest = largest_magnitudes([gradients[i] for i in self.compressed])
-        finite = largest < torch.inf
-        added = largest / divisors.index_select(0, self._order) < torch.inf
-        skipped, of_shards = dict(zip(self.compressed, added.logical_not().unbind())), divisors.unbind()
-        errors = [
-            batch.accumulate(*([numbers[i] for i in places] for numbers in (gradients, skipped, of_shards)))
-            for batch, places in zip(self.batches, self.places)
-        ]
-        kept = (added | finite.logical_not()).to(torch.int16).index_select(0, self._owners)
-        return errors, finite.logical_not(), kept
+        decompressed = torch.empty_like(errors)
+        for batch, *parts in zip(layout.batches, P, layout.Q.views(Q), layout.errors.views(decompressed)):
+            batch.decompress(*parts)
+        self._keep(of.feed_back(layout, errors, decompressed, self._errors, lost, settings.machine_count))
+        factors = divisors / settings.gradient_divisor if settings.keep_scale else None
+        of.give(layout, decompressed, own, factors, square)
+        for gradient, copy in zip(given, own):
+            if copy is not gradient:
+                gradient.copy_(copy)
+        return square
