@@ -235,6 +235,36 @@ def fsdp(shape: tuple[int, int], rank: int) -> dict:
     }
 
 
+def train_sharded(keep_gradients: bool, rank: int) -> dict:
+    """FSDP2 on a 2 x 2 mesh, one of whose updates is skipped; what is held after each backward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, model = init_device_mesh("cpu", (2, 2), mesh_dim_names=AXES), mlp()
+    for unit in (*model, model):
+        fully_shard(unit, mesh=mesh["gpu"], shard_placement_fn=shard_longer_axis)
+    groups = {"machines": mesh["machine"].get_group(), "gpus": mesh["gpu"].get_group()}
+    powersgd = PowerSGD(model, 2 * RANK, **groups, exempt=["3"], keep_gradients=keep_gradients)
+    powersgd.attach(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    norms, held = [], []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        (loss(model, rank, step) * (torch.inf if (rank, step) == (3, 1) else 1)).backward()
+        norms.append(powersgd.gradient_norm())
+        storages = {p.grad.to_local().untyped_storage() for p in model.parameters() if p.grad is not None}
+        held.append(sum(storage.nbytes() for storage in storages))
+        if norms[-1].isfinite():
+            optimizer.step() if keep_gradients else powersgd.step(optimizer)
+    return {
+        "parameters": [parameter.detach().to_local() for parameter in model.parameters()],
+        "errors": errors_of(powersgd),
+        "norms": norms,
+        "held": held,
+        "exempt": 4 * sum(shard.shape.numel() for shard in powersgd.shards if shard.matrices is None),
+    }
+
+
 def readme(rank: int, example: int) -> dict:
     """An example of the family's README as it stands there, on the four processes."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -277,6 +307,8 @@ def cases(rank: int) -> Iterator[tuple[str, Callable[[], dict]]]:
     yield "ddp", lambda: ddp(None, rank)
     for shape in MESHES:
         yield f"fsdp {shape}", lambda shape=shape: fsdp(shape, rank)
+    for kept in (True, False):
+        yield f"kept {kept}", lambda kept=kept: train_sharded(kept, rank)
     for example in (0, 1):
         yield f"readme {example}", lambda example=example: readme(rank, example)
     yield "mistakes", mistakes

@@ -317,6 +317,19 @@ def test_fsdp_saves_whole_sums_and_loads_them(world, mesh):
         torch.testing.assert_close(found["loaded"][name], total, rtol=2**-9, atol=0)
 
 
+def test_without_gradients_training_goes_as_with_them(world):
+    """To the same bits, over an update that is skipped; and what is not compressed is all that is held."""
+    for rank in world:
+        kept, factors = rank["kept True"], rank["kept False"]
+        for mine, its in zip(factors["parameters"], kept["parameters"], strict=True):
+            assert torch.equal(mine, its)
+        assert all(torch.equal(error, kept["errors"][name]) for name, error in factors["errors"].items())
+        assert factors["norms"] == kept["norms"]
+        assert [norm.isinf().item() for norm in kept["norms"]] == [False, True, False, False]
+        assert set(factors["held"]) == {factors["exempt"]}
+        assert min(kept["held"]) > 5 * factors["exempt"]
+
+
 @pytest.mark.parametrize(("dim", "rank", "percent"), [(1920, 512, 83), (2688, 640, 85), (3968, 896, 86)])
 def test_compression_rate_of_a_resblock_pair_is_the_papers(alone, monkeypatch, dim, rank, percent):
     """Of what one of 8 GPUs sends: queries, keys and values as three matrices, projection, and an MLP's two."""
@@ -418,6 +431,8 @@ def test_mistakes_get_one_clear_sentence(alone):
         PowerSGD(nn.Linear(3, 2, dtype=torch.float64), 1)
     with pytest.raises(TypeError, match=r"one element, that of row.weight is torch.float32 of shape \[2\]"):
         PowerSGD(model, 4, scales={"row.weight": torch.ones(2)})
+    with pytest.raises(ValueError, match="expected keep_gradients with DDP"):
+        ranks.reduced(PowerSGD(model, 4, keep_gradients=False), model, ranks.gradients(model, 0, 0))
     powersgd = PowerSGD(model, 4)
     with pytest.raises(RuntimeError, match="no gradient was reduced"):
         powersgd.gradient_norm()

@@ -33,6 +33,7 @@ class Settings:
     q_divisor: float
     eps: float
     keep_scale: bool
+    keep_gradients: bool
 
 
 @cache
@@ -50,16 +51,31 @@ def steps_on(device: torch.device) -> ModuleType:
     return fast or steps
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What all machines' gradients sum to, as factors: each batch's P, float32, and the codes of Q and of its marks.
+
+    ``largest``, ``factors`` and ``square`` are as in steps.py.
+    """
+
+    P: Sequence[Tensor]
+    codes: Tensor
+    largest: Tensor
+    factors: Tensor | None
+    square: Tensor
+
+
 class Group:
     """Shards on one device whose gradients are summed by one pair of collectives for P, one for Q, one for the rest.
 
     Their error buffers are parts of one tensor of codes from here on. ``square`` is what the last sums add to the
-    square of the global norm, until that is asked for.
+    square of the global norm, until that is asked for; ``sums`` are those of the matrices where gradients are not kept.
     """
 
     def __init__(self, shards: Sequence[LocalShard], settings: Settings, seed: int):
         self.shards, self.settings = shards, settings
         self.square: Tensor | None = None
+        self.sums: Sums | None = None
         self.exempt = [place for place, shard in enumerate(shards) if shard.matrices is None]
         device = shards[0].parameter.device
         self.layout = Layout(shards, settings.rank, device)
@@ -132,16 +148,34 @@ class Group:
         marks = codes[layout.P.numel :][: layout.matrices]
         codes = of.encode(layout, layout.Q, Q, marks, settings.q_divisor, settings.machine_count)
         all_reduce_codes(codes, of.add, settings.machines)
+        factors = divisors / settings.gradient_divisor if settings.keep_scale else None
         # Where a factor is nonfinite nothing is decompressed, and all of the buffer stays.
         Q, square = of.scaled(layout, codes, largest, settings.q_divisor)
-
-        decompressed = torch.empty_like(errors)
-        for batch, *parts in zip(layout.batches, P, layout.Q.views(Q), layout.errors.views(decompressed)):
-            batch.decompress(*parts)
+        decompressed = self._decompress(P, Q, errors.new_empty(len(errors)))
         self._keep(of.feed_back(layout, errors, decompressed, self._errors, lost, settings.machine_count))
-        factors = divisors / settings.gradient_divisor if settings.keep_scale else None
+        if not settings.keep_gradients:
+            self.sums = Sums(P, codes, largest, factors, square)
+            return square
         of.give(layout, decompressed, own, factors, square)
         for gradient, copy in zip(given, own):
             if copy is not gradient:
                 gradient.copy_(copy)
         return square
+
+    def _decompress(self, P: Sequence[Tensor], Q: Tensor, out: Tensor) -> Tensor:
+        for batch, *parts in zip(self.layout.batches, P, self.layout.Q.views(Q), self.layout.errors.views(out)):
+            batch.decompress(*parts)
+        return out
+
+    @torch.no_grad()
+    def decompressed(self) -> list[tuple[LocalShard, Tensor]]:
+        """The compressed shards, each with the gradient that :attr:`sums` has of it."""
+        layout, sums = self.layout, self.sums
+        of = steps_on(sums.codes.device)
+        Q, _ = of.scaled(layout, sums.codes, sums.largest, self.settings.q_divisor)
+        decompressed = self._decompress(sums.P, Q, Q.new_empty(layout.errors.numel))
+        flat = decompressed.new_empty(len(decompressed), dtype=layout.shards[0].parameter.dtype)
+        parts = flat.split([shard.shape.numel() for shard in layout.shards])
+        gradients = [part.view(shard.shape) for part, shard in zip(parts, layout.shards)]
+        of.give(layout, decompressed, gradients, sums.factors, sums.square)
+        return list(zip(layout.shards, gradients))

@@ -56,6 +56,8 @@ class PowerSGD:
         keep_scale: give gradients back multiplied by their scales again, as 16-bit gradients must stay that underflow
             without, and those of compressed parameters infinite in an FSDP unit or bucket where one of them is not
             finite on this rank or in a factor.
+        keep_gradients: False for FSDP units whose compressed parameters are to have no ``.grad``, which takes as much
+            memory as they do: the sums stay factors until :meth:`step`, as the paper has it.
         eps: what is added to P's diagonal before it is orthogonalized.
         seed: of the fixed Gaussian Q, equal on every rank.
 
@@ -77,6 +79,7 @@ class PowerSGD:
         p_divisor: float = 1.0,
         q_divisor: float = 1.0,
         keep_scale: bool = False,
+        keep_gradients: bool = True,
         eps: float = 1e-6,
         seed: int = 0,
     ):
@@ -89,7 +92,8 @@ class PowerSGD:
         for name, divisor in divisors.items():
             if not 0 < divisor < math.inf:
                 raise ValueError(f"PowerSGD: expected {name} above 0 and finite, got {divisor}")
-        self.settings = Settings(rank // gpu_count, machines, machine_count, **divisors, eps=eps, keep_scale=keep_scale)
+        kept = {"keep_scale": keep_scale, "keep_gradients": keep_gradients}
+        self.settings = Settings(rank // gpu_count, machines, machine_count, **divisors, eps=eps, **kept)
         self.gpus, self.seed = gpus, seed
         self.shards = local_shards(model, exempt, pieces or {}, scales or {})
         self._by_parameter = {shard.parameter: shard for shard in self.shards}
@@ -103,6 +107,8 @@ class PowerSGD:
         are issued before the hook returns, by the thread that DDP calls it on, in the order of the buckets; so all
         ranks issue them in one order, over gloo too. On a GPU they run on a stream of their own beside the backward.
         """
+        if not self.settings.keep_gradients:
+            raise ValueError("PowerSGD: expected keep_gradients with DDP, whose buckets keep all gradients anyway")
         buffer = bucket.buffer()
         with self._beside_backward(buffer.device):
             future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
@@ -130,6 +136,11 @@ class PowerSGD:
                 unit.set_force_sum_reduction_for_comms(True)
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_all_reduce_hook(partial(self._reduce_unit, layout))
+                if not self.settings.keep_gradients:
+                    for shard, _ in layout:
+                        shard.parameter.register_post_accumulate_grad_hook(
+                            _keep_copy if shard.matrices is None else _drop
+                        )
 
     def gradient_norm(self, rest: Tensor | None = None) -> Tensor:
         """The norm of all gradients since the last call (steps 9 and 10): a tensor on the device, equal on every rank.
@@ -152,6 +163,38 @@ class PowerSGD:
         # The squares are the machines' same; an infinite one, for a gradient of one machine, is so on all by this.
         dist.all_reduce(square, op=dist.ReduceOp.MAX, group=self.settings.machines)
         return square.sqrt_()
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer.step()`` where gradients are not kept: one for all that has a gradient, then one a unit.
+
+        The gradients of one unit's compressed parameters are there at a time. The optimizer is to pass over parameters
+        without a gradient, as torch's do, and :class:`~dalle_kernels.AdamW16`.
+        """
+        optimizer.step()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        others = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        for parameter, _ in others:
+            parameter.grad = None
+        for unit in self.decompressed():
+            for parameter, gradient in unit:
+                parameter.grad = like_parameter(gradient, parameter)
+            optimizer.step()
+            for parameter, _ in unit:
+                parameter.grad = None
+        for parameter, gradient in others:
+            parameter.grad = gradient
+
+    def decompressed(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Where gradients are not kept, unit by unit: its compressed parameters, each with its gradient, or its part.
+
+        They can be had once after a backward, and hold no memory but while they are asked for.
+        """
+        for group in self._groups.values():
+            if group.sums is not None:
+                unit = [(shard.parameter, gradient) for shard, gradient in group.decompressed()]
+                group.sums = None
+                yield unit
+                del unit
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, and the sum over the machines of each error buffer, in float32 (a DTensor for a sharded parameter).
@@ -203,6 +246,9 @@ class PowerSGD:
             names = ", ".join(shard.name for shard, _ in layout)
             raise RuntimeError(f"PowerSGD: expected a gradient of each parameter of an FSDP unit, one lacks of {names}")
         shards = [shard for shard, _ in layout]
+        if flat.is_cuda and not self.settings.keep_gradients:
+            # FSDP counts on gradients to hold this memory, which another stream has given, to the backward's end.
+            flat.record_stream(torch.cuda.current_stream(flat.device))
         self._reduce(shards, [part[: s.shape.numel()].view(s.shape) for s, part in zip(shards, flat.split(sizes))])
 
     @contextmanager
@@ -217,3 +263,13 @@ class PowerSGD:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             yield
+
+
+def _drop(parameter: Tensor) -> None:
+    """After FSDP has set a gradient that is not to be kept."""
+    parameter.grad = None
+
+
+def _keep_copy(parameter: Tensor) -> None:
+    """The gradient by itself, where it is a part of those of the whole unit."""
+    parameter.grad = parameter.grad.clone()
