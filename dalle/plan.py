@@ -300,12 +300,16 @@ def plan_memory(job: Job) -> dict[str, int]:
     rows = job.images_per_gpu * (config.text_len + config.image_len)
     activations = [block_activations(config, block.kind, size) * job.images_per_gpu for block in blocks]
     factors = [block.factor_sizes(job.gpus, job.rank) for block in blocks]
-    # Of one resblock: errors and what replaces the gradients in fp32, the factors in fp32 and as codes.
-    compression = 2 * 4 * largest // job.gpus + max(map(sum, factors)) * (4 + CODE_BYTES) if job.rank else 0
+    # Of one resblock: its gradient as the GPUs have summed it, errors and what is subtracted from them in fp32, the
+    # factors in fp32 and as codes.
+    numbers = (2 * 4 + size.working) * largest // job.gpus
+    compression = numbers + max(map(sum, factors)) * (4 + CODE_BYTES) if job.rank else 0
     memory = {
         "parameters of resblocks": matrices * size.stored,
         "parameters in 32 bit": single * 4,
-        "gradients of resblocks": matrices * size.stored,
+        # Compressed they are kept as P, orthogonal, and the codes of Q.
+        "gradients of resblocks": 0 if job.rank else matrices * size.stored,
+        "factors of gradients": sum(4 * shorter + CODE_BYTES * longer for shorter, longer in factors),
         "gradients in 32 bit": single * 4,
         "moments of resblocks": matrices * size.moments,
         "moments in 32 bit": single * 8,
@@ -339,7 +343,9 @@ def plan_traffic(job: Job) -> list[Traffic]:
     whole, vectors = sum(block.size for block in blocks) * job.bytes.working, sum(block.vectors for block in blocks)
     outer = outer_size(job.config, job.gpus) * 4
     uncompressed = Traffic("gradients of resblocks", "all_reduce", MACHINE, len(blocks), whole // job.gpus)
-    norm = [Traffic("norm of the gradients", "all_reduce", group, 1, 4) for group in (GPU, MACHINE)]
+    # In 16 bit each resblock has its own, of which the loss scales learn.
+    norms = len(blocks) if job.bytes.stored < 4 else 1
+    norm = [Traffic("norm of the gradients", "all_reduce", group, 1, 4 * norms) for group in (GPU, MACHINE)]
     traffic = [
         Traffic("embeddings", "all_gather", GPU, 1, outer),
         Traffic("parameters of resblocks, forward", "all_gather", GPU, len(blocks), whole),
@@ -407,12 +413,12 @@ def plan_work(job: Job) -> Work:
 
 
 def _compression_flops(job: Job) -> int:
-    """E Q, E' P, P Q' and an orthonormal basis of P by Householder."""
+    """E Q, E' P, P Q' for the error buffer and again for the step, and an orthonormal basis of P by Householder."""
     total = 0
     for matrix in (matrix for block in resblocks(job.config) for matrix in block.matrices):
         shorter, longer = matrix.shard(job.gpus)
         rank = min(job.rank // job.gpus, shorter)
-        total += 6 * shorter * longer * rank + 4 * shorter * rank**2
+        total += 8 * shorter * longer * rank + 4 * shorter * rank**2
     return total
 
 

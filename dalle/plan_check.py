@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dalle.errors import UserError
 from dalle.plan import GPU, MACHINE, WORLD, Job, plan_traffic
 from dalle.train.collectives import Collective, CollectiveCounter
-from dalle.train.sharding import average_replicated, compress, mesh_of, replicated, shard
+from dalle.train.sharding import average_replicated, compress, mesh_of, replicated, shard, squares_of_matrices
 from dalle.transformer import DALLE
 
 Watch = TypeVar("Watch", bound=AbstractContextManager)
@@ -94,7 +94,9 @@ def step(job: Job, watch: Callable[[DALLE], Watch]) -> Watch:
                 loss = model(text, image).loss
             loss.backward()
             average_replicated(replicated(model))
-            if powersgd is not None:
+            if powersgd is not None and scales is not None:
+                squares_of_matrices(model, powersgd)
+            elif powersgd is not None:
                 powersgd.gradient_norm()
     return watcher
 

@@ -117,6 +117,9 @@ def test_memory_of_the_papers_job():
     assert memory["parameters of resblocks"] == memory["error buffers"] == 2 * matrices
     assert memory["moments of resblocks"] == 4 * matrices
     assert memory["inputs of resblocks"] == 128 * 1280 * 3968 * 2
+    # P in float32 and Q's codes, of 112 columns: four matrices d x d / 8 and two twice d x d / 2 long.
+    assert memory["factors of gradients"] == 64 * 112 * 3968 * (4 * (4 / 8 + 2 / 2) + 2 * (4 + 2))
+    assert "gradients of resblocks" not in memory
     # Sharded twice as finely, half; what is gathered stays.
     finer = plan_memory(Job(PAPER, machines=64, gpus=16, batch=1024))
     assert finer["error buffers"] * 2 == memory["error buffers"]

@@ -374,6 +374,16 @@ def test_scales_are_given_back_where_the_optimizer_divides_by_them(alone):
     assert all(bad[matrix].isinf().all() for matrix in (0, 2)) and powersgd.gradient_norm().isinf()
 
 
+def test_a_gradient_beyond_float16_is_not_finite(alone):
+    """With what the buffers hold it would be 80,000 after its scale is given back."""
+    model = nn.Linear(24, 16, bias=False, dtype=torch.float16)
+    for held, fits in ((0.0, True), (1.0, False)):
+        powersgd = PowerSGD(model, 4, scales={"weight": torch.tensor([4e4])}, keep_scale=True)
+        powersgd.load_state_dict({"seed": 0, "errors": {"weight": torch.full((16, 24), held)}})
+        sums = ranks.reduced(powersgd, model, {"weight": torch.full((16, 24), 4e4, dtype=torch.float16)})
+        assert sums["norm"].isfinite() == fits == sums["weight"].isfinite().all()
+
+
 @pytest.mark.parametrize("example", [0, 1], ids=["DDP", "FSDP2"])
 def test_examples_of_the_readme_train(world, example):
     """All processes end with the same parameters, none of which is where it began."""

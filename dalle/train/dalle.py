@@ -213,9 +213,9 @@ class DALLEStage(Stage):
         output = self.model(text, self.tokens[rows, crops].long().to(self.device))
         return output.loss, {"text_loss": output.text_loss.detach(), "image_loss": output.image_loss.detach()}
 
-    def prepare_step(self, norm: torch.Tensor) -> tuple[torch.Tensor, Figures]:
+    def prepare_step(self) -> tuple[torch.Tensor, Figures]:
         if self.scales is None:
-            return super().prepare_step(norm)
+            return super().prepare_step()
         return prepare_scaled_step(self.optimizer, self.scales, self.clip_norm, self.team)
 
     def identity(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,11 +110,10 @@ class Stage(ABC):
     def model_files(self, updates: int, seconds: float) -> dict[str, bytes]:
         """The files of the model folder that the averaged parameters make."""
 
-    def prepare_step(self, norm: torch.Tensor) -> tuple[torch.Tensor, Figures]:
-        """Between the backward and the step: clip the gradients in ``shards``, whose norm over all parameters is
-        ``norm``, to ``clip_norm``. Returns the norm to log, and what else."""
-        nn.utils.clip_grads_with_norm_(self.shards.parameters(), self.clip_norm, norm)
-        return norm, {}
+    def prepare_step(self) -> tuple[torch.Tensor, Figures]:
+        """Between the backward and the step: clip the gradients, whose norm is that over all parameters, to
+        ``clip_norm``. Returns the norm to log, and what else."""
+        return self.team.clip(self.shards, self.clip_norm), {}
 
     def observe(self, loss: float) -> None:  # noqa: B027 (optional)
         """Learn the loss of an update (the plateau rule does)."""
@@ -150,13 +149,15 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
     telemetry = Telemetry(stage, settings.peak_tflops * 1e12)
     with bar, _interruptible() as interrupted:
         while update < stage.updates:
+            last = update + 1 == stage.updates
+            is_logged = (update + 1) % settings.log_every == 0 or last
             with telemetry.update():
-                window.append(_one_update(stage, update, out, interrupted))
+                observe = telemetry.observe if is_logged else None
+                window.append(_one_update(stage, update, out, interrupted, observe))
             update += 1
             bar.update()
-            last = update == stage.updates
             stopping = window[-1].pop("interrupted") > 0
-            if update % settings.log_every == 0 or last:
+            if is_logged:
                 entry = {"update": update, **averages(window), **telemetry.line()}
                 window.clear()
                 _log(stage, out, {**entry, "seconds": round(time.monotonic() - started, 3)})
@@ -177,7 +178,13 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
     return out / "model"
 
 
-def _one_update(stage: Stage, update: int, out: Path, interrupted: Callable[[], bool]) -> Figures:
+def _one_update(
+    stage: Stage,
+    update: int,
+    out: Path,
+    interrupted: Callable[[], bool],
+    observe: Callable[[Sequence[torch.Tensor]], None] | None,
+) -> Figures:
     rate = stage.learning_rate(update)
     for group in stage.optimizer.param_groups:
         group["lr"] = rate * group.get("rate_factor", 1.0)
@@ -187,12 +194,12 @@ def _one_update(stage: Stage, update: int, out: Path, interrupted: Callable[[], 
     loss.backward()
     # Whether to stop is among the figures so that all processes of a team stop after the same update.
     figures = {"loss": loss.detach(), "interrupted": float(interrupted()), **figures}
-    norm, figures = stage.team.combine(stage.model, stage.shards, figures)
-    norm, skipping = stage.prepare_step(norm)
+    figures = stage.team.combine(stage.model, stage.shards, figures)
+    norm, skipping = stage.prepare_step()
     loss = figures.pop("loss")
     # Before the step: parameters that are not finite must not reach a checkpoint and push out the good ones.
     _require_finite({"loss": float(loss), "gradient norm": float(norm)}, update + 1, out)
-    stage.optimizer.step()
+    stage.team.step(stage.optimizer, observe)
     stage.average.observe(stage.shards, update + 1)
     stage.observe(float(loss))
     return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, **figures, **skipping}

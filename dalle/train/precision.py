@@ -82,11 +82,11 @@ def prepare_scaled_step(
         The norm, without the resblocks whose gradients are not finite, and for the log whether the step is skipped:
         on the device, which this does not wait for.
     """
-    squares = _squares_of_resblocks(optimizer, len(scales.scales), team)
+    divisors = torch.cat((scales.scales, scales.scales.new_ones(1)))
+    squares = _squares_of_resblocks(optimizer, divisors, team)
     nonfinite = squares[:-1].isfinite().logical_not()
-    divisors = torch.cat((scales.scales, squares.new_ones(1)))
     counted = torch.cat((nonfinite.logical_not(), nonfinite.new_ones(1)))
-    norm = torch.where(counted, squares / divisors.square(), 0.0).sum().sqrt()
+    norm = torch.where(counted, squares, 0.0).sum().sqrt()
     divisors *= (norm / clip_norm).clamp(min=1)
     optimizer.grad_scale = [divisors[group["resblock"]] for group in optimizer.param_groups]
     optimizer.found_inf = nonfinite.any()
@@ -94,17 +94,22 @@ def prepare_scaled_step(
     return norm, {"skipped_updates": optimizer.found_inf.float()}
 
 
-def _squares_of_resblocks(optimizer: AdamW16, count: int, team: Alone) -> torch.Tensor:
-    """The squared norms of the gradients, as they are, of each resblock and, last, of all parameters outside of them.
+def _squares_of_resblocks(optimizer: AdamW16, divisors: torch.Tensor, team: Alone) -> torch.Tensor:
+    """The squared norms of the gradients over ``divisors``, of each resblock and, last, of all parameters outside.
 
     In a team the vectors of resblocks are whole in every process, and all else is sharded.
     """
-    sharded, whole = ([[] for _ in range(count + 1)] for _ in range(2))
+    sharded, whole = ([[] for _ in divisors] for _ in range(2))
     for group in optimizer.param_groups:
         is_whole = group["resblock"] != OUTSIDE and group["moments"] == "float32"
-        (whole if is_whole else sharded)[group["resblock"]] += [parameter.grad for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        (whole if is_whole else sharded)[group["resblock"]] += gradients
     vectors = squared_norms(whole[:-1])
-    return team.add_squares(squared_norms(sharded), torch.cat((vectors, vectors.new_zeros(1))))
+    squares = team.add_squares(squared_norms(sharded), torch.cat((vectors, vectors.new_zeros(1)))) / divisors.square()
+    compressed = team.compressed_squares()
+    if compressed is not None:
+        squares[:-1] += compressed
+    return squares
 
 
 def scales_to_json(scales: GradScales) -> dict[str, list[int]]:

@@ -87,8 +87,9 @@ def compress(model: DALLE, mesh: DeviceMesh, rank: int, scales: torch.Tensor | N
     """Let PowerSGD average the resblocks' matrices of a model, sharded as ``compressed``, between machines.
 
     ``rank`` is the total of a matrix, shared out evenly to the GPUs' shards; the matrices of queries, keys and values
-    are compressed one by one. ``scales``, float32, one for each of ``model.resblocks()``, are what their gradients are
-    multiplied by, before and after. Raises UserError where the mesh does not divide the rank or the matrices.
+    are compressed one by one. Matrices have no ``.grad``: PowerSGD's ``step`` makes what the optimizer needs of them.
+    ``scales``, float32, one for each of ``model.resblocks()``, are what their gradients are multiplied by, before and
+    after. Raises UserError where the mesh does not divide the rank or the matrices.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     scaled = {} if scales is None else dict(zip(model.resblocks(), scales.split(1)))
@@ -102,12 +103,18 @@ def compress(model: DALLE, mesh: DeviceMesh, rank: int, scales: torch.Tensor | N
             pieces={name: 3 for name in names.values() if name.endswith("query_key_value.weight")},
             scales={names[matrix]: scale for block, scale in scaled.items() for matrix in _matrices(block)},
             keep_scale=scales is not None,
+            keep_gradients=False,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
     for block in model.resblocks():
         powersgd.attach(block)
     return powersgd
+
+
+def squares_of_matrices(model: DALLE, powersgd: PowerSGD) -> torch.Tensor:
+    """The squared norm of the gradients of each resblock's matrices, unscaled, over all processes (a collective)."""
+    return powersgd.squares([_matrices(block)[0] for block in model.resblocks()])
 
 
 def _matrices(block: nn.Module) -> list[nn.Parameter]:

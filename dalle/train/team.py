@@ -58,10 +58,25 @@ class Alone:
         """This process's part of the batch of an update."""
         return batch
 
-    def combine(self, model: nn.Module, shards: nn.Module, figures: Figures) -> tuple[torch.Tensor, Figures]:
-        """After the backward: the gradients of the whole batch in ``shards``, their norm over all parameters, and the
-        mean of ``figures``; the latter two are the same in every process, so that all decide alike."""
-        return nn.utils.get_total_norm([p.grad for p in shards.parameters() if p.grad is not None]), figures
+    def combine(self, model: nn.Module, shards: nn.Module, figures: Figures) -> Figures:
+        """After the backward: the gradients of the whole batch into ``shards``, save those that :meth:`step` makes.
+
+        Returns the mean of ``figures``, which is the same in every process, so that all decide alike.
+        """
+        return figures
+
+    def clip(self, shards: nn.Module, clip_norm: float) -> torch.Tensor:
+        """Clip the gradients in ``shards`` to ``clip_norm``, and those to come; returns their norm over all parameters,
+        the same in every process."""
+        norm = nn.utils.get_total_norm([p.grad for p in shards.parameters() if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(shards.parameters(), clip_norm, norm)
+        return norm
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, observe: Callable[[Sequence[torch.Tensor]], None] | None = None
+    ) -> None:
+        """The optimizer's step for all parameters. ``observe`` is told of gradients that are not in ``shards``."""
+        optimizer.step()
 
     def total(self, counts: torch.Tensor) -> torch.Tensor:
         """The sum of the processes' ``counts``, in every process."""
@@ -71,6 +86,11 @@ class Alone:
         """Sums of squares over all parameters, of those over this process's shards and over what every process holds
         whole; the same in every process."""
         return sharded + whole
+
+    def compressed_squares(self) -> torch.Tensor | None:
+        """The squared norm of each resblock's gradients that are not in ``shards``, unscaled, over all parameters;
+        None where there are none."""
+        return None
 
     def whole(self, model: nn.Module, shards: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
         """The model, in eval mode and on the CPU, whose parameters ``shards``, on the CPU too, holds this team's parts

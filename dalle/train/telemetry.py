@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,7 @@ class Telemetry:
         self.stage = stage
         self.peak = peak
         self.bytes_sent: float | None = None
+        self._exponents: torch.Tensor | None = None
         self._since = time.monotonic()
         self._updates = 0
 
@@ -135,11 +136,17 @@ class Telemetry:
             yield
         self.bytes_sent = counter.sent
 
+    def observe(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Take in gradients of the update that the next line is about, which will not be in ``shards`` by then."""
+        counts = exponent_counts(gradients)
+        self._exponents = counts if self._exponents is None else self._exponents + counts
+
     def line(self) -> dict[str, Any]:
         """What a line says of the updates since the last one, after the last one's step. All processes call this."""
         stage = self.stage
-        gradients = [parameter.grad for parameter in stage.shards.parameters() if parameter.grad is not None]
-        line = {"gradient_exponents": exponent_shares(stage.team.total(exponent_counts(gradients)).tolist())}
+        self.observe([parameter.grad for parameter in stage.shards.parameters() if parameter.grad is not None])
+        counts, self._exponents = self._exponents, None
+        line = {"gradient_exponents": exponent_shares(stage.team.total(counts).tolist())}
         if stage.scales is not None:
             line["scales"] = stage.scales.scales.tolist()
         if self.bytes_sent is not None:

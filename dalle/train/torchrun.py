@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dalle.errors import UserError
-from dalle.train.sharding import GPU, average_replicated, compress, mesh_of, shard
+from dalle.train.sharding import GPU, average_replicated, compress, mesh_of, shard, squares_of_matrices
 from dalle.train.team import Alone, Figures, Item
 from dalle_kernels import PowerSGD
 
@@ -44,7 +44,11 @@ class Team(Alone):
                 f"--machines {machines}: expected a divisor of the number of processes, {self.size} by torchrun"
             )
         self.machines = machines
+        # The model that is trained, what compresses its gradients, its parameters' shards, what clips gradients to come.
+        self._model: nn.Module | None = None
         self._powersgd: PowerSGD | None = None
+        self._locals: dict[nn.Parameter, nn.Parameter] = {}
+        self._clipped: torch.Tensor | None = None
         self.mesh = mesh_of(machines, self.size // machines, kind)
         # Checkpoints and the averaged model are on the CPU, whatever the model is on.
         self.cpu_mesh = self.mesh if kind == "cpu" else mesh_of(machines, self.size // machines)
@@ -66,6 +70,7 @@ class Team(Alone):
         shard(model, self.mesh, compressed=compression_rank > 0)
         if compression_rank:
             self._powersgd = compress(model, self.mesh, compression_rank, scales)
+        self._model = model
         return model
 
     def shards(self, model: nn.Module) -> nn.Module:
@@ -77,7 +82,7 @@ class Team(Alone):
                 if not hasattr(module, part):
                     module.add_module(part, nn.Module())
                 module = getattr(module, part)
-            module.register_parameter(last, _local(parameter))
+            module.register_parameter(last, self._locals.setdefault(parameter, _local(parameter)))
         return tree
 
     def require_even(self, batch_size: int) -> None:
@@ -88,31 +93,56 @@ class Team(Alone):
         part = len(batch) // self.size
         return batch[self.rank * part : (self.rank + 1) * part]
 
-    def combine(self, model: nn.Module, shards: nn.Module, figures: Figures) -> tuple[torch.Tensor, Figures]:
-        sharded, whole = [], []
-        for parameter, local in zip(model.parameters(), shards.parameters()):
-            if parameter is local:
-                whole.append(local)
-                continue
-            local.grad, parameter.grad = parameter.grad.to_local(), None
-            if not self._is_compressed(parameter):
-                sharded.append(local)
-        average_replicated(whole)
-        # Each machine holds all shards once, each process all that is whole: so the mean below counts both once.
-        squares = _norm(sharded) ** 2 * (self.size / self.machines) + _norm(whole) ** 2
-        if self._powersgd is not None:
-            squares = squares + self._powersgd.gradient_norm() ** 2
-        joint = [torch.as_tensor(value, device=self.device).double() for value in (squares, *figures.values())]
-        means = torch.stack(joint)
+    def combine(self, model: nn.Module, shards: nn.Module, figures: Figures) -> Figures:
+        for parameter, local in self._locals.items():
+            if parameter is not local and parameter.grad is not None:
+                local.grad, parameter.grad = parameter.grad.to_local(), None
+        average_replicated([parameter for parameter, local in self._locals.items() if parameter is local])
+        means = torch.stack([torch.as_tensor(value, device=self.device).double() for value in figures.values()])
         dist.all_reduce(means)
-        means /= self.size
-        return means[0].sqrt().float(), dict(zip(figures, means[1:].unbind()))
+        return dict(zip(figures, (means / self.size).unbind()))
+
+    def clip(self, shards: nn.Module, clip_norm: float) -> torch.Tensor:
+        sharded, whole = ([], [])
+        for parameter, local in self._locals.items():
+            if local.grad is not None:
+                (whole if parameter is local else sharded).append(local.grad)
+        squares = self.add_squares(*(nn.utils.get_total_norm(part).double() ** 2 for part in (sharded, whole)))
+        if self._powersgd is not None:
+            squares = squares + self._powersgd.gradient_norm().double() ** 2
+        norm = squares.sqrt().float()
+        nn.utils.clip_grads_with_norm_(shards.parameters(), clip_norm, norm)
+        self._clipped = (clip_norm / (norm + 1e-6)).clamp(max=1)  # what torch multiplies by
+        return norm
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, observe: Callable[[Sequence[torch.Tensor]], None] | None = None
+    ) -> None:
+        if self._powersgd is None:
+            optimizer.step()
+        else:
+            self._powersgd.step(optimizer, self._compressed_gradients(observe))
+
+    def _compressed_gradients(
+        self, observe: Callable[[Sequence[torch.Tensor]], None] | None
+    ) -> Iterator[list[tuple[nn.Parameter, torch.Tensor]]]:
+        """Resblock by resblock, of its matrices' shards."""
+        for unit in self._powersgd.decompressed():
+            shards, gradients = zip(*((self._locals[parameter], gradient.to_local()) for parameter, gradient in unit))
+            if self._clipped is not None:
+                torch._foreach_mul_(gradients, self._clipped)
+            if observe is not None:
+                observe(gradients)
+            yield list(zip(shards, gradients))
 
     def add_squares(self, sharded: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         # Each machine holds all shards once, each process all that is whole: so the mean counts both once.
         squares = sharded * (self.size / self.machines) + whole
         dist.all_reduce(squares)
         return squares / self.size
+
+    def compressed_squares(self) -> torch.Tensor | None:
+        return None if self._powersgd is None else squares_of_matrices(self._model, self._powersgd)
 
     def total(self, counts: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(counts)
@@ -148,7 +178,8 @@ class Team(Alone):
     def error_sums(self) -> dict[str, torch.Tensor]:
         if self._powersgd is None:
             return {}
-        return {name: total.to_local() for name, total in self._powersgd.state_dict()["errors"].items()}
+        # One by one, for in float32 all of them together take twice the memory of the parameters.
+        return {name: total.cpu() for name, total in self._powersgd.error_sums()}
 
     def take_error_sums(self, sums: dict[str, torch.Tensor]) -> None:
         if self._powersgd is not None:
@@ -221,7 +252,3 @@ def _local(parameter: nn.Parameter) -> nn.Parameter:
     if not isinstance(parameter, DTensor):
         return parameter
     return nn.Parameter(parameter.detach().to_local(), parameter.requires_grad)
-
-
-def _norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

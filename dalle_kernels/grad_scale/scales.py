@@ -91,7 +91,7 @@ def squared_norms(blocks: Sequence[Sequence[Tensor]]) -> Tensor:
     """The sum of squares of the gradients of each block, float32 ``[len(blocks)]``, in one pass and on the device.
 
     ``blocks`` holds each block's gradients as the backward left them, multiplied by the block's scale, of any shapes
-    and of float16, bfloat16 or float32; at least one block, none without a gradient. A sum is infinite or NaN where a
+    and of float16, bfloat16 or float32; at least one gradient in all. A sum is infinite or NaN where a
     gradient is (or where its square leaves float32), so that with those of the whole job added up::
 
         nonfinite = squared_norms(blocks).isfinite().logical_not()      # for GradScales.update, AdamW16.found_inf
@@ -101,8 +101,9 @@ def squared_norms(blocks: Sequence[Sequence[Tensor]]) -> Tensor:
     something divides in float32: ``AdamW16``, with one parameter group a block and their scales as ``grad_scale``, or
     ``filter_cast_unscale``, which also tells of infinities.
     """
-    norms = iter(torch._foreach_norm([grad for block in blocks for grad in block], 2, torch.float32))
-    zero = torch.zeros((), dtype=torch.float32, device=blocks[0][0].device)
+    gradients = [gradient for block in blocks for gradient in block]
+    norms = iter(torch._foreach_norm(gradients, 2, torch.float32))
+    zero = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
     longest = max(map(len, blocks))
     # Rows of one length, so that one sum serves all blocks, always in the same order.
     rows = [[*islice(norms, len(block)), *[zero] * (longest - len(block))] for block in blocks]

@@ -153,6 +153,8 @@ class Group:
         Q, square = of.scaled(layout, codes, largest, settings.q_divisor)
         decompressed = self._decompress(P, Q, errors.new_empty(len(errors)))
         self._keep(of.feed_back(layout, errors, decompressed, self._errors, lost, settings.machine_count))
+        if (own[0] if settings.keep_gradients else layout.shards[0].parameter).dtype == torch.float16:
+            steps.bound(layout, decompressed, factors, square)
         if not settings.keep_gradients:
             self.sums = Sums(P, codes, largest, factors, square)
             return square

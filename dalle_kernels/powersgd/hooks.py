@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -155,29 +155,46 @@ class PowerSGD:
         square = torch.stack([group.square for group in reduced]).sum()
         if rest is not None:
             square += rest
-        square.nan_to_num_(nan=math.inf, posinf=math.inf)
-        for group in reduced:
-            group.square = None
-        if self.gpus is not None:
-            dist.all_reduce(square, group=self.gpus)
-        # The squares are the machines' same; an infinite one, for a gradient of one machine, is so on all by this.
-        dist.all_reduce(square, op=dist.ReduceOp.MAX, group=self.settings.machines)
-        return square.sqrt_()
+        return self._over_all_ranks(square).sqrt_()
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
+    def squares(self, parameters: Sequence[Tensor]) -> Tensor:
+        """For each of ``parameters`` the squared norm of the gradients of its whole unit, or bucket, [parameters].
+
+        It takes the place of :meth:`gradient_norm` where it is asked which part of the model is not finite.
+        """
+        group_of = {shard.parameter: group for group in self._groups.values() for shard in group.shards}
+        groups = [group_of.get(parameter) for parameter in parameters]
+        if any(group is None or group.square is None for group in groups):
+            raise RuntimeError("PowerSGD.squares: of a parameter no gradient was reduced since the last call")
+        return self._over_all_ranks(torch.stack([group.square for group in groups]))
+
+    def _over_all_ranks(self, squares: Tensor) -> Tensor:
+        for group in self._groups.values():
+            group.square = None
+        squares.nan_to_num_(nan=math.inf, posinf=math.inf)
+        if self.gpus is not None:
+            dist.all_reduce(squares, group=self.gpus)
+        # The squares are the machines' same; an infinite one, for a gradient of one machine, is so on all by this.
+        dist.all_reduce(squares, op=dist.ReduceOp.MAX, group=self.settings.machines)
+        return squares
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, units: Iterable[Sequence[tuple[Tensor, Tensor]]] | None = None
+    ) -> None:
         """``optimizer.step()`` where gradients are not kept: one for all that has a gradient, then one a unit.
 
         The gradients of one unit's compressed parameters are there at a time. The optimizer is to pass over parameters
-        without a gradient, as torch's do, and :class:`~dalle_kernels.AdamW16`.
+        without a gradient, as torch's do, and :class:`~dalle_kernels.AdamW16`. ``units`` are what :meth:`decompressed`
+        yields; or what is made of that, such as clipped gradients, or the local tensors that the optimizer knows.
         """
         optimizer.step()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         others = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         for parameter, _ in others:
             parameter.grad = None
-        for unit in self.decompressed():
+        for unit in self.decompressed() if units is None else units:
             for parameter, gradient in unit:
-                parameter.grad = like_parameter(gradient, parameter)
+                parameter.grad = gradient
             optimizer.step()
             for parameter, _ in unit:
                 parameter.grad = None
@@ -185,23 +202,34 @@ class PowerSGD:
             parameter.grad = gradient
 
     def decompressed(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Where gradients are not kept, unit by unit: its compressed parameters, each with its gradient, or its part.
+        """Where gradients are not kept, unit by unit: its compressed parameters, each with its gradient.
 
-        They can be had once after a backward, and hold no memory but while they are asked for.
+        They can be had once after a backward, and take memory only one unit at a time.
         """
         for group in self._groups.values():
             if group.sums is not None:
-                unit = [(shard.parameter, gradient) for shard, gradient in group.decompressed()]
+                pairs = [(shard.parameter, gradient) for shard, gradient in group.decompressed()]
                 group.sums = None
-                yield unit
-                del unit
+                yield [(parameter, like_parameter(gradient, parameter)) for parameter, gradient in pairs]
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, and the sum over the machines of each error buffer, in float32 (a DTensor for a sharded parameter).
 
         A collective: every rank calls it. All machines get the same, so one of them needs to save.
         """
-        return {"seed": self.seed, "errors": {shard.name: self._sum_of_errors(shard) for shard in self._compressed()}}
+        parameters = {shard.name: shard.parameter for shard in self._compressed()}
+        sums = {name: like_parameter(total, parameters[name]) for name, total in self.error_sums()}
+        return {"seed": self.seed, "errors": sums}
+
+    def error_sums(self) -> Iterator[tuple[str, Tensor]]:
+        """The names and sums of :meth:`state_dict`, one after the other, in float32; of a DTensor the local part.
+
+        To be moved elsewhere one by one, where the memory for all of them is missing. A collective.
+        """
+        for shard in self._compressed():
+            total = decode_fp169(shard.errors)
+            dist.all_reduce(total, group=self.settings.machines)
+            yield shard.name, total.view(shard.shape)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the sums that :meth:`state_dict` gave, on any number of machines; the first machine's are broadcast.
@@ -225,11 +253,6 @@ class PowerSGD:
 
     def _compressed(self) -> Iterator[LocalShard]:
         return (shard for shard in self.shards if shard.matrices is not None)
-
-    def _sum_of_errors(self, shard: LocalShard) -> Tensor:
-        total = decode_fp169(shard.errors)
-        dist.all_reduce(total, group=self.settings.machines)
-        return like_parameter(total.view(shard.shape), shard.parameter)
 
     def _reduce(self, shards: Sequence[LocalShard], gradients: Sequence[Tensor]) -> None:
         key = tuple(shard.index for shard in shards)

@@ -105,6 +105,14 @@ def feed_back(
     return codes
 
 
+def bound(layout: Layout, decompressed: Tensor, factors: Tensor | None, square: Tensor) -> None:
+    """Make ``square`` infinite where a decompressed number, times its gradient's factor, is beyond float16."""
+    largest = largest_magnitudes(decompressed.split([shard.shape.numel() for shard in layout.shards]))
+    if factors is not None:
+        largest = largest * factors
+    square.masked_fill_((largest > torch.finfo(torch.float16).max).any(), torch.inf)
+
+
 def give(
     layout: Layout, decompressed: Tensor, gradients: Sequence[Tensor], factors: Tensor | None, square: Tensor
 ) -> None:
