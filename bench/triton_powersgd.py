@@ -12,6 +12,7 @@ from dalle_kernels._triton_configurations import DEFAULT, Configuration
 from dalle_kernels.powersgd import triton_kernels
 from dalle_kernels.powersgd.compression import Layout
 from dalle_kernels.powersgd.shards import local_shards
+from dalle_kernels.powersgd.steps import Room
 
 DIM, GPUS, RANK = 3968, 8, 112
 SHAPES = dict.fromkeys(("q", "k", "v", "proj"), (DIM // GPUS, DIM))
@@ -46,14 +47,14 @@ def gradients(layout: Layout, dtype: torch.dtype, device: str) -> list[torch.Ten
 def accumulate(dtype, device):
     layout = layout_on(device)
     divisors = torch.ones(len(layout.shards), device=device)
-    own, errors = gradients(layout, dtype, device), codes(NUMBERS, device)
-    return partial(triton_kernels.accumulate, layout, own, errors, divisors)
+    own, errors, largest = gradients(layout, dtype, device), codes(NUMBERS, device), torch.zeros_like(divisors)
+    return partial(triton_kernels.accumulate, layout, own, errors, divisors, largest)
 
 
 def encode(device):
     layout = layout_on(device)
-    factors, before = layout.Q, codes(layout.matrices, device)
-    return partial(triton_kernels.encode, layout, factors, numbers(factors.numel, device), before, 0.7, 8)
+    factors, before, sent = numbers(layout.Q.numel, device), codes(layout.matrices, device), Room.make(layout, 8).Q
+    return partial(triton_kernels.encode, layout, layout.Q, factors, before, 0.7, sent)
 
 
 def add(device):

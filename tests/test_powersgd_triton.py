@@ -62,36 +62,39 @@ def test_the_layout_has_stacks_of_one_rank(layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("apart", [False, True])
 def test_accumulation(layout, kernels, dtype, apart):
-    codes = encode_fp169(draw(layout.errors.numel, seed=1)).to(layout.device)
+    codes = encode_fp169(draw(layout.errors.numel, seed=1).to(layout.device))
     divisors = torch.tensor([3.0, 0.7, 2.0, 1.0, 5.0, 1e-38], device=layout.device)
     for value in (1.0, math.inf, -math.inf, math.nan):
         own = gradients(layout, dtype, apart)
         own[3][-1, -1] = own[1][0, 1] = value
         copies = [gradient.clone() for gradient in own]
+        largest, expected = (torch.zeros(len(own), device=layout.device) for _ in range(2))
         with poisoned_allocations():
-            got = kernels.accumulate(layout, own, codes, divisors)
-        same(got, steps.accumulate(layout, copies, codes, divisors))
-        assert got[2].any() and not got[2].all()  # what 1e-38 divides, and no other
-        assert got[1].isfinite().all() == (value == 1.0)
+            errors, lost = kernels.accumulate(layout, own, codes, divisors, largest)
+        same((errors, lost, largest), (*steps.accumulate(layout, copies, codes, divisors, expected), expected))
+        assert lost.any() and not lost.all()  # what 1e-38 divides, and no other
+        assert largest.isfinite().all() == (value == 1.0)
 
 
-@pytest.mark.parametrize("multiple", [1, 64])
-def test_encoding_marks_what_is_not_finite(layout, kernels, multiple):
+def test_encoding_marks_what_is_not_finite(layout, kernels):
     before = torch.zeros(layout.matrices, dtype=torch.int16, device=layout.device)
     before[2] = 5
     for factors in (layout.P, layout.Q):
         numbers = draw(factors.numel, size=9).to(layout.device)
         numbers[-1], numbers[0] = math.nan, math.inf
-        with poisoned_allocations():
-            got = kernels.encode(layout, factors, numbers, before, 0.7, multiple)
-        same([got], [steps.encode(layout, factors, numbers, before, 0.7, multiple)])
+        room, other = (steps.Room.make(layout, 64) for _ in range(2))
+        got, expected = (one.P if factors is layout.P else one.Q for one in (room, other))
+        kernels.encode(layout, factors, numbers, before, 0.7, got)
+        steps.encode(layout, factors, numbers, before, 0.7, expected)
+        same((room.P, room.Q), (other.P, other.Q))
+        assert len(got) % 64 == 0
         marks = got[factors.numel :][: layout.matrices]
         assert (marks != 0).tolist() == [i in (0, 2, layout.matrices - 1) for i in range(layout.matrices)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_addition(kernels, triton_device, count):
-    codes = encode_fp169(draw(count, 5003, size=7)).to(triton_device)
+    codes = encode_fp169(draw(count, 5003, size=7).to(triton_device))
     with poisoned_allocations():
         got = decode_fp169(kernels.add(codes))
     torch.testing.assert_close(got, decode_fp169(steps.add(codes)), rtol=2**-8, atol=0)
@@ -100,7 +103,7 @@ def test_addition(kernels, triton_device, count):
 
 
 def test_stacks(layout, kernels):
-    codes = encode_fp169(draw(layout.P.numel + layout.matrices)).to(layout.device)
+    codes = encode_fp169(draw(layout.P.numel + layout.matrices).to(layout.device))
     with poisoned_allocations():
         got = kernels.stacked(layout, codes)
     same([got], [steps.stacked(layout, codes)])
@@ -110,7 +113,7 @@ def test_stacks(layout, kernels):
 
 @pytest.mark.parametrize("bad", [None, "mark", "gradient"])
 def test_scaling_and_the_norm(layout, kernels, bad):
-    codes = encode_fp169(draw(layout.Q.numel + layout.matrices)).to(layout.device)
+    codes = encode_fp169(draw(layout.Q.numel + layout.matrices).to(layout.device))
     codes[layout.Q.numel :] = 0
     largest = torch.ones(len(layout.shards), device=layout.device)
     if bad == "mark":

@@ -44,7 +44,7 @@ class Team(Alone):
                 f"--machines {machines}: expected a divisor of the number of processes, {self.size} by torchrun"
             )
         self.machines = machines
-        # The model that is trained, what compresses its gradients, its parameters' shards, what clips gradients to come.
+        # The model that is trained, what compresses its gradients, its shards, and what clips gradients to come.
         self._model: nn.Module | None = None
         self._powersgd: PowerSGD | None = None
         self._locals: dict[nn.Parameter, nn.Parameter] = {}

@@ -80,7 +80,6 @@ class Group:
         device = shards[0].parameter.device
         self.layout = Layout(shards, settings.rank, device)
         self._alike = torch.full((len(shards),), settings.gradient_divisor, dtype=torch.float32, device=device)
-        self._order = torch.tensor(self.layout.places, device=device)
         if self.layout.batches:
             drawn = [fixed_gaussian(s, batch.rank, seed) for batch in self.layout.batches for s in batch.shards]
             self._fixed = torch.cat([codes.flatten() for codes in drawn])
@@ -95,68 +94,68 @@ class Group:
     @torch.no_grad()
     def reduce(self, gradients: Sequence[Tensor]) -> None:
         """Replace this rank's gradients by what all machines' sum to (steps 2 to 12, save the norm's own sum)."""
-        divisors = self._divisors()
         if self.exempt:
+            divisors = self._divisors(self.exempt)
             exempt = self._quotients(gradients, divisors)
             pending = dist.all_reduce(exempt, group=self.settings.machines, async_op=True)
-        self.square = self._reduce_matrices(gradients, divisors) if self.layout.batches else divisors.new_zeros(())
+        self.square = self._reduce_matrices(gradients) if self.layout.batches else self._alike.new_zeros(())
         if self.exempt:
             pending.wait()
             self.square += exempt.square().sum()
             targets = [gradients[i] for i in self.exempt]
             parts = exempt.split([target.numel() for target in targets])
             if self.settings.keep_scale:
-                scales = (divisors / self.settings.gradient_divisor).unbind()
-                parts = [part * scales[i] for i, part in zip(self.exempt, parts)]
+                parts = [part * scale for part, scale in zip(parts, divisors / self.settings.gradient_divisor)]
             torch._foreach_copy_(targets, [part.view_as(target) for part, target in zip(parts, targets)])
 
-    def _divisors(self) -> Tensor:
-        """What each shard's gradient is divided by, float32."""
-        if all(shard.scale is None for shard in self.shards):
-            return self._alike
+    def _divisors(self, places: Sequence[int]) -> Tensor:
+        """What the gradients of these shards are divided by, float32."""
+        scales = [self.shards[place].scale for place in places]
+        if all(scale is None for scale in scales):
+            return self._alike[: len(scales)]
         one = torch.ones((), device=self._alike.device)
-        scales = [one if shard.scale is None else shard.scale.view(()) for shard in self.shards]
-        return self._alike * torch.stack(scales)
+        return self.settings.gradient_divisor * torch.stack([one if s is None else s.view(()) for s in scales])
 
     def _quotients(self, gradients: Sequence[Tensor], divisors: Tensor) -> Tensor:
         """The exempt gradients over their divisors, one after the other in float32."""
-        if all(self.shards[i].scale is None for i in self.exempt):
-            return torch.cat([gradients[i].flatten() for i in self.exempt]).float().div_(self.settings.gradient_divisor)
-        return torch.cat([(gradients[i].float() / divisors[i]).flatten() for i in self.exempt])
+        own = [gradients[place] for place in self.exempt]
+        if all(self.shards[place].scale is None for place in self.exempt):
+            return torch.cat([gradient.flatten() for gradient in own]).float().div_(self.settings.gradient_divisor)
+        return torch.cat([(gradient.float() / divisor).flatten() for gradient, divisor in zip(own, divisors)])
 
-    def _reduce_matrices(self, gradients: Sequence[Tensor], divisors: Tensor) -> Tensor:
+    def _reduce_matrices(self, gradients: Sequence[Tensor]) -> Tensor:
         """Returns the square of the sums' norm, infinite where something was nonfinite."""
         settings, layout, of = self.settings, self.layout, steps_on(self._errors.device)
+        machines = settings.machines, settings.machine_count
         given = [gradients[place] for place in layout.places]
         own = [gradient.contiguous() for gradient in given]
-        divisors = divisors.index_select(0, self._order)
-        errors, largest, lost = of.accumulate(layout, own, self._errors, divisors)
+        divisors, room = self._divisors(layout.places), steps.Room.make(layout, settings.machine_count)
+        errors, lost = of.accumulate(layout, own, self._errors, divisors, room.largest)
         by_batch = layout.errors.views(errors)
 
         P = errors.new_empty(layout.P.numel)
         fixed = decode_fp169(self._fixed)
         for batch, *parts in zip(layout.batches, by_batch, layout.Q.views(fixed), layout.P.views(P)):
             batch.project(*parts)
-        codes = of.encode(layout, layout.P, P, lost, settings.p_divisor, settings.machine_count)
-        all_reduce_codes(codes, of.add, settings.machines)
-        stacks = layout.together.views(of.stacked(layout, codes))
+        of.encode(layout, layout.P, P, lost, settings.p_divisor, room.P)
+        all_reduce_codes(room.P, of.add, *machines)
+        stacks = layout.together.views(of.stacked(layout, room.P))
         P = layout.parts_of_stacks([orthogonalize(stack, settings.eps) for stack in stacks])
 
         Q = fixed  # which has Q's size and is done with
         for batch, *parts in zip(layout.batches, by_batch, P, layout.Q.views(Q)):
             batch.project_back(*parts)
-        marks = codes[layout.P.numel :][: layout.matrices]
-        codes = of.encode(layout, layout.Q, Q, marks, settings.q_divisor, settings.machine_count)
-        all_reduce_codes(codes, of.add, settings.machines)
+        of.encode(layout, layout.Q, Q, room.P[layout.P.numel :][: layout.matrices], settings.q_divisor, room.Q)
+        all_reduce_codes(room.Q, of.add, *machines)
         factors = divisors / settings.gradient_divisor if settings.keep_scale else None
         # Where a factor is nonfinite nothing is decompressed, and all of the buffer stays.
-        Q, square = of.scaled(layout, codes, largest, settings.q_divisor)
+        Q, square = of.scaled(layout, room.Q, room.largest, settings.q_divisor)
         decompressed = self._decompress(P, Q, errors.new_empty(len(errors)))
         self._keep(of.feed_back(layout, errors, decompressed, self._errors, lost, settings.machine_count))
         if (own[0] if settings.keep_gradients else layout.shards[0].parameter).dtype == torch.float16:
             steps.bound(layout, decompressed, factors, square)
         if not settings.keep_gradients:
-            self.sums = Sums(P, codes, largest, factors, square)
+            self.sums = Sums(P, room.Q.clone(), room.largest.clone(), factors, square)
             return square
         of.give(layout, decompressed, own, factors, square)
         for gradient, copy in zip(given, own):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,24 +18,48 @@ from dalle_kernels.float16.ops import decode_fp169, encode_fp169
 from dalle_kernels.powersgd.compression import Flat, Layout
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a group's steps write into where they find zeros, so that one launch makes them all.
+
+    ``largest``: float32, one a gradient. ``P`` and ``Q``: codes of the factor, of the matrices' marks, and padding.
+    """
+
+    largest: Tensor
+    P: Tensor
+    Q: Tensor
+
+    @classmethod
+    def make(cls, layout: Layout, ranks: int) -> Room:
+        """``ranks`` divide the codes of P and of Q evenly."""
+        used = [2 * len(layout.shards), *(factors.numel + layout.matrices for factors in (layout.P, layout.Q))]
+        used[1:] = [count + -count % ranks for count in used[1:]]
+        # Each begins where memory is best read.
+        padded = [count + -count % 64 for count in used]
+        zeros = torch.zeros(sum(padded), dtype=torch.int16, device=layout.device).split(padded)
+        largest, *codes = (part[:count] for part, count in zip(zeros, used))
+        return cls(largest.view(torch.float32), *codes)
+
+
 def accumulate(
-    layout: Layout, gradients: Sequence[Tensor], codes: Tensor, divisors: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    layout: Layout, gradients: Sequence[Tensor], codes: Tensor, divisors: Tensor, largest: Tensor
+) -> tuple[Tensor, Tensor]:
     """Step 2: the buffers in float32 with the gradients over their divisors added, those that are finite.
 
     A gradient whose quotient leaves float32's range is not added either, and its buffer counts as nonfinite. Numbers of
-    gradients that are not added may be lost.
+    gradients that are not added may be lost. ``largest`` becomes each gradient's largest magnitude, NaN where it has
+    one.
 
-    Returns the buffers, flat; each gradient's largest magnitude, NaN where there is one; ``lost``.
+    Returns the buffers, flat, and ``lost``.
     """
-    largest = largest_magnitudes(gradients)
+    largest.copy_(largest_magnitudes(gradients))
     added = largest / divisors < torch.inf
     errors = decode_fp169(codes)
     sizes = [gradient.numel() for gradient in gradients]
     for part, gradient, skip, divisor in zip(errors.split(sizes), gradients, added.logical_not(), divisors):
         part.addcdiv_(gradient.masked_fill_(skip, 0).view(-1), divisor)
     lost = (largest < torch.inf) & added.logical_not()
-    return errors, largest, lost.to(torch.int16).index_select(0, layout.owners_on_device)
+    return errors, lost.to(torch.int16).index_select(0, layout.owners_on_device)
 
 
 def largest_magnitudes(gradients: Sequence[Tensor]) -> Tensor:
@@ -46,17 +71,16 @@ def largest_magnitudes(gradients: Sequence[Tensor]) -> Tensor:
     return extremes.float().abs().amax(1)
 
 
-def encode(layout: Layout, factors: Flat, numbers: Tensor, before: Tensor, divisor: float, multiple: int) -> Tensor:
-    """The codes of ``factors``, the layout's P or Q, over ``divisor``, then each matrix's mark, then zeros.
+def encode(layout: Layout, factors: Flat, numbers: Tensor, before: Tensor, divisor: float, codes: Tensor) -> None:
+    """Into ``codes``, which are 0: those of ``factors``, the layout's P or Q, over ``divisor``, then the marks.
 
-    Their number is a multiple of ``multiple``. A mark is 1 where the factor is nonfinite, or ``before`` (int16, one a
-    matrix) is not 0.
+    A mark is 1 where the factor is nonfinite, or ``before`` (int16, one a matrix) is not 0.
     """
     # The largest norm is NaN where a number is; comparing is one operation, isfinite several.
     largest = [torch.linalg.vector_norm(factor, torch.inf, dim=(1, 2)) for factor in factors.views(numbers)]
     marks = (torch.cat(largest) < torch.inf).logical_not_().logical_or_(before != 0)
-    padding = numbers.new_zeros(-(len(numbers) + len(marks)) % multiple)
-    return encode_fp169(torch.cat([numbers / divisor, marks.float(), padding]))
+    both = encode_fp169(torch.cat([numbers / divisor, marks.float()]))
+    codes[: len(both)] = both
 
 
 def add(codes: Tensor) -> Tensor:

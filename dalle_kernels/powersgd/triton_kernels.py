@@ -264,23 +264,18 @@ def _run(kernel, pieces: Pieces, *arguments, **constants) -> None:
 
 
 def accumulate(
-    layout: Layout, gradients: Sequence[Tensor], codes: Tensor, divisors: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    layout: Layout, gradients: Sequence[Tensor], codes: Tensor, divisors: Tensor, largest: Tensor
+) -> tuple[Tensor, Tensor]:
     pieces = _pieces_of_gradients(layout, gradients)
-    largest = torch.zeros(len(gradients), dtype=torch.int32, device=codes.device)
-    _run(_largest, pieces, gradients[0], largest)
-    largest = largest.view(torch.float32)
+    _run(_largest, pieces, gradients[0], largest.view(torch.int32))
     errors = torch.empty_like(codes, dtype=torch.float32)
     lost = codes.new_empty(layout.matrices)
     _run(_accumulate, pieces, gradients[0], codes, largest, divisors, errors, lost)
-    return errors, largest, lost
+    return errors, lost
 
 
-def encode(layout: Layout, factors: Flat, numbers: Tensor, before: Tensor, divisor: float, multiple: int) -> Tensor:
-    count = len(numbers) + layout.matrices
-    codes = torch.zeros(count + -count % multiple, dtype=torch.int16, device=numbers.device)
+def encode(layout: Layout, factors: Flat, numbers: Tensor, before: Tensor, divisor: float, codes: Tensor) -> None:
     _run(_encode, _pieces_of(layout, factors), numbers, before, codes, codes[len(numbers) :], divisor)
-    return codes
 
 
 def add(codes: Tensor) -> Tensor:
