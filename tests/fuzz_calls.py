@@ -235,7 +235,7 @@ def _backward_of(op: str, draw: random.Random, forward: tuple, saved: tuple[int,
 def cross_entropy_call(op: str, draw: random.Random) -> Call:
     rows, width, classes = draw.choice((0, *ODD_SIZES)), draw.choice(ODD_SIZES), draw.choice((*ODD_SIZES, 1000))
     dtype = draw.choice(FLOATS)
-    if op.endswith("_scaled_gradient"):
+    if op.endswith(("_scaled_gradient", "_scale_gradient_")):
         return Call((laid_out(draw, torch.randn(rows, width).to(dtype)), torch.randn(())))
     hidden = laid_out(draw, torch.randn(rows, width).to(dtype))
     weight = laid_out(draw, (torch.randn(classes, width) * width**-0.5).to(draw.choice((dtype, torch.float32))))
@@ -344,6 +344,7 @@ SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
         [f"linear_cross_entropy{name}" for name in ("", "_backward", "_with_gradient", "_reduced", "_scaled_gradient")],
         cross_entropy_call,
     ),
+    "linear_cross_entropy_scale_gradient_": cross_entropy_call,
     **dict.fromkeys(["logit_laplace_loss", "logit_laplace_loss_backward"], logit_laplace_call),
     "adamw16_step": adamw_call,
     **dict.fromkeys(["scale_cast_filter", "filter_cast_unscale"], grad_scale_call),

@@ -383,7 +383,8 @@ def test_opcheck(provider):
     for mask in (ALL, [False, True, False]):
         torch.library.opcheck(ops.linear_cross_entropy_backward_op.overload, (*arguments, mask))
     torch.library.opcheck(ops.linear_cross_entropy_reduced_op.overload, (*arguments[1:], "mean"))
-    torch.library.opcheck(ops.linear_cross_entropy_scaled_gradient_op.overload, (weight, torch.tensor(0.5)))
+    for scale_op in (ops.linear_cross_entropy_scaled_gradient_op, ops.linear_cross_entropy_scale_gradient_op):
+        torch.library.opcheck(scale_op.overload, (weight, torch.tensor(0.5)))
 
 
 def test_only_the_loss_carries_a_gradient(provider):

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_cross_entropy import IGNORE, _inputs, _plain, _run
 
 import dalle_kernels
+from dalle_kernels import _triton
 from dalle_kernels._triton_configurations import Configuration, use_configuration
 from dalle_kernels.cross_entropy import linear_cross_entropy, ops
 from dalle_kernels.testing import assert_accurate, poisoned_allocations, strided_views
 
 NAMES = ("loss", "gradient of hidden", "gradient of weight", "gradient of bias")
+
+
+# What is taken for these rows, classes and width in 16 bits, in the workspace of small_chunks: the way to the gradient
+# of the weight, how many chunks of rows there are, panels of classes, and groups of a panel's rows.
+WAYS = {
+    (40, 100, 40): ("_Whole", 3),  # logits in the gradient of the weight
+    (30, 64, 4): ("_Whole", 2),  # beside it
+    (3, 1, 2): ("_Whole", 1),
+    (20, 97, 17): ("_Panels", 1, 1, 1),  # three rows are not kept
+    (20, 257, 33): ("_Panels", 2, 2, 1),  # all are
+    (37, 129, 24): ("_Panels", 3, 9, 2),  # some of the second group
+}
 
 
 @pytest.fixture
@@ -22,11 +37,11 @@ def small_chunks(triton_device, monkeypatch):
     from dalle_kernels.cross_entropy import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "_WORKSPACE", 9000)
-    small = Configuration({"BLOCK": 64}, num_warps=1)
-    with (
-        use_configuration("cross_entropy_losses", "any", small),
-        use_configuration("cross_entropy_gradients", "any", small),
-    ):
+    monkeypatch.setattr(triton_kernels, "_FEW_ROWS", 16)
+    small = Configuration({"BLOCK": 128}, num_warps=1)
+    with ExitStack() as stack:
+        for kernel in ("losses", "losses_and_gradients", "gradients"):
+            stack.enter_context(use_configuration(f"cross_entropy_{kernel}", "any", small))
         yield triton_device
 
 
@@ -37,8 +52,7 @@ def _on(device, inputs, dtype=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_loss_and_gradients_meet_the_error_rule(reduction, dtype, small_chunks):
-    # Of the first the rows of one chunk are kept where the gradient of the weight is to be, of the second all.
-    for sizes in ((20, 97, 17), (37, 33, 49), (3, 257, 5), (3, 1, 2)):
+    for sizes in WAYS:
         draws = []
         for seed in range(3):
             inputs = _on(small_chunks, [tensor.to(dtype) for tensor in _inputs(*sizes, seed)[:3]])
@@ -51,9 +65,39 @@ def test_loss_and_gradients_meet_the_error_rule(reduction, dtype, small_chunks):
             assert_accurate(*([results[index] for results in column] for column in zip(*draws)), f"{name} of {sizes}")
 
 
+@pytest.mark.parametrize("sizes", WAYS)
+def test_small_problems_take_every_way(sizes, small_chunks):
+    from dalle_kernels.cross_entropy import triton_kernels
+
+    hidden, weight, _, target = _on(small_chunks, _inputs(*sizes, seed=1, dtype=torch.bfloat16))
+    with _triton.assume(90, 1):
+        problem = triton_kernels._Problem(hidden, weight, target, None, IGNORE)
+        way = triton_kernels._way_to_weight(problem, torch.empty_like(weight))
+    found = (type(way).__name__, len(way.chunks))
+    if found[0] == "_Panels":
+        found += (len(way.panels), len(way.groups))
+    assert found == WAYS[sizes]
+
+
+@pytest.mark.parametrize(
+    "count, classes, width", [(4096, 8192, 3968), (1024, 16384, 3968), (700, 50257, 768), (5, 3, 2)]
+)
+def test_parts_are_as_large_as_the_workspace_lets_them(count, classes, width):
+    pytest.importorskip("triton")
+    from dalle_kernels.cross_entropy.triton_kernels import _best_step
+
+    products = (classes, width), (width, classes)
+    for most in (1, 100, 300, 1536, 10**6):
+        step = _best_step(count, most, products, 132)
+        assert step == count if count <= most else max(most // 4, 16) <= step <= max(most, 16)
+    # 256 tiles of 128 × 256 in two waves, and 128 in one
+    assert _best_step(4096, 1536, ((8192, 3968), (3968, 8192)), 132) == 1024
+
+
 @pytest.mark.parametrize("kinds", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")])
-def test_mixed_dtypes_are_multiplied_in_float32(kinds, small_chunks):
-    hidden, weight, bias, target = _on(small_chunks, _inputs(20, 45, 8, seed=18, dtype=torch.float32))
+@pytest.mark.parametrize("rows", [20, 60])  # whose gradients the workspace holds, and does not
+def test_mixed_dtypes_are_multiplied_in_float32(rows, kinds, small_chunks):
+    hidden, weight, bias, target = _on(small_chunks, _inputs(rows, 45, 8, seed=18, dtype=torch.float32))
     hidden, weight = (tensor.to(getattr(torch, kind)) for tensor, kind in zip((hidden, weight), kinds))
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     wide = [tensor.detach().float().requires_grad_() for tensor in leaves]
@@ -148,7 +192,11 @@ def test_scaled_gradients_are_rounded_once(dtype, triton_device):
     factor = torch.tensor(0.3, device=triton_device)
     with poisoned_allocations():
         result = ops.linear_cross_entropy_scaled_gradient_op(gradient, factor)
-    assert torch.equal(result, (gradient.float() * factor).to(dtype))
+    expected = (gradient.float() * factor).to(dtype)
+    assert torch.equal(result, expected)
+    for _, view in strided_views(gradient):
+        ops.linear_cross_entropy_scale_gradient_op(view, factor)
+        assert torch.equal(view, expected)
 
 
 def test_what_the_kernels_do_not_serve_goes_to_the_reference():
@@ -158,16 +206,14 @@ def test_what_the_kernels_do_not_serve_goes_to_the_reference():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU's allocator tells its highest memory")
-def test_workspace_at_the_largest_unembedding(triton_device):
-    hidden = torch.randn(2048, 3968, device=triton_device, dtype=torch.bfloat16).requires_grad_()
-    weight = torch.randn(16384, 3968, device=triton_device, dtype=torch.bfloat16).requires_grad_()
-    target = torch.randint(0, 16384, (2048,), device=triton_device)
+@pytest.mark.parametrize("rows, classes", [(1024, 16384), (2048, 16384), (4096, 8192)])
+def test_workspace_at_the_largest_unembeddings(rows, classes, triton_device):
+    hidden = torch.randn(rows, 3968, device=triton_device, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(classes, 3968, device=triton_device, dtype=torch.bfloat16).requires_grad_()
+    target = torch.randint(0, classes, (rows,), device=triton_device)
     linear_cross_entropy(hidden, weight, target).backward()  # the library takes its own workspace once
     hidden.grad = weight.grad = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss = linear_cross_entropy(hidden, weight, target)
-    gradients = hidden.nbytes + weight.nbytes
-    assert torch.cuda.max_memory_allocated() - before - gradients <= 60e6
-    loss.backward()  # which scales the kept gradients into new ones
-    assert torch.cuda.max_memory_allocated() - before - 2 * gradients <= 60e6
+    linear_cross_entropy(hidden, weight, target).backward()  # which scales the kept gradients where they are
+    assert torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes <= 60e6

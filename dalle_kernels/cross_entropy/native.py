@@ -266,6 +266,13 @@ def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Te
     return output
 
 
+def linear_cross_entropy_scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
+    if gradient.is_contiguous():
+        _native.call("gradient_scale", gradient.device, gradient, gradient, gradient.numel(), factor)
+    else:
+        gradient.copy_(linear_cross_entropy_scaled_gradient(gradient, factor))
+
+
 def unsupported(*arguments) -> str | None:
     for argument in arguments:
         if argument is None:

@@ -56,6 +56,9 @@ linear_cross_entropy_scaled_gradient_op = Op(
     "linear_cross_entropy_scaled_gradient(Tensor gradient, Tensor factor) -> Tensor",
     lambda gradient, factor: gradient.new_empty(gradient.shape),
 )
+linear_cross_entropy_scale_gradient_op = Op(
+    "linear_cross_entropy_scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()", lambda gradient, factor: None
+)
 
 
 for _op in (
@@ -64,6 +67,7 @@ for _op in (
     linear_cross_entropy_with_gradient_op,
     linear_cross_entropy_reduced_op,
     linear_cross_entropy_scaled_gradient_op,
+    linear_cross_entropy_scale_gradient_op,
 ):
     _op.provide(
         "native", getattr(native, _op.name), unavailable=_native.unavailable_but_on_cpu, unsupported=native.unsupported
@@ -104,10 +108,13 @@ def _save_gradients(ctx, inputs, output) -> None:
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """In its own memory where nothing traces the backward; else, and in 16 bits, as a new tensor."""
-    if gradient.dtype == factor.dtype and not dispatcher_is_needed((gradient, factor)):
+    """In its own memory where nothing traces the backward, else as a new tensor."""
+    if dispatcher_is_needed((gradient, factor)):
+        return linear_cross_entropy_scaled_gradient_op(gradient, factor)
+    if gradient.dtype == factor.dtype:
         return gradient.mul_(factor)
-    return linear_cross_entropy_scaled_gradient_op(gradient, factor)
+    linear_cross_entropy_scale_gradient_op(gradient, factor)
+    return gradient
 
 
 def _scaled_gradients(ctx, grad_loss: Tensor | None, *unused):

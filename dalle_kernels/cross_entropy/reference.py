@@ -165,3 +165,8 @@ def linear_cross_entropy_reduced(
 def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     """A gradient times what reaches the loss, in the loss's dtype: a 16-bit gradient meets an unrounded factor."""
     return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+
+
+def linear_cross_entropy_scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
+    """As above, in the gradient's own memory."""
+    gradient.copy_(linear_cross_entropy_scaled_gradient(gradient, factor))

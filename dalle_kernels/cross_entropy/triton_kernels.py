@@ -1,261 +1,347 @@
-"""Linear cross-entropy on a GPU: torch's matrix products with float32 results, Triton's kernels between them.
+"""Linear cross-entropy on a GPU: torch's matrix products, Triton's kernels between them.
 
-Rows are taken in chunks, whose logits give losses, then their own gradients and with them the gradient of ``hidden``.
-A weight of float32 has its gradient summed where it lies, chunk after chunk. One of 16 bits has no room for sums in
-float32, and rounding after every chunk would spoil it: unless one chunk has all rows, its gradient is taken in a second
-pass over panels of classes, each element summed in float32 and rounded once. The memory of that gradient, ``[classes,
-width]``, serves the first pass to keep the logits' gradients of as many rows as the width; those of later rows are
-computed again.
+Rows are taken in chunks. A product gives a chunk's logits in float32; one kernel reads them and writes each row's loss
+and, in the logits' own memory, their gradient, which a second product turns into that of ``hidden``. A weight of
+float32 has its gradient summed where it lies, chunk after chunk. One of 16 bits has no room for sums in float32, and
+rounding after every chunk would spoil it: all rows go into one product, whose sums the library keeps in float32 and
+rounds once. For that the logits' gradients of all rows are kept, in 16 bits. Where ``_WORKSPACE`` bytes hold them, the
+logits lie in the memory of the weight's gradient, which is written last. Else they are kept in that memory, panel by
+panel of classes: ``[classes, width]`` holds as many rows as the width. At the end a panel's part is copied out, and its
+gradient written over it; the logits of later rows are computed again, panel by panel.
 
 Products of two tensors of one 16-bit dtype run on the tensor cores as they are, with the logits' gradient rounded to
 that dtype; any others are taken in float32. In float16 that gradient is kept relative to the largest incoming one, so
-that small ones do not vanish.
+that small ones do not vanish, and products are rounded after they were multiplied by it.
 
-Floor, 8192 rows of 3968 against 16384 classes on an H200 in bfloat16: 2·rows·classes·width is 1.07 TFLOP or 1.35 ms at
-790 TFLOP/s; loss and gradients take three products, 4.0 ms, and the rows beyond the first 3840, which are not kept,
-half of a fourth, 0.7 ms. Sums in float32 instead would take 260 MB and be slower: their 520 MB of traffic for each of
-20 chunks cost 2.4 ms. Between the products each logit is written, read twice and its gradient written and read twice,
-1.1 GB a pass or 0.25 ms each if none of it stays in the L2 cache; to keep a gradient, it is read and written once more.
-Workspace: ``_WORKSPACE`` bytes and what the library takes. Reached on an H200, 8192 rows of 3968 against 16384
-classes in bfloat16, launches included: losses 1.84 ms, 578 TFLOP/s; with gradients 8.1 ms, 394 TFLOP/s.
+Floor, 1024 rows of 3968 against 16384 classes and 4096 against 8192 on an H200 in bfloat16: three products are 1.20
+TFLOP or 1.52 ms at 790 TFLOP/s. Each logit is written and read in float32, its gradient written once for each of the
+two products that read it and copied once: 0.9 GB or 0.2 ms if none of it stays in the L2 cache. Scaling the gradients
+by what reaches the loss takes 0.47 GB or 0.11 ms. Of 8192 rows against 16384 classes 4224 are not kept: a half of a
+fourth product, 0.7 ms beside 4.0. Sums in float32 instead would take 260 MB and 520 MB of traffic a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from dalle_kernels import _triton
 from dalle_kernels._triton_configurations import configuration
-from dalle_kernels.triton_elements import first_of_block, is_wide
-from dalle_kernels.triton_philox import LN_2, LOG2_E
+from dalle_kernels.cross_entropy import triton_logits
+from dalle_kernels.triton_elements import is_wide
 
 _WORKSPACE = 48 << 20
-_LEAST_ROWS = 16  # of a chunk, whatever the workspace
+_LEAST_ROWS = 16  # of a chunk or a panel, whatever the workspace
+_FEW_ROWS = 256  # fewer make a product wait for its operands
+_TILE = 128
 
 
-@triton.jit
-def _load_logits(logits, bias, column, columns, HAS_BIAS: tl.constexpr):
-    """A row's logits, -inf beyond the last one."""
-    x = tl.load(logits + column, column < columns, other=-float("inf"))
-    if HAS_BIAS:
-        x += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _reference(largest):
-    """What is subtracted before exponentials are taken: 0 while there is nothing but -inf."""
-    return tl.where(largest == -float("inf"), 0.0, largest)
-
-
-@triton.jit
-def _shrink(before, after):
-    """By what sums relative to a former maximum shrink."""
-    return tl.where(before == -float("inf"), 0.0, tl.exp2((before - _reference(after)) * LOG2_E))
-
-
-@triton.jit
-def _losses(logits, bias, target, loss, row_largest, row_sum, classes, target_stride, ignore_index,
-            HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Each row's loss, its largest logit and the sum of exponentials relative to that."""
-    row = tl.program_id(0)
-    logits += row.to(tl.int64) * classes
-    largest = tl.full([BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, classes, BLOCK):
-        x = _load_logits(logits, bias, first + tl.arange(0, BLOCK), classes, HAS_BIAS)
-        before = largest
-        largest = tl.maximum(before, x)
-        total = total * _shrink(before, largest) + tl.exp2((x - _reference(largest)) * LOG2_E)
-    of_row = tl.max(largest, 0)
-    total = tl.sum(total * _shrink(largest, of_row), 0)
-    wanted = tl.load(target + row.to(tl.int64) * target_stride)
-    is_class = (wanted >= 0) & (wanted < classes)
-    x = tl.load(logits + wanted, is_class, other=float("nan"))
-    if HAS_BIAS:
-        x += tl.load(bias + wanted, is_class, other=0.0).to(tl.float32)
-    value = (of_row - x) + LN_2 * tl.log2(total)
-    tl.store(loss + row, tl.where(wanted == ignore_index, 0.0, value))
-    tl.store(row_largest + row, _reference(of_row))
-    tl.store(row_sum + row, total)
-
-
-@triton.jit
-def _gradients(logits, gradient, bias, target, row_largest, row_sum, row_scale, unit, columns, first_class, classes,
-               target_stride, row_scale_stride, ignore_index, HAS_BIAS: tl.constexpr,
-               BLOCK: tl.constexpr):  # fmt: skip
-    """(softmax - one_hot)·row_scale / unit of the logits [rows, columns] of classes from ``first_class`` on.
-
-    ``gradient`` may be ``logits``. A row whose target is ignore_index gets 0, one whose target is no class NaN.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = _load_logits(logits + row * columns, bias, column, columns, HAS_BIAS)
-    wanted, total = tl.load(target + row * target_stride), tl.load(row_sum + row)
-    e = tl.exp2((x - tl.load(row_largest + row)) * LOG2_E)
-    scale = tl.div_rn(tl.load(row_scale + row * row_scale_stride), tl.load(unit))
-    scale = tl.where((wanted >= 0) & (wanted < classes), scale, float("nan"))
-    value = tl.where(column + first_class == wanted, e - total, e) * tl.div_rn(scale, total)
-    value = tl.where(wanted == ignore_index, 0.0, value)
-    tl.store(gradient + row * columns + column, value.to(gradient.dtype.element_ty), column < columns)
-
-
-@triton.jit
-def _scaled(gradient, output, factor, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    index = first_of_block(BLOCK, WIDE) + tl.arange(0, BLOCK)
-    value = tl.load(gradient + index, index < count, other=0.0).to(tl.float32) * tl.load(factor).to(tl.float32)
-    tl.store(output + index, value.to(output.dtype.element_ty), index < count)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def _product(left: Tensor, right: Tensor, output: Tensor | None = None) -> Tensor:
     """left @ right in float32, of two matrices of one dtype."""
     if left.dtype == torch.float32 or not left.is_cuda or left.shape[1] == 0:
-        return torch.mm(left.float(), right.float())
-    return torch.mm(left, right, out_dtype=torch.float32)
+        return torch.mm(left.float(), right.float(), out=output)
+    return torch.mm(left, right, out_dtype=torch.float32, out=output)
 
 
-def _slices(count: int, most: int) -> Iterator[slice]:
-    step = max(most - most % 128 if most > 128 else most, _LEAST_ROWS)
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
+def _slices(count: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _padded(columns: int) -> int:
+    """The length of a row in memory, so that each begins where a product reads it quickly."""
+    return -(-columns // triton_logits.GROUP) * triton_logits.GROUP
+
+
+@cache
+def _best_step(count: int, most: int, products: tuple[tuple[int, int], ...], multiprocessors: int) -> int:
+    """Into parts of how many rows, at most ``most``, to cut ``count`` rows of products, by (columns, depth) of each.
+
+    The time of a part is guessed from the waves of tiles, of 128 × 256 or 128 × 128, that it takes; one of the smaller
+    tiles takes a little more than half as long.
+    """
+    if count <= most:
+        return max(count, 1)
+    if most < 2 * _TILE:
+        return max(most - most % _LEAST_ROWS, _LEAST_ROWS)
+
+    def waves(rows: int, columns: int, tile: int) -> int:
+        return -(-(-(-rows // _TILE) * -(-columns // tile)) // multiprocessors)
+
+    def time_of_part(rows: int) -> float:
+        return sum(depth * min(waves(rows, n, 256), 0.58 * waves(rows, n, 128)) for n, depth in products)
+
+    def time(step: int) -> float:
+        return count // step * time_of_part(step) + time_of_part(count % step)
+
+    return min(range(most - most % _TILE, 0, -_TILE), key=time)
 
 
 class _Problem:
-    """A call's tensors, and each row's loss, largest logit and sum once its chunk was seen."""
+    """A call's tensors, and each row's loss, with gradients also its largest logit and sum, once its chunk was seen."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int):
         self.hidden, self.weight, self.target, self.ignore_index = hidden, weight, target, ignore_index
         self.bias = None if bias is None else bias.contiguous()
         self.kind = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
-        self.loss, self.largest, self.sum = hidden.new_empty(3, len(hidden), dtype=torch.float32).unbind()
-        classes, width = weight.shape
-        self.logit_bytes = 4 if self.kind == torch.float32 else 6  # with its gradient, in its place or beside it
-        self.chunks = list(_slices(len(hidden), _WORKSPACE // (classes * self.logit_bytes + 4 * width)))
-        # Sums and terms of a panel's gradient take half of the workspace, and so do its logits. A weight that is
-        # widened to float32 for the products is so in panels of this size.
-        self.panels = list(_slices(classes, _WORKSPACE // (16 * max(width, 1))))
+        self.count, self.classes, self.width = len(hidden), *weight.shape
+        self.loss, self.largest, self.sum = hidden.new_empty(3, self.count, dtype=torch.float32).unbind()
+        self.unit: Tensor | float = 1.0
+        self.widens = hidden.dtype != weight.dtype
+        # Operands and results in float32 that are not there in the end take a third of the workspace.
+        self.spare = _WORKSPACE // 3
+        self.room = _WORKSPACE - (self.spare if self.widens or self.kind == torch.float16 else 0)
+        self.spare_rows = max(self.spare // (8 * max(self.width, 1)), _LEAST_ROWS)
+        self.most_rows = self.room // (4 * _padded(self.classes) + (8 * self.width if self.widens else 0))
+
+    def chunks(self, most: int, with_gradients: bool = True) -> list[slice]:
+        products = ((self.classes, self.width), (self.width, self.classes))
+        return self.parts(self.count, most, products[: 1 + with_gradients])
+
+    def parts(self, count: int, most: int, products: tuple[tuple[int, int], ...]) -> list[slice]:
+        return _slices(count, _best_step(count, most, products, _triton.multiprocessors(self.hidden.device)))
+
+    def memory(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.hidden.new_empty(rows, _padded(columns), dtype=dtype)
 
     def rows(self, chunk: slice) -> Tensor:
         return self.hidden[chunk].to(self.kind)
 
-    def classes(self, panel: slice) -> Tensor:
+    def panel(self, panel: slice) -> Tensor:
+        """The weight of a few classes in the products' dtype."""
         return self.weight[panel].to(self.kind)
 
-    def logits(self, rows: Tensor) -> Tensor:
+    def find_logits(self, rows: Tensor, logits: Tensor) -> None:
         """``[rows, classes]`` in float32, without the bias."""
         if self.weight.dtype == self.kind:
-            return _product(rows, self.weight.t())
-        logits = rows.new_empty(len(rows), len(self.weight), dtype=torch.float32)
-        for panel in self.panels:
-            logits[:, panel] = _product(rows, self.classes(panel).t())
-        return logits
+            _product(rows, self.weight.t(), logits)
+            return
+        for panel in _slices(self.classes, self.spare_rows):
+            _product(rows, self.panel(panel).t(), logits[:, panel])
 
-    def find_losses(self, chunk: slice, logits: Tensor) -> None:
-        chosen = configuration("cross_entropy_losses", "any", logits.device)
-        target = self.target[chunk]
-        _losses[(len(logits),)](
-            logits, logits if self.bias is None else self.bias, target, self.loss[chunk], self.largest[chunk],
-            self.sum[chunk], logits.shape[1], target.stride(0), self.ignore_index, self.bias is not None,
-            **chosen.options,
-        )  # fmt: skip
-
-    def gradient(self, chunk: slice, panel: slice, logits: Tensor, row_scale: Tensor, unit: Tensor) -> Tensor:
-        """The gradient of these logits over ``unit``, in the products' dtype; in float32 it overwrites them."""
-        chosen = configuration("cross_entropy_gradients", "any", logits.device)
-        gradient = logits if self.kind == torch.float32 else torch.empty_like(logits, dtype=self.kind)
-        bias = logits if self.bias is None else self.bias[panel]
-        target, scale = self.target[chunk], row_scale[chunk]
-        _gradients[len(logits), triton.cdiv(logits.shape[1], chosen["BLOCK"])](
-            logits, gradient, bias, target, self.largest[chunk], self.sum[chunk], scale, unit, logits.shape[1],
-            panel.start, len(self.weight), target.stride(0), scale.stride(0), self.ignore_index,
-            self.bias is not None, **chosen.options,
-        )  # fmt: skip
-        return gradient
+    def count_of(self, reduction: str) -> Tensor:
+        """What the sum of the losses is divided by; it may be off by rounding beyond 2^24 rows."""
+        if reduction == "mean":
+            return (self.target != self.ignore_index).sum(dtype=torch.float32)
+        return self.loss.new_ones(())
 
     def losses(self) -> Tensor:
-        for chunk in self.chunks:
-            self.find_losses(chunk, self.logits(self.rows(chunk)))
+        chosen = configuration("cross_entropy_losses", "any", self.hidden.device)
+        chunks = self.chunks(self.most_rows, with_gradients=False)
+        memory = self.memory(chunks[0].stop if chunks else 0, self.classes)
+        for chunk in chunks:
+            rows = self.rows(chunk)
+            logits = memory[: len(rows), : self.classes]
+            self.find_logits(rows, logits)
+            triton_logits.losses[(len(rows),)](
+                logits, logits if self.bias is None else self.bias, self.target, self.loss, chunk.start, self.classes,
+                logits.stride(0), self.target.stride(0), self.ignore_index, self.bias is not None, **chosen.options,
+            )  # fmt: skip
         return self.loss
 
-    def times_weight(self, gradient: Tensor) -> Tensor:
-        if self.weight.dtype == self.kind:
-            return _product(gradient, self.weight)
-        total = gradient.new_zeros(len(gradient), self.weight.shape[1])
-        for panel in self.panels:
-            total += _product(gradient[:, panel], self.classes(panel))
-        return total
-
     def gradients(self, row_scale: Tensor, output_mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of hidden, weight and bias; empty where ``output_mask`` wants none."""
-        hidden, weight, every_class = self.hidden, self.weight, slice(0, len(self.weight))
+        """Gradients of hidden, weight and bias, empty where ``output_mask`` wants none; losses are found as well."""
+        hidden, weight, bias = self.hidden, self.weight, self.weight if self.bias is None else self.bias
+        if self.count == 0:
+            shapes = (tensor.shape if wanted else (0,) for tensor, wanted in zip((hidden, weight, bias), output_mask))
+            return tuple(tensor.new_zeros(shape) for tensor, shape in zip((hidden, weight, bias), shapes))
         grad_hidden = hidden.new_empty(hidden.shape if output_mask[0] else 0)
-        grad_weight = weight.new_zeros(weight.shape if output_mask[1] else 0)
-        bias_sums = weight.new_zeros(len(weight) if output_mask[2] else 0, dtype=torch.float64)
-        row_scale = row_scale.to(torch.float32)
-        unit = self.unit(row_scale)
-        again = output_mask[1] and weight.dtype != torch.float32 and len(self.chunks) > 1
-        kept = 0
-        for chunk in self.chunks:
-            rows = self.rows(chunk)
-            logits = self.logits(rows)
-            self.find_losses(chunk, logits)
-            gradient = self.gradient(chunk, every_class, logits, row_scale, unit)
-            del logits
+        grad_weight = weight.new_empty(weight.shape if output_mask[1] else 0)
+        bias_sums = weight.new_zeros(self.classes if output_mask[2] else 0, dtype=torch.float64)
+        self.set_scale(row_scale)
+        way = _way_to_weight(self, grad_weight if output_mask[1] else None)
+        for chunk in way.chunks:
+            rows, gradient = self.rows(chunk), way.gradient(chunk)
+            self.find_gradients(chunk, rows, gradient, way)
             if output_mask[0]:
-                torch.mul(self.times_weight(gradient), unit, out=grad_hidden[chunk])
-            if output_mask[1] and weight.dtype == torch.float32:
-                grad_weight.addmm_(gradient.t(), rows)
-            elif output_mask[1] and not again:
-                for panel in self.panels:
-                    torch.mul(_product(gradient[:, panel].t(), rows), unit, out=grad_weight[panel])
-            if again and gradient.dtype == weight.dtype and chunk.stop <= weight.shape[1]:
-                self.keep(chunk, gradient, grad_weight)
-                kept = chunk.stop
+                self.multiply_by_weight(gradient, grad_hidden[chunk])
             if output_mask[2]:
                 bias_sums += gradient.sum(0, dtype=torch.float64)
-        if again:
-            for panel in self.panels:
-                held = grad_weight[panel].view(weight.shape[1], -1)[:kept]
-                torch.mul(self.gradient_of_panel(panel, held, row_scale, unit), unit, out=grad_weight[panel])
-        bias_sums *= unit
-        return grad_hidden, grad_weight, bias_sums.to(weight.dtype if self.bias is None else self.bias.dtype)
+            way.add(chunk, rows, gradient)
+        del rows, gradient  # and with them what the chunks took
+        way.finish()
+        return grad_hidden, grad_weight, bias_sums.mul_(self.unit).to(bias.dtype)
 
-    def unit(self, row_scale: Tensor) -> Tensor:
-        """What gradients are divided by before they are rounded: in float16 the largest that comes in, else 1."""
-        if self.kind != torch.float16 or len(row_scale) == 0:
-            return row_scale.new_ones(())
-        largest = row_scale.abs().nan_to_num(0.0, 0.0, 0.0).amax()
-        return largest.masked_fill(largest == 0, 1.0)
+    def set_scale(self, row_scale: Tensor) -> None:
+        """What comes in for each row, and in float16 its unit: the largest of all."""
+        self.row_scale = row_scale.to(torch.float32)
+        if self.kind == torch.float16:
+            largest = self.row_scale.abs().nan_to_num(0.0, 0.0, 0.0).amax()
+            self.unit = largest.masked_fill(largest == 0, 1.0)
+            self.row_scale = self.row_scale / self.unit
 
-    def keep(self, chunk: slice, gradient: Tensor, grad_weight: Tensor) -> None:
-        """Store a chunk's gradients panel by panel, ``[rows, classes]`` where the panel's own gradient is to be."""
-        classes, width = grad_weight.shape
-        step = self.panels[0].stop
-        whole = classes // step * step
-        panels = gradient[:, :whole].unflatten(1, (-1, step)).transpose(0, 1)
-        grad_weight[:whole].view(-1, width, step)[:, chunk] = panels
-        if whole < classes:
-            grad_weight[whole:].view(width, -1)[chunk] = gradient[:, whole:]
+    def find_gradients(self, chunk: slice, rows: Tensor, gradient: Tensor, way: _Way) -> None:
+        """A chunk's losses and the gradients of its logits over the unit."""
+        logits = way.logits(chunk)
+        self.find_logits(rows, logits)
+        chosen = configuration("cross_entropy_losses_and_gradients", "any", logits.device)
+        triton_logits.losses_and_gradients[(len(logits),)](
+            logits, gradient, gradient if way.stash is None else way.stash, logits if self.bias is None else self.bias,
+            self.target, self.loss, self.largest, self.sum, self.row_scale, chunk.start, self.classes,
+            logits.stride(0), gradient.stride(0), self.target.stride(0), self.row_scale.stride(0), self.ignore_index,
+            way.kept, self.width, way.step, self.bias is not None, way.stash is not None, **chosen.options,
+        )  # fmt: skip
 
-    def gradient_of_panel(self, panel: slice, held: Tensor, row_scale: Tensor, unit: Tensor) -> Tensor:
-        """The gradient over ``unit`` of a few classes' weights in float32; every row's maximum and sum are known.
+    def find_gradients_again(self, chunk: slice, panel: slice, logits: Tensor, gradient: Tensor) -> None:
+        """Those of a panel's logits, of rows whose largest logits and sums are known."""
+        chosen = configuration("cross_entropy_gradients", "any", logits.device)
+        triton_logits.gradients[len(logits), triton.cdiv(logits.shape[1], chosen["BLOCK"])](
+            logits, gradient, logits if self.bias is None else self.bias[panel], self.target, self.largest, self.sum,
+            self.row_scale, chunk.start, panel.start, logits.shape[1], self.classes, logits.stride(0),
+            gradient.stride(0), self.target.stride(0), self.row_scale.stride(0), self.ignore_index,
+            self.bias is not None, **chosen.options,
+        )  # fmt: skip
 
-        ``held`` are the logits' gradients of the first rows.
-        """
-        weight, total, kept = self.classes(panel), None, len(held)
-        if kept:
-            total = _product(held.t(), self.rows(slice(0, kept)))
-        for later in _slices(len(self.hidden) - kept, _WORKSPACE // (2 * len(weight) * self.logit_bytes)):
-            chunk = slice(kept + later.start, kept + later.stop)
-            rows = self.rows(chunk)
-            gradient = self.gradient(chunk, panel, _product(rows, weight.t()), row_scale, unit)
-            term = _product(gradient.t(), rows)
-            total = term if total is None else total.add_(term)
-        return total
+    def multiply_by_weight(self, gradient: Tensor, output: Tensor) -> None:
+        if self.weight.dtype == self.kind:
+            self.multiply(gradient, self.weight, output)
+            return
+        total = output.new_zeros(output.shape, dtype=torch.float32)
+        for panel in _slices(self.classes, self.spare_rows):
+            total.addmm_(gradient[:, panel], self.panel(panel))
+        output.copy_(total)
+
+    def multiply(self, left: Tensor, right: Tensor, output: Tensor) -> None:
+        """``output = left @ right * unit``, summed in float32 and rounded once."""
+        if output.dtype == left.dtype != torch.float16:
+            torch.mm(left, right, out=output)
+            return
+        for part in _slices(len(output), self.spare_rows):
+            torch.mul(_product(left[part], right), self.unit, out=output[part])
+
+
+class _Way:
+    """How the weight's gradient, ``output``, comes about from those of each chunk's logits.
+
+    This one sums it where it lies, in float32, or wants none. The gradients of a chunk's logits overwrite these.
+    """
+
+    stash: Tensor | None = None
+    """Where the gradients of the first ``kept`` rows are to go, too, in panels of ``step`` classes."""
+    kept = 0
+
+    def __init__(self, problem: _Problem, output: Tensor | None):
+        self.problem, self.output, self.step = problem, output, problem.classes
+        self.chunks = problem.chunks(problem.most_rows)
+        self.memory = problem.memory(self.chunks[0].stop, problem.classes)
+
+    def logits(self, chunk: slice) -> Tensor:
+        return self.memory[: chunk.stop - chunk.start, : self.problem.classes]
+
+    def gradient(self, chunk: slice) -> Tensor:
+        return self.memory.view(self.problem.kind)[: chunk.stop - chunk.start, : self.problem.classes]
+
+    def add(self, chunk: slice, rows: Tensor, gradient: Tensor) -> None:
+        if self.output is not None and chunk.start == 0:
+            torch.mm(gradient.t(), rows, out=self.output)
+        elif self.output is not None:
+            self.output.addmm_(gradient.t(), rows)
+
+    def finish(self) -> None:
+        """Called after the last chunk."""
+
+
+class _Whole(_Way):
+    """The gradients of all logits stay in the workspace, for one product that writes ``output``."""
+
+    def __init__(self, problem: _Problem, output: Tensor):
+        self.problem, self.output, self.step = problem, output, problem.classes
+        self.whole = problem.memory(problem.count, problem.classes, problem.kind)
+        length = self.whole.stride(0)
+        inside, outside = self.most_rows(problem)
+        self.chunks = problem.chunks(max(inside, outside))
+        if problem.widens:
+            self.memory = self.whole
+        elif inside >= outside:
+            self.memory = output.view(-1)[: 2 * inside * length].view(torch.float32).view(inside, length)
+        else:
+            self.memory = problem.memory(self.chunks[0].stop, problem.classes)
+
+    @staticmethod
+    def most_rows(problem: _Problem) -> tuple[int, int]:
+        """Of how many rows the logits find room inside ``output`` and outside; none where the gradients find none."""
+        if problem.widens:  # in float32, where the logits lie
+            return 0, problem.count if problem.count <= problem.most_rows else 0
+        length = _padded(problem.classes)
+        left = problem.room - problem.kind.itemsize * problem.count * length
+        return (problem.classes * problem.width // (2 * length), left // (4 * length)) if left >= 0 else (0, 0)
+
+    def gradient(self, chunk: slice) -> Tensor:
+        return self.whole[chunk, : self.problem.classes]
+
+    def add(self, chunk: slice, rows: Tensor, gradient: Tensor) -> None:
+        pass
+
+    def finish(self) -> None:
+        every_row = slice(0, self.problem.count)
+        self.problem.multiply(self.gradient(every_row).t(), self.problem.rows(every_row), self.output)
+
+
+class _Panels(_Way):
+    """Gradients of logits stay in ``output``, panel by panel of classes; those of later rows are found once more."""
+
+    def __init__(self, problem: _Problem, output: Tensor):
+        super().__init__(problem, output)
+        count, classes, width = problem.count, problem.classes, problem.width
+        if not problem.widens:
+            self.stash, self.kept = output, min(count, width)
+        # A panel's gradients, and rows if they are widened, take what is not spare, be it the least of panels.
+        room, widened = _WORKSPACE - problem.spare, 0 if problem.hidden.dtype == problem.kind else 4 * width
+        rows = room // (problem.kind.itemsize * min(classes, _TILE) + widened)
+        self.groups = _slices(count, max(min(rows, count), _LEAST_ROWS))
+        rows = self.groups[0].stop
+        most = (room - widened * rows) // (problem.kind.itemsize * rows)
+        if len(self.groups) > 1:  # a sum and a term of it in float32
+            most = min(most, problem.spare_rows // 2)
+        elif problem.widens:
+            most = min(most, problem.spare_rows)
+        self.panels = problem.parts(classes, most, ((width, count),))
+        self.step = self.panels[0].stop
+
+    def add(self, chunk: slice, rows: Tensor, gradient: Tensor) -> None:
+        pass
+
+    def finish(self) -> None:
+        problem = self.problem
+        self.memory = problem.memory(self.groups[0].stop, self.step, problem.kind)
+        for panel in self.panels:
+            weight, output, total = problem.panel(panel), self.output[panel], None
+            for group in self.groups:
+                gradient, rows = self.gradient_of_panel(panel, group, weight), problem.rows(group)
+                if len(self.groups) == 1:
+                    problem.multiply(gradient.t(), rows, output)
+                else:
+                    term = _product(gradient.t(), rows)
+                    total = term if total is None else total.add_(term)
+            if total is not None:
+                torch.mul(total, problem.unit, out=output)
+
+    def gradient_of_panel(self, panel: slice, group: slice, weight: Tensor) -> Tensor:
+        """``[rows, classes]`` of a group and a panel, whose weight this is: what was kept, and what is found again."""
+        problem, (classes, width) = self.problem, weight.shape
+        gradient = self.memory[: group.stop - group.start, :classes]
+        first = min(max(self.kept, group.start), group.stop)
+        if first > group.start:
+            kept = self.output[panel].view(width, classes)[group.start : first]
+            gradient[: first - group.start] = kept
+        in_place = problem.kind == torch.float32
+        for part in _slices(group.stop - first, max(problem.spare // (8 * _padded(classes)), _LEAST_ROWS)):
+            chunk = slice(first + part.start, first + part.stop)
+            found = gradient[chunk.start - group.start : chunk.stop - group.start]
+            logits = found if in_place else problem.memory(len(found), classes)[:, :classes]
+            _product(problem.rows(chunk), weight.t(), logits)
+            problem.find_gradients_again(chunk, panel, logits, found)
+        return gradient
+
+
+def _way_to_weight(problem: _Problem, output: Tensor | None) -> _Way:
+    if output is None or output.dtype == torch.float32:
+        return _Way(problem, output)
+    if max(_Whole.most_rows(problem)) >= min(problem.count, _FEW_ROWS):
+        return _Whole(problem, output)
+    return _Panels(problem, output)
 
 
 def linear_cross_entropy(
@@ -286,26 +372,39 @@ def linear_cross_entropy_with_gradient(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = _Problem(hidden, weight, target, bias, ignore_index)
-    count = (target != ignore_index).sum() if reduction == "mean" else hidden.new_ones(())
-    share = count.to(torch.float64).reciprocal()
-    gradients = problem.gradients(share.expand(len(hidden)), output_mask)
-    return (problem.loss.sum(dtype=torch.float64) * share).to(torch.float32), *gradients
+    count = problem.count_of(reduction)
+    gradients = problem.gradients(count.reciprocal().expand(len(hidden)), output_mask)
+    return _reduced(problem.loss, count), *gradients
 
 
 def linear_cross_entropy_reduced(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor:
-    losses = _Problem(hidden, weight, target, bias, ignore_index).losses()
-    total = losses.sum(dtype=torch.float64)
-    return (total / (target != ignore_index).sum() if reduction == "mean" else total).to(torch.float32)
+    problem = _Problem(hidden, weight, target, bias, ignore_index)
+    return _reduced(problem.losses(), problem.count_of(reduction))
+
+
+def _reduced(losses: Tensor, count: Tensor) -> Tensor:
+    return torch.div(losses.sum(dtype=torch.float64), count, out=losses.new_empty(()))
 
 
 def linear_cross_entropy_scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     gradient = gradient.contiguous()  # which it is already, unless a compiler chose another layout
-    output, count = torch.empty_like(gradient), gradient.numel()
-    chosen = configuration("cross_entropy_scaled_gradient", "any", gradient.device)
+    output = torch.empty_like(gradient)
+    _scale(gradient, factor, output)
+    return output
+
+
+def linear_cross_entropy_scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
+    if gradient.is_contiguous():
+        _scale(gradient, factor, gradient)
+    else:
+        gradient.copy_(linear_cross_entropy_scaled_gradient(gradient, factor))
+
+
+def _scale(gradient: Tensor, factor: Tensor, output: Tensor) -> None:
+    count, chosen = gradient.numel(), configuration("cross_entropy_scaled_gradient", "any", gradient.device)
     if count > 0:
-        _scaled[(triton.cdiv(count, chosen["BLOCK"]),)](
+        triton_logits.scaled[(triton.cdiv(count, chosen["BLOCK"]),)](
             gradient, output, factor, count, is_wide(count, chosen["BLOCK"]), **chosen.options
         )
-    return output
