@@ -46,8 +46,13 @@ def _product(left: Tensor, right: Tensor, output: Tensor | None = None) -> Tenso
     return torch.mm(left, right, out_dtype=torch.float32, out=output)
 
 
-def _slices(count: int, step: int) -> list[slice]:
+def _slices(count: int, most: int) -> list[slice]:
+    step = max(count, 1) if count <= most else max(most - most % _LEAST_ROWS, _LEAST_ROWS)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _corner(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    return matrix if matrix.shape == (rows, columns) else matrix[:rows, :columns]
 
 
 def _padded(columns: int) -> int:
@@ -57,15 +62,13 @@ def _padded(columns: int) -> int:
 
 @cache
 def _best_step(count: int, most: int, products: tuple[tuple[int, int], ...], multiprocessors: int) -> int:
-    """Into parts of how many rows, at most ``most``, to cut ``count`` rows of products, by (columns, depth) of each.
+    """How many of ``count`` rows of products, at most ``most``, to take at once, by (columns, depth) of each product.
 
     The time of a part is guessed from the waves of tiles, of 128 × 256 or 128 × 128, that it takes; one of the smaller
     tiles takes a little more than half as long.
     """
-    if count <= most:
-        return max(count, 1)
-    if most < 2 * _TILE:
-        return max(most - most % _LEAST_ROWS, _LEAST_ROWS)
+    if count <= most or most < 2 * _TILE:
+        return most
 
     def waves(rows: int, columns: int, tile: int) -> int:
         return -(-(-(-rows // _TILE) * -(-columns // tile)) // multiprocessors)
@@ -88,12 +91,13 @@ class _Problem:
         self.kind = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
         self.count, self.classes, self.width = len(hidden), *weight.shape
         self.loss, self.largest, self.sum = hidden.new_empty(3, self.count, dtype=torch.float32).unbind()
+        self.transposed = weight.t()
         self.unit: Tensor | float = 1.0
         self.widens = hidden.dtype != weight.dtype
         # Operands and results in float32 that are not there in the end take a third of the workspace.
         self.spare = _WORKSPACE // 3
         self.room = _WORKSPACE - (self.spare if self.widens or self.kind == torch.float16 else 0)
-        self.spare_rows = max(self.spare // (8 * max(self.width, 1)), _LEAST_ROWS)
+        self.spare_rows = self.spare // (8 * max(self.width, 1))
         self.most_rows = self.room // (4 * _padded(self.classes) + (8 * self.width if self.widens else 0))
 
     def chunks(self, most: int, with_gradients: bool = True) -> list[slice]:
@@ -116,7 +120,7 @@ class _Problem:
     def find_logits(self, rows: Tensor, logits: Tensor) -> None:
         """``[rows, classes]`` in float32, without the bias."""
         if self.weight.dtype == self.kind:
-            _product(rows, self.weight.t(), logits)
+            _product(rows, self.transposed, logits)
             return
         for panel in _slices(self.classes, self.spare_rows):
             _product(rows, self.panel(panel).t(), logits[:, panel])
@@ -133,7 +137,7 @@ class _Problem:
         memory = self.memory(chunks[0].stop if chunks else 0, self.classes)
         for chunk in chunks:
             rows = self.rows(chunk)
-            logits = memory[: len(rows), : self.classes]
+            logits = _corner(memory, len(rows), self.classes)
             self.find_logits(rows, logits)
             triton_logits.losses[(len(rows),)](
                 logits, logits if self.bias is None else self.bias, self.target, self.loss, chunk.start, self.classes,
@@ -149,20 +153,23 @@ class _Problem:
             return tuple(tensor.new_zeros(shape) for tensor, shape in zip((hidden, weight, bias), shapes))
         grad_hidden = hidden.new_empty(hidden.shape if output_mask[0] else 0)
         grad_weight = weight.new_empty(weight.shape if output_mask[1] else 0)
-        bias_sums = weight.new_zeros(self.classes if output_mask[2] else 0, dtype=torch.float64)
+        bias_sums = weight.new_zeros(self.classes, dtype=torch.float64) if output_mask[2] else None
         self.set_scale(row_scale)
         way = _way_to_weight(self, grad_weight if output_mask[1] else None)
-        for chunk in way.chunks:
-            rows, gradient = self.rows(chunk), way.gradient(chunk)
+        step = way.chunks[0].stop
+        outputs = grad_hidden.split(step) if output_mask[0] else [grad_hidden] * len(way.chunks)
+        for chunk, rows, output in zip(way.chunks, hidden.split(step), outputs, strict=True):
+            rows, gradient = rows.to(self.kind), way.gradient(chunk)
             self.find_gradients(chunk, rows, gradient, way)
             if output_mask[0]:
-                self.multiply_by_weight(gradient, grad_hidden[chunk])
-            if output_mask[2]:
+                self.multiply_by_weight(gradient, output)
+            if bias_sums is not None:
                 bias_sums += gradient.sum(0, dtype=torch.float64)
             way.add(chunk, rows, gradient)
         del rows, gradient  # and with them what the chunks took
         way.finish()
-        return grad_hidden, grad_weight, bias_sums.mul_(self.unit).to(bias.dtype)
+        grad_bias = bias.new_empty(0) if bias_sums is None else bias_sums.mul_(self.unit).to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias
 
     def set_scale(self, row_scale: Tensor) -> None:
         """What comes in for each row, and in float16 its unit: the largest of all."""
@@ -222,16 +229,16 @@ class _Way:
     """Where the gradients of the first ``kept`` rows are to go, too, in panels of ``step`` classes."""
     kept = 0
 
-    def __init__(self, problem: _Problem, output: Tensor | None):
+    def __init__(self, problem: _Problem, output: Tensor | None, most_rows: int | None = None):
         self.problem, self.output, self.step = problem, output, problem.classes
-        self.chunks = problem.chunks(problem.most_rows)
+        self.chunks = problem.chunks(problem.most_rows if most_rows is None else most_rows)
         self.memory = problem.memory(self.chunks[0].stop, problem.classes)
 
     def logits(self, chunk: slice) -> Tensor:
-        return self.memory[: chunk.stop - chunk.start, : self.problem.classes]
+        return _corner(self.memory, chunk.stop - chunk.start, self.problem.classes)
 
     def gradient(self, chunk: slice) -> Tensor:
-        return self.memory.view(self.problem.kind)[: chunk.stop - chunk.start, : self.problem.classes]
+        return _corner(self.memory.view(self.problem.kind), chunk.stop - chunk.start, self.problem.classes)
 
     def add(self, chunk: slice, rows: Tensor, gradient: Tensor) -> None:
         if self.output is not None and chunk.start == 0:
@@ -269,7 +276,7 @@ class _Whole(_Way):
         return (problem.classes * problem.width // (2 * length), left // (4 * length)) if left >= 0 else (0, 0)
 
     def gradient(self, chunk: slice) -> Tensor:
-        return self.whole[chunk, : self.problem.classes]
+        return _corner(self.whole[chunk], chunk.stop - chunk.start, self.problem.classes)
 
     def add(self, chunk: slice, rows: Tensor, gradient: Tensor) -> None:
         pass
@@ -280,19 +287,24 @@ class _Whole(_Way):
 
 
 class _Panels(_Way):
-    """Gradients of logits stay in ``output``, panel by panel of classes; those of later rows are found once more."""
+    """Gradients of logits stay in ``output``, panel by panel of classes, and those of some later rows beside it.
+
+    Those of rows for which there is no room are found once more.
+    """
 
     def __init__(self, problem: _Problem, output: Tensor):
-        super().__init__(problem, output)
-        count, classes, width = problem.count, problem.classes, problem.width
+        count, classes, width, size = problem.count, problem.classes, problem.width, problem.kind.itemsize
+        self.more_rows = self.most_more_rows(problem)
+        beside = size * _padded(classes) * self.more_rows
+        super().__init__(problem, output, min(problem.most_rows, (_WORKSPACE - beside) // (4 * _padded(classes))))
+        self.more = problem.memory(self.more_rows, classes, problem.kind)
         if not problem.widens:
             self.stash, self.kept = output, min(count, width)
         # A panel's gradients, and rows if they are widened, take what is not spare, be it the least of panels.
         room, widened = _WORKSPACE - problem.spare, 0 if problem.hidden.dtype == problem.kind else 4 * width
-        rows = room // (problem.kind.itemsize * min(classes, _TILE) + widened)
-        self.groups = _slices(count, max(min(rows, count), _LEAST_ROWS))
+        self.groups = _slices(count, room // (size * min(classes, _TILE) + widened))
         rows = self.groups[0].stop
-        most = (room - widened * rows) // (problem.kind.itemsize * rows)
+        most = (room - widened * rows) // (size * rows)
         if len(self.groups) > 1:  # a sum and a term of it in float32
             most = min(most, problem.spare_rows // 2)
         elif problem.widens:
@@ -300,44 +312,68 @@ class _Panels(_Way):
         self.panels = problem.parts(classes, most, ((width, count),))
         self.step = self.panels[0].stop
 
+    @staticmethod
+    def most_more_rows(problem: _Problem) -> int:
+        """How many of the rows that ``output`` has no room for half of what is spare takes."""
+        if problem.widens:
+            return 0
+        later = max(problem.count - problem.width, 0)
+        return min(later, problem.spare // (2 * problem.kind.itemsize * _padded(problem.classes)))
+
     def add(self, chunk: slice, rows: Tensor, gradient: Tensor) -> None:
-        pass
+        self.copy(gradient, chunk.start, _corner(self.more, self.more_rows, self.problem.classes), self.kept)
+
+    @staticmethod
+    def copy(source: Tensor, first_row: int, target: Tensor, first_of_target: int) -> None:
+        """The rows that both have, by the number of their first ones."""
+        first, last = max(first_row, first_of_target), min(first_row + len(source), first_of_target + len(target))
+        if first < last:
+            target[first - first_of_target : last - first_of_target] = source[first - first_row : last - first_row]
 
     def finish(self) -> None:
         problem = self.problem
-        self.memory = problem.memory(self.groups[0].stop, self.step, problem.kind)
+        del self.memory  # of the logits
+        memory = problem.memory(self.groups[0].stop, self.step, problem.kind)
         for panel in self.panels:
-            weight, output, total = problem.panel(panel), self.output[panel], None
+            output, total = self.output[panel], None
             for group in self.groups:
-                gradient, rows = self.gradient_of_panel(panel, group, weight), problem.rows(group)
+                gradient = _corner(memory, group.stop - group.start, panel.stop - panel.start)
+                self.find_gradient(panel, group, gradient)
                 if len(self.groups) == 1:
-                    problem.multiply(gradient.t(), rows, output)
+                    problem.multiply(gradient.t(), problem.rows(group), output)
                 else:
-                    term = _product(gradient.t(), rows)
+                    term = _product(gradient.t(), problem.rows(group))
                     total = term if total is None else total.add_(term)
             if total is not None:
                 torch.mul(total, problem.unit, out=output)
 
-    def gradient_of_panel(self, panel: slice, group: slice, weight: Tensor) -> Tensor:
-        """``[rows, classes]`` of a group and a panel, whose weight this is: what was kept, and what is found again."""
-        problem, (classes, width) = self.problem, weight.shape
-        gradient = self.memory[: group.stop - group.start, :classes]
-        first = min(max(self.kept, group.start), group.stop)
-        if first > group.start:
-            kept = self.output[panel].view(width, classes)[group.start : first]
-            gradient[: first - group.start] = kept
-        in_place = problem.kind == torch.float32
-        for part in _slices(group.stop - first, max(problem.spare // (8 * _padded(classes)), _LEAST_ROWS)):
+    def find_gradient(self, panel: slice, group: slice, gradient: Tensor) -> None:
+        """``[rows, classes]`` of a group and a panel: what was kept, and what is found again."""
+        problem = self.problem
+        if self.kept > 0:
+            kept = self.output[panel].view(problem.width, -1)[: self.kept]
+            self.copy(kept, 0, gradient, group.start)
+        if self.more_rows > 0:
+            self.copy(self.more[:, panel], self.kept, gradient, group.start)
+        first = max(self.kept + self.more_rows, group.start)
+        if first >= group.stop:
+            return
+        weight, in_place = problem.panel(panel), problem.kind == torch.float32
+        for part in _slices(group.stop - first, problem.spare // (8 * _padded(len(weight)))):
             chunk = slice(first + part.start, first + part.stop)
             found = gradient[chunk.start - group.start : chunk.stop - group.start]
-            logits = found if in_place else problem.memory(len(found), classes)[:, :classes]
+            logits = found if in_place else _corner(problem.memory(*found.shape), *found.shape)
             _product(problem.rows(chunk), weight.t(), logits)
             problem.find_gradients_again(chunk, panel, logits, found)
-        return gradient
 
 
 def _way_to_weight(problem: _Problem, output: Tensor | None) -> _Way:
-    if output is None or output.dtype == torch.float32:
+    if output is not None and output.dtype == torch.float32:
+        # Sums where they lie are read and written for each chunk.
+        whole = problem.widens or problem.count <= problem.most_rows
+        keeps = problem.count <= problem.width + _Panels.most_more_rows(problem)
+        return _Panels(problem, output) if keeps and not whole else _Way(problem, output)
+    if output is None:
         return _Way(problem, output)
     if max(_Whole.most_rows(problem)) >= min(problem.count, _FEW_ROWS):
         return _Whole(problem, output)
