@@ -17,12 +17,16 @@ COMPILER = shutil.which("c++") or shutil.which("g++")
 COMMON = [ROOT / "csrc" / name for name in ("common/device.cu", "common/tensor.cpp", "module_cuda.cpp")]
 
 
-def compiled(family: str, folder: Path) -> ModuleType:
-    """The CUDA library's module, with this family alone, that runs on CPU tensors; skips where nothing compiles it."""
+def compiled(family: str, folder: Path, *more: str) -> ModuleType:
+    """The CUDA library's module, with this family alone, that runs on CPU tensors; skips where nothing compiles it.
+
+    ``more`` are sources of other families that it needs.
+    """
     pybind11 = pytest.importorskip("pybind11")
     if COMPILER is None:
         pytest.skip("needs a C++ compiler")
     sources = [*sorted((ROOT / "csrc" / family).glob("*.cu")), ROOT / "csrc" / family / "bindings.cpp", *COMMON]
+    sources += [ROOT / "csrc" / name for name in more]
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [ROOT / "tests/cuda_on_cpu", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     options = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-DDALLE_MODULE_CUDA"]

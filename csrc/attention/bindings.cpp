@@ -14,7 +14,19 @@ using Four = std::array<int64_t, 4>;
 
 Four sizes_of(const Tensor& t) { return {t.sizes[0], t.sizes[1], t.sizes[2], t.sizes[3]}; }
 Heads heads_of(const Tensor& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
-[[maybe_unused]] TokenHeads token_of(const Tensor& t) { return {t.data, t.strides[0], t.strides[1], t.strides[3]}; }
+TokenHeads token_of(const Tensor& t) { return {t.data, t.strides[0], t.strides[1], t.strides[3]}; }
+
+// A decode step on a GPU but for the scale, the place and the output.
+[[maybe_unused]] DecodeStep step_of(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& text,
+                                    const Tensor& image, const Pattern& pattern) {
+  DecodeStep step{};
+  step.dtype = q.dtype, step.pattern = pattern;
+  step.prompts = image.sizes[1], step.heads = image.sizes[2], step.samples = image.sizes[3];
+  step.image_capacity = image.sizes[4], step.head_dim = image.sizes[5];
+  step.q = token_of(q), step.k_new = token_of(k_new), step.v_new = token_of(v_new);
+  step.text = text.data, step.image = image.data;
+  return step;
+}
 
 // Work of fewer products than this is done before another thread has woken up.
 constexpr int64_t PRODUCTS_OF_A_TEAM = 1 << 16;
@@ -78,6 +90,28 @@ DALLE_BINDINGS(m) {
         return bytes;
       },
       "shape"_a, "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a);
+  // `text` and `image` are those of a KVCache; `place` is the address of a number of 8 bytes or 4, or 0.
+  m.def(
+      "decode_attention",
+      [](const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& text, const Tensor& image,
+         const Tensor& out, int64_t position, uintptr_t place, bool wide_place, int kind, int64_t text_len,
+         int64_t height, int64_t width, int64_t kernel_size, float scale, uintptr_t stream) {
+        DecodeStep step = step_of(q, k_new, v_new, text, image, {PatternKind{kind}, 0, text_len, height, width, kernel_size});
+        step.scale = scale, step.out = out.data;
+        step.position = position, step.place = pointer<void>(place), step.wide_place = wide_place;
+        DALLE_RUN(decode_attention, step, stream);
+      },
+      "q"_a, "k_new"_a, "v_new"_a, "text"_a, "image"_a, "out"_a, "position"_a, "place"_a, "wide_place"_a, "kind"_a,
+      "text_len"_a, "height"_a, "width"_a, "kernel_size"_a, "scale"_a, "executor"_a);
+  m.def(
+      "decode_attention_refusal",
+      [](const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& text, const Tensor& image, int kind,
+         int64_t text_len, int64_t height, int64_t width, int64_t kernel_size) {
+        return cuda::decode_attention_refusal(
+            step_of(q, k_new, v_new, text, image, {PatternKind{kind}, 0, text_len, height, width, kernel_size}));
+      },
+      "q"_a, "k_new"_a, "v_new"_a, "text"_a, "image"_a, "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a,
+      "Why decode_attention would do nothing, or None.");
   m.def(
       "sparse_attention_backward_refusal",
       [](const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, int kind,

@@ -30,6 +30,7 @@ struct TransformerLayer {
   int64_t text_keys, image_capacity, image_keys;
   const int32_t* image_slots;
   int64_t new_key;
+  Pattern pattern;  // read on CUDA, instead of what is seen: see DecodeStep
 };
 
 struct DecodeLayers {
@@ -40,8 +41,18 @@ struct DecodeLayers {
   int64_t count;
   void* x;  // [prompts * samples, dim], contiguous, read and written
   int threads;
+  int64_t position;    // on CUDA, as in DecodeStep
+  const void* place;
+  bool wide_place;
+  void* scratch;       // on CUDA: prompts * samples * (4 * heads * head_dim + hidden) numbers, at a multiple of 16 bytes
 };
 
 DALLE_DECLARE_CPU_KERNEL(decode_layers, DecodeLayers)
+
+// bfloat16 and float16, up to 8 rows, head_dim 64, dim and hidden multiples of 32; all tensors at multiples of 16 bytes.
+namespace cuda {
+const char* decode_layers(const DecodeLayers&, void* stream);
+const char* decode_layers_refusal(const DecodeLayers&);  // why it would do nothing, or nullptr; takes no x and scratch
+}  // namespace cuda
 
 }  // namespace dalle

@@ -6,14 +6,21 @@ the device: a CUDA graph repeats the numbers that its calls were captured with, 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import _native, _triton
-from .._dispatch import Op
+from .._dispatch import Op, forced_provider
 from . import reference
 from .cache import KVCache
 from .ops import PATTERN_SCHEMA, check_heads, checked_scale
+from .pattern import KINDS
 from .slots import visible_keys
+
+DECODE_AHEAD: dict[tuple[torch.dtype, int, bool], int] = {}
+"""By dtype, head_dim and whether samples share a text: from how many heads on, of all samples together, a run on a GPU
+has shown the compiled kernel ahead of Triton's. Of anything else it is opt-in."""
 
 
 def _fake(q, k_new, v_new, text, image, position, *pattern):
@@ -21,6 +28,9 @@ def _fake(q, k_new, v_new, text, image, position, *pattern):
 
 
 def _decode_native(q, k_new, v_new, text, image, position, kind, text_len, height, width, kernel_size, scale):
+    if q.is_cuda:
+        pattern = kind, text_len, height, width, kernel_size, scale
+        return _decode_cuda(q, k_new, v_new, text, image, (position, 0, False), *pattern)
     text_keys, slots, new_key = visible_keys(position, image.device, kind, text_len, height, width, kernel_size)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     seen = text_keys, slots.first, slots.count, slots.listed, new_key
@@ -28,14 +38,51 @@ def _decode_native(q, k_new, v_new, text, image, position, kind, text_len, heigh
     return out
 
 
+def _decode_cuda(q, k_new, v_new, text, image, where, kind, *pattern):
+    """``where`` is the position, the address of one on the device or 0, and whether that is of 8 bytes."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _native.call("decode_attention", q.device, q, k_new, v_new, text, image, out, *where, KINDS.index(kind), *pattern)
+    return out
+
+
 def _decode_at_native(q, k_new, v_new, text, image, position, kind, text_len, height, width, kernel_size, scale):
+    if q.is_cuda:
+        where, pattern = device_place(position), (kind, text_len, height, width, kernel_size, scale)
+        return _decode_cuda(q, k_new, v_new, text, image, where, *pattern)
     place = int(position)  # of the CPU, where nothing waits for it
     if not (text_len if image.shape[3] > 1 else 0) <= place < text_len + height * width:
         return q.new_full(q.shape, torch.nan)
     return _decode_native(q, k_new, v_new, text, image, place, kind, text_len, height, width, kernel_size, scale)
 
 
-def _native_unsupported(q, k_new, v_new, text, image, *_arguments) -> str | None:
+def device_place(position: torch.Tensor) -> tuple[int, int, bool]:
+    """A place that the device knows, as the compiled kernels take it."""
+    return 0, position.data_ptr(), position.dtype == torch.int64
+
+
+def _native_at_unsupported(q, k_new, v_new, text, image, position, kind, *pattern) -> str | None:
+    reason = _triton_at_unsupported(q, k_new, v_new, text, image)
+    if reason is None and q.is_cuda:
+        return cuda_unsupported(q, k_new, v_new, text, image, kind, *pattern)
+    return reason
+
+
+def _native_unsupported(q, k_new, v_new, text, image, position, kind, *pattern) -> str | None:
+    if q.is_cuda and position < text.shape[3] and image.shape[3] > 1:
+        return "the compiled kernel takes text tokens of one sample a prompt"
+    return _native_at_unsupported(q, k_new, v_new, text, image, position, kind, *pattern)
+
+
+def cuda_unsupported(q, k_new, v_new, text, image, kind, *pattern) -> str | None:
+    """Why the compiled kernel for GPUs cannot, or should not, serve a step of these tensors and settings."""
+    fewest = DECODE_AHEAD.get((q.dtype, q.shape[-1], image.shape[3] > 1 and text.shape[3] > 0), math.inf)
+    if q.shape[0] * q.shape[1] < fewest and forced_provider() != "native":
+        return "no run on a GPU has shown it ahead of Triton for such a call; dalle_kernels.use('native') takes it"
+    refusal = _native.library("cuda").decode_attention_refusal
+    return refusal(q, k_new, v_new, text, image, KINDS.index(kind), *pattern[:4])
+
+
+def _triton_at_unsupported(q, k_new, v_new, text, image, *_arguments) -> str | None:
     if q.dtype == torch.float64:
         return "the compiled kernel takes float32, float16 and bfloat16, got float64"
     if not (text.is_contiguous() and image.is_contiguous()):
@@ -46,20 +93,18 @@ def _native_unsupported(q, k_new, v_new, text, image, *_arguments) -> str | None
 def _triton_unsupported(q, k_new, v_new, text, image, position, *pattern) -> str | None:
     if position < text.shape[3] and image.shape[3] > 1:
         return "the Triton kernel takes text tokens of one sample a prompt"
-    return _native_unsupported(q, k_new, v_new, text, image)
+    return _triton_at_unsupported(q, k_new, v_new, text, image)
 
 
 _TENSORS = "Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) text, Tensor(b!) image"
 _decode = Op(f"decode_attention({_TENSORS}, SymInt position, {PATTERN_SCHEMA}) -> Tensor", _fake)
 _decode_at = Op(f"decode_attention_at({_TENSORS}, Tensor position, {PATTERN_SCHEMA}) -> Tensor", _fake)
 _launch = _triton.launcher("attention", "decode_attention")
-_decode.provide("native", _decode_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported)
+_decode.provide("native", _decode_native, unavailable=_native.unavailable, unsupported=_native_unsupported)
 _decode.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_triton_unsupported)
 _decode.provide("reference", reference.decode_attention)
-_decode_at.provide(
-    "native", _decode_at_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported
-)
-_decode_at.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_native_unsupported)
+_decode_at.provide("native", _decode_at_native, unavailable=_native.unavailable, unsupported=_native_at_unsupported)
+_decode_at.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_triton_at_unsupported)
 _decode_at.provide("reference", reference.decode_attention_at)
 
 

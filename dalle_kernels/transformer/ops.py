@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
-from dalle_kernels._dispatch import Op
+from dalle_kernels._dispatch import Op, forced_provider
 from dalle_kernels.attention.cache import KVCache
-from dalle_kernels.attention.decode import check_position
+from dalle_kernels.attention.decode import check_position, device_place
 from dalle_kernels.attention.ops import checked_scale
+from dalle_kernels.attention.pattern import KINDS
 from dalle_kernels.attention.slots import visible_keys
 from dalle_kernels.linear.ops import FEW_ROWS
 from dalle_kernels.transformer import reference
@@ -24,7 +26,52 @@ def _fake(x, weights, caches, position, *settings):
     return x.new_empty(x.shape)
 
 
+DECODE_AHEAD: dict[torch.dtype, int] = {}
+"""By dtype: from what dim on a run on a Hopper GPU has shown the compiled kernels ahead of Triton's, in heads of 64. Of
+anything else they are opt-in."""
+
+
+def _decode_cuda(x, weights, caches, where, kinds, text_len, height, width, kernel_size, scale, epsilon):
+    """``where`` is the position, the address of one on the device or 0, and whether that is of 8 bytes."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    layers = _cuda_layers(x, weights, caches, kinds, text_len, height, width, kernel_size)
+    inner = caches[1].shape[2] * caches[1].shape[5]
+    scratch = x.new_empty(len(x) * (4 * inner + _hidden(weights)))
+    position, place, is_wide = where
+    _native.call(
+        "decode_layers",
+        x.device,
+        **layers,
+        scale=scale,
+        epsilon=epsilon,
+        position=position,
+        place=place,
+        wide_place=is_wide,
+        x=out.data_ptr(),
+        scratch=scratch.data_ptr(),
+    )
+    return out
+
+
+def _cuda_layers(x, weights, caches, kinds, *pattern) -> dict:
+    """What the compiled kernels for GPUs must know of the layers."""
+    _, prompts, heads, samples, _, head_dim = caches[1].shape
+    return {
+        "dtype": _native.DTYPES[x.dtype],
+        "sizes": (prompts, samples, heads, head_dim, x.shape[1], _hidden(weights), pattern[0]),
+        "weights": [weight.data_ptr() for weight in weights],
+        "caches": [
+            (text.data_ptr(), image.data_ptr(), image.shape[4], KINDS.index(kind))
+            for text, image, kind in zip(caches[::2], caches[1::2], kinds.split(","))
+        ],
+        "pattern": pattern,
+    }
+
+
 def _decode_native(x, weights, caches, position, kinds, text_len, height, width, kernel_size, scale, epsilon):
+    if x.is_cuda:
+        settings = kinds, text_len, height, width, kernel_size, scale, epsilon
+        return _decode_cuda(x, weights, caches, (position, 0, False), *settings)
     _, prompts, heads, samples, _, head_dim = caches[1].shape
     seen, held = [], []  # `held` keeps the slots' memory while another thread may put it out of visible_keys' cache
     for text, image, kind in zip(caches[::2], caches[1::2], kinds.split(",")):
@@ -49,6 +96,9 @@ def _decode_native(x, weights, caches, position, kinds, text_len, height, width,
 
 
 def _decode_at_native(x, weights, caches, position, kinds, text_len, height, width, *settings):
+    if x.is_cuda:
+        where = device_place(position)
+        return _decode_cuda(x, weights, caches, where, kinds, text_len, height, width, *settings)
     place = int(position)  # of the CPU, where nothing waits for it
     if not (text_len if caches[1].shape[3] > 1 else 0) <= place < text_len + height * width:
         return torch.full_like(x, torch.nan, memory_format=torch.contiguous_format)
@@ -59,7 +109,31 @@ def _hidden(weights: list[Tensor]) -> int:
     return weights[LayerWeights._fields.index("expansion_weight")].shape[0]
 
 
-def _native_unsupported(x, weights, caches, *_settings) -> str | None:
+def _native_unsupported(x, weights, caches, position, kinds, text_len, *settings) -> str | None:
+    if x.is_cuda:
+        if position < text_len and caches[1].shape[3] > 1:
+            return "the compiled kernel takes text tokens of one sample a prompt"
+        return _cuda_unsupported(x, weights, caches, position, kinds, text_len, *settings)
+    return _cpu_unsupported(x, weights, caches)
+
+
+def _native_at_unsupported(x, weights, caches, *settings) -> str | None:
+    if x.is_cuda:
+        return _cuda_unsupported(x, weights, caches, *settings)
+    return _cpu_unsupported(x, weights, caches)
+
+
+def _cuda_unsupported(x, weights, caches, position, kinds, *settings) -> str | None:
+    if x.dtype not in _triton.DTYPES:
+        return f"the compiled kernel takes float16 and bfloat16, got {x.dtype}"
+    if len(x) == 0 or not all(tensor.is_contiguous() and tensor.numel() for tensor in (*weights, *caches[1::2])):
+        return "the compiled kernel takes contiguous weights and caches, none of them empty"
+    if x.shape[1] < DECODE_AHEAD.get(x.dtype, math.inf) and forced_provider() != "native":
+        return "no run on a GPU has shown it ahead of Triton for such layers; dalle_kernels.use('native') takes it"
+    return _native.library("cuda").decode_layers_refusal(**_cuda_layers(x, weights, caches, kinds, *settings[:4]))
+
+
+def _cpu_unsupported(x, weights, caches) -> str | None:
     if x.dtype == torch.float64:
         return "the compiled kernel takes float32, float16 and bfloat16, got float64"
     if not 0 < x.shape[0] <= FEW_ROWS:
@@ -89,12 +163,10 @@ _TENSORS = "Tensor x, Tensor[] weights, Tensor(a!)[] caches"
 _decode = Op(f"decode_layers({_TENSORS}, SymInt position, {_SETTINGS}) -> Tensor", _fake)
 _decode_at = Op(f"decode_layers_at({_TENSORS}, Tensor position, {_SETTINGS}) -> Tensor", _fake)
 _launch = _triton.launcher("transformer", "decode_layers")
-_decode.provide("native", _decode_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported)
+_decode.provide("native", _decode_native, unavailable=_native.unavailable, unsupported=_native_unsupported)
 _decode.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_triton_unsupported)
 _decode.provide("reference", reference.decode_layers)
-_decode_at.provide(
-    "native", _decode_at_native, unavailable=_native.unavailable_but_on_cpu, unsupported=_native_unsupported
-)
+_decode_at.provide("native", _decode_at_native, unavailable=_native.unavailable, unsupported=_native_at_unsupported)
 _decode_at.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_triton_at_unsupported)
 _decode_at.provide("reference", reference.decode_layers_at)
 

@@ -1,0 +1,113 @@
+"""The compiled kernels of decoding on a GPU: attention and layers, every step, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_decode import assert_no_step, draw
+from test_decode_layers import draw_layers
+
+import dalle_kernels
+from dalle_kernels import AttentionPattern, KVCache, LayerWeights, _native, decode_attention, decode_layers
+from dalle_kernels.attention.pattern import KINDS
+from dalle_kernels.testing import assert_accurate, poisoned_allocations
+
+GPU = torch.cuda.is_available() and _native.unavailable("cuda") is None
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU and the compiled CUDA library")]
+
+
+def attend(provider, pattern, q, k, v, samples, given, on_device):
+    """Every token from ``given`` on, one by one."""
+    with poisoned_allocations():
+        cache = KVCache(pattern, len(q) // samples, q.shape[1], q.shape[3], q.dtype, "cuda", samples)
+        if given:
+            cache.prefill(k[::samples, :, :given], v[::samples, :, :given])
+        steps, place = [], torch.full((1,), given, device="cuda", dtype=torch.int32 if given % 2 else torch.int64)
+        with dalle_kernels.use(provider):
+            for i in range(given, q.shape[2]):
+                token = (x[:, :, i : i + 1] for x in (q, k, v))
+                steps.append(decode_attention(*token, cache, position=place if on_device else None))
+                place += 1
+    return torch.cat(steps, dim=2)
+
+
+def check(pattern, prompts, samples, heads, dtype=torch.bfloat16, given=None):
+    given = pattern.text_len if given is None else given
+    results = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        q, k, v = (x.cuda() for x in draw(pattern, prompts, samples, heads, 64, dtype, given))
+        actual = attend("native", pattern, q, k, v, samples, given, on_device=seed % 2 == 1)
+        again = attend("native", pattern, q, k, v, samples, given, on_device=seed % 2 == 0)
+        assert torch.equal(actual, again)
+        plain = attend("reference", pattern, q, k, v, samples, given, on_device=False)
+        exact = attend("reference", pattern, q.double(), k.double(), v.double(), samples, given, on_device=False)
+        results.append((actual, plain, exact))
+    assert_accurate(*zip(*results), str(pattern))
+
+
+SHAPES = [(5, (4, 6), 3), (0, (3, 5), 5), (1, (5, 3), 7), (3, (1, 7), 3), (2, (6, 1), 5), (17, (9, 11), 11)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step(kind, dtype):
+    for shape in SHAPES:
+        pattern = AttentionPattern(kind, *shape)
+        check(pattern, 2, 1, 2, dtype, given=0)
+        check(pattern, 2, 3, 2, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_keys_heads_and_samples(kind):
+    pattern = AttentionPattern(kind, 257, (32, 32))
+    for prompts, samples, heads in ((8, 1, 62), (1, 32, 62), (1, 1, 3), (2, 17, 5)):
+        check(pattern, prompts, samples, heads, given=pattern.seq_len - 3)
+    check(AttentionPattern(kind, 1100, (4, 4)), 1, 2, 1)
+    check(AttentionPattern(kind, 1100, (4, 4)), 1, 1, 1)
+
+
+def test_a_place_without_a_step_gives_nan_and_leaves_the_cache():
+    assert_no_step("cuda", "native", torch.bfloat16, 64)
+
+
+def step(provider, x, layers, heads, samples, pattern, on_device):
+    """The last token, every key before it drawn at random."""
+    with poisoned_allocations():
+        caches = [
+            KVCache(AttentionPattern(kind, *pattern), len(x) // samples, heads, 64, x.dtype, "cuda", samples)
+            for kind in ("row", "column", "conv")
+        ]
+    generator = torch.Generator().manual_seed(9)
+    for cache in caches:
+        shape = (2, cache.batch, heads, cache.pattern.seq_len - 1, 64)
+        cache.prefill(*torch.randn(shape, generator=generator).bfloat16().to("cuda", x.dtype))
+    place = torch.full((1,), caches[0].length, device="cuda") if on_device else None
+    with dalle_kernels.use(provider):
+        return decode_layers(x, layers, caches, position=place)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 32, 1, 64), (8, 1, 96, 1, 2144), (4, 2, 416, 2, 6368), (3, 1, 2400, 1, 32), (8, 1, 1920, 30, 7680)],
+    ids=str,
+)
+def test_layers(sizes, dtype):
+    rows, samples, dim, heads, hidden = sizes
+    results = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layers = [
+            LayerWeights(*(tensor.cuda() for tensor in layer))
+            for layer in draw_layers(dim, heads, 64, hidden, dtype, 3)
+        ]
+        double = [LayerWeights(*(tensor.double() for tensor in layer)) for layer in layers]
+        x = (torch.randn(rows, dim) + 1).to("cuda", dtype)
+        settings = heads, samples, (20, (8, 8))
+        actual = step("native", x, layers, *settings, on_device=True)
+        for _ in range(5):  # kernels that begin early, and must not too early
+            assert torch.equal(actual, step("native", x, layers, *settings, on_device=False))
+        exact = step("reference", x.double(), double, *settings, on_device=False)
+        results.append((actual, step("reference", x, layers, *settings, on_device=False), exact))
+    assert_accurate(*zip(*results))

@@ -1,0 +1,87 @@
+"""The CUDA kernels of a step through layers themselves, compiled for the CPU by tests/cuda_on_cpu, against float64."""
+
+from __future__ import annotations
+
+import on_cpu
+import pytest
+import torch
+from test_decode_layers import TEXT_LEN, draw_layers, new_caches
+
+import dalle_kernels
+from dalle_kernels import LayerWeights, decode_layers
+from dalle_kernels.testing import assert_accurate
+from dalle_kernels.transformer import ops
+
+HEAD_DIM = 64
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return on_cpu.compiled("transformer", tmp_path_factory.mktemp("cuda_on_cpu"), "attention/decode.cu")
+
+
+def filled_caches(prompts, heads, dtype, samples, count):
+    caches = new_caches(prompts, heads, HEAD_DIM, dtype, samples, count, "cpu")
+    generator = torch.Generator().manual_seed(9)
+    for cache in caches:
+        cache.prefill(*torch.randn(2, prompts, heads, TEXT_LEN, HEAD_DIM, generator=generator).bfloat16().to(dtype))
+    return caches
+
+
+def compiled_step(library, x, layers, caches, place):
+    """The token after the text by the compiled kernels, its place a number or of the device."""
+    weights = [tensor for layer in layers for tensor in layer]
+    held = [tensor for cache in caches for tensor in (cache.text, cache.image)]
+    kinds = ",".join(cache.pattern.kind for cache in caches)
+    described = ops._cuda_layers(x, weights, held, kinds, *caches[0].pattern_arguments[1:])
+    refused = library.decode_layers_refusal(**described)
+    assert refused is None, refused
+    out = x.clone()
+    scratch = torch.full((len(x) * (4 * caches[0].heads * HEAD_DIM + ops._hidden(weights)),), torch.nan, dtype=x.dtype)
+    where = {"position": TEXT_LEN, "place": 0, "wide_place": False}
+    if place is not None:
+        where = {"position": 0, "place": place.data_ptr(), "wide_place": place.dtype == torch.int64}
+    tensors = {"x": out.data_ptr(), "scratch": scratch.data_ptr()}
+    library.decode_layers(**described, **where, **tensors, scale=HEAD_DIM**-0.5, epsilon=1e-5, executor=0)
+    return out
+
+
+# Rows, samples of a prompt, dim, heads, hidden: up to four tiles of 16 outputs a block, of which there are 132 at most;
+# runs of 32 inputs, of which twelve warps have none, one or several, and more than the ring or a batch holds.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 32, 1, 64), (8, 1, 96, 1, 2144), (4, 2, 64, 2, 6368), (3, 1, 2400, 1, 32), (5, 1, 32, 34, 4256)],
+    ids=str,
+)
+def test_a_step_meets_the_error_rule(library, sizes, dtype):
+    rows, samples, dim, heads, hidden = sizes
+    results = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        layers = [LayerWeights(*layer) for layer in draw_layers(dim, heads, HEAD_DIM, hidden, dtype, 2)]
+        double = [LayerWeights(*(tensor.double() for tensor in layer)) for layer in layers]
+        x = (torch.randn(rows, dim) + 1).to(dtype)
+        place = None if seed else torch.tensor(TEXT_LEN, dtype=torch.int64 if rows % 2 else torch.int32)
+        caches = [filled_caches(rows // samples, heads, of, samples, 2) for of in (dtype, dtype, torch.float64)]
+        actual = compiled_step(library, x, layers, caches[0], place)
+        with dalle_kernels.use("reference"):
+            results.append((actual, decode_layers(x, layers, caches[1]), decode_layers(x.double(), double, caches[2])))
+    assert_accurate(*zip(*results))
+
+
+def test_what_it_refuses(library):
+    layers = [LayerWeights(*layer) for layer in draw_layers(32, 1, HEAD_DIM, 64, torch.bfloat16, 1)]
+    weights = [tensor for layer in layers for tensor in layer]
+    cache = filled_caches(1, 1, torch.bfloat16, 1, 1)[0]
+    described = ops._cuda_layers(
+        torch.zeros(1, 32).bfloat16(), weights, [cache.text, cache.image], "row", *cache.pattern_arguments[1:]
+    )
+    for change, message in (
+        ({"dtype": 0}, "takes bfloat16"),
+        ({"sizes": (9, *described["sizes"][1:])}, "8 rows"),
+        ({"sizes": (1, 1, 2, 32, *described["sizes"][4:])}, "head_dim of 64"),
+        ({"sizes": (*described["sizes"][:4], 40, 64, TEXT_LEN)}, "multiples of 32"),
+        ({"weights": [address + 2 for address in described["weights"]]}, "multiples of 16"),
+    ):
+        assert message in library.decode_layers_refusal(**{**described, **change})

@@ -1,0 +1,101 @@
+"""The CUDA kernels of a decode step themselves, compiled for the CPU by tests/cuda_on_cpu, against float64."""
+
+from __future__ import annotations
+
+import on_cpu
+import pytest
+import torch
+from test_decode import decode_all, draw
+
+import dalle_kernels
+from dalle_kernels import AttentionPattern, KVCache, sparse_attention
+from dalle_kernels.attention.pattern import KINDS
+from dalle_kernels.testing import assert_accurate, poisoned_allocations
+
+HEAD_DIM = 64
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return on_cpu.compiled("attention", tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+def decode(library, pattern, q, k, v, samples, positions, scale, on_device):
+    """The steps at ``positions``, one after the other; what must be written before it is read is NaN at first."""
+    rows, heads, _, head_dim = q.shape
+    with poisoned_allocations():
+        cache = KVCache(pattern, rows // samples, heads, head_dim, q.dtype, samples_per_prompt=samples)
+        if positions.start:
+            cache.prefill(k[::samples, :, : positions.start], v[::samples, :, : positions.start])
+        steps = [torch.empty(rows, heads, 1, head_dim, dtype=q.dtype) for _ in positions]
+    kind, *numbers = cache.pattern_arguments
+    for position, out in zip(positions, steps, strict=True):
+        token = (x[:, :, position : position + 1] for x in (q, k, v))
+        place = torch.tensor(position, dtype=torch.int32 if position % 2 else torch.int64)
+        where = (0, place.data_ptr(), place.dtype == torch.int64) if on_device else (position, 0, False)
+        library.decode_attention(*token, cache.text, cache.image, out, *where, KINDS.index(kind), *numbers, scale, 0)
+    return torch.cat(steps, dim=2)
+
+
+def check(library, pattern, prompts, samples, heads, positions, dtype=torch.bfloat16, scale=0.125, on_device=False):
+    results = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        q, k, v = draw(pattern, prompts, samples, heads, HEAD_DIM, dtype, positions.start)
+        actual = decode(library, pattern, q, k, v, samples, positions, scale, on_device)
+        end = positions.stop
+        q, k, v = (x[:, :, :end] for x in (q, k, v))
+        with dalle_kernels.use("reference"):
+            plain = decode_all(pattern, q, k, v, samples, positions.start, scale)
+            exact = sparse_attention(q.double(), k.double(), v.double(), pattern, scale)[:, :, positions.start :]
+        results.append((actual, plain, exact))
+    assert_accurate(*zip(*results), str(pattern))
+
+
+# Text length, grid and kernel size.
+SHAPES = [(5, (4, 6), 3), (0, (3, 5), 5), (1, (5, 3), 7), (3, (1, 7), 3), (2, (6, 1), 5), (7, (5, 7), 5)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_step(library, kind, shape):
+    pattern = AttentionPattern(kind, *shape)
+    check(library, pattern, 1, 1, 1, range(pattern.seq_len))
+    check(library, pattern, 1, 2, 1, range(pattern.text_len, pattern.seq_len), on_device=True)
+
+
+# Four warps take a head where there are many, else 16, in rounds of 160 and 320 keys; of shared text 16 warps take
+# tiles of 16 keys, two at once, and of a sample's image 32 keys.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("prompts", "samples", "heads", "text_len", "kind"),
+    [(1, 1, 134, 170, "row"), (2, 1, 1, 700, "conv"), (2, 17, 2, 257, "conv"), (1, 3, 1, 800, "causal")],
+)
+def test_many_keys_heads_and_samples(library, prompts, samples, heads, text_len, kind, dtype):
+    pattern = AttentionPattern(kind, text_len, (8, 16))
+    last = pattern.seq_len - 1
+    check(library, pattern, prompts, samples, heads, range(last, last + 1), dtype)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("scale", [0.0, -0.3, 20.0])
+def test_scales(library, scale, samples):
+    pattern = AttentionPattern("column", 40, (3, 4))
+    check(library, pattern, 2, samples, 2, range(45, 50), scale=scale)
+
+
+def test_a_place_without_a_step_gives_nan_and_leaves_the_cache(library):
+    pattern = AttentionPattern("column", 3, (2, 2))
+    for samples, places in ((1, (-1, 7, 100)), (2, (0, 2, 7))):
+        cache = KVCache(pattern, 1, 2, HEAD_DIM, torch.bfloat16, samples_per_prompt=samples)
+        for held in (cache.text, cache.image):
+            held.normal_()
+        before = cache.text.clone(), cache.image.clone()
+        token = torch.randn(samples, 2, 1, HEAD_DIM).bfloat16()
+        kind, *numbers = cache.pattern_arguments
+        for at in places:
+            place, out = torch.tensor(at), torch.empty_like(token)
+            settings = (0, place.data_ptr(), True, KINDS.index(kind), *numbers, 0.125, 0)
+            library.decode_attention(token, token, token, cache.text, cache.image, out, *settings)
+            assert out.isnan().all()
+            assert torch.equal(cache.text, before[0]) and torch.equal(cache.image, before[1])
