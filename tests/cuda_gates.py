@@ -1,8 +1,9 @@
-"""CUDA kernels made of Hopper's own instructions, compiled for sm_90a and held to what is known of their machine code.
+"""CUDA kernels of products and of copies ahead, compiled for sm_90a and held to what is known of their machine code.
 
 ``python tests/cuda_gates.py [--update]`` compiles the sources that include such kernels and reads what each kernel
-needs: registers, wgmma products (HGMMA), bulk tensor copies (UTMALDG), spills. It ends with status 1 where a kernel
-spills, has its products wait for each other, or differs from ``tests/gates/cuda.json``, which ``--update`` writes anew.
+needs: registers, wgmma products (HGMMA), bulk tensor copies (UTMALDG), products of a warp (HMMA), copies of a thread
+(LDGSTS), spills. It ends with status 1 where a kernel spills, has its products wait for each other, or differs from
+``tests/gates/cuda.json``, which ``--update`` writes anew.
 It needs nvcc, and the disassembler that Triton's wheel carries; no GPU.
 """
 
@@ -33,7 +34,13 @@ class Code:
     registers: int
     hgmma: int
     utmaldg: int
+    hmma: int = 0
+    ldgsts: int = 0
     spills: int = 0
+
+    @property
+    def instructions(self) -> str:
+        return f"{self.hgmma} HGMMA, {self.utmaldg} UTMALDG, {self.hmma} HMMA and {self.ldgsts} LDGSTS"
 
 
 def unavailable() -> str | None:
@@ -51,9 +58,10 @@ def nvcc_version() -> str:
 
 
 def sources() -> list[Path]:
-    """The .cu files that include a family's Hopper kernels."""
+    """The .cu files that include such kernels, which are in headers of their own."""
     found = sorted((ROOT / "csrc").rglob("*.cu"))
-    return [path for path in found if re.search(r"hopper_\w+\.h", path.read_text(encoding="utf-8"))]
+    kernels = re.compile(r"/(hopper_\w+|decode_(rows|samples)|few_rows)\.h")
+    return [path for path in found if kernels.search(path.read_text(encoding="utf-8"))]
 
 
 def name_of(mangled: str) -> str:
@@ -78,6 +86,8 @@ def compiled(source: Path) -> tuple[dict[str, Code], list[str]]:
             registers=max(map(int, re.findall(r"\bR(\d+)\b", part)), default=0),
             hgmma=sum(opcode.startswith("HGMMA") for opcode in opcodes),
             utmaldg=sum(opcode.startswith("UTMALDG") for opcode in opcodes),
+            hmma=sum(opcode.startswith("HMMA") for opcode in opcodes),
+            ldgsts=sum(opcode.startswith("LDGSTS") for opcode in opcodes),
             spills=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
         )
     return codes, re.findall(r"wgmma\.mma_async instructions are serialized.*", done.stdout + done.stderr)
@@ -90,8 +100,8 @@ def faults(name: str, code: Code, known: Code | None) -> list[str]:
         known = code
     if abs(code.registers - known.registers) > REGISTER_SLACK:
         wrong.append(f"{code.registers} registers instead of {known.registers}")
-    if (code.hgmma, code.utmaldg) != (known.hgmma, known.utmaldg):
-        wrong.append(f"{code.hgmma} HGMMA and {code.utmaldg} UTMALDG instead of {known.hgmma} and {known.utmaldg}")
+    if code.instructions != known.instructions:
+        wrong.append(f"{code.instructions} instead of {known.instructions}")
     return [f"{name}: {fault}" for fault in wrong]
 
 
@@ -116,9 +126,10 @@ def main() -> None:
     if nvcc_version() != NVCC:
         known = codes
     width = max(map(len, codes))
-    print(f"{'kernel':{width}}  registers  HGMMA  UTMALDG  spills")
+    print(f"{'kernel':{width}}  registers  HGMMA  UTMALDG  HMMA  LDGSTS  spills")
     for name, code in sorted(codes.items()):
-        print(f"{name:{width}}  {code.registers:9}  {code.hgmma:5}  {code.utmaldg:7}  {code.spills:6}")
+        counts = f"{code.hgmma:5}  {code.utmaldg:7}  {code.hmma:4}  {code.ldgsts:6}  {code.spills:6}"
+        print(f"{name:{width}}  {code.registers:9}  {counts}")
         wrong += faults(name, code, known.get(name))
     wrong += [f"{name}: no longer compiled; make gates UPDATE=1" for name in sorted(known.keys() - codes.keys())]
     print(*(f"FAILED {fault}" for fault in wrong), sep="\n", flush=True)

@@ -14,8 +14,9 @@ from dalle_kernels import AttentionPattern, KVCache, decode_attention
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")]
 OPS = [(op, provider) for provider in ("triton", "native") for op in fuzz.ops_of(provider, "cuda")] if GPU else []
-# The compiled attention serves few of the shapes and layouts that are drawn: it has test_attention_cuda.py.
-PROVIDERS = [(op, provider) for op, provider in OPS if provider != "native" or not op.startswith("sparse_attention")]
+# Kernels that serve few of the shapes and layouts that are drawn have test_attention_cuda.py and test_decode_cuda.py.
+OF_FEW_SHAPES = ("sparse_attention", "decode_attention", "decode_layers")
+PROVIDERS = [(op, provider) for op, provider in OPS if provider != "native" or not op.startswith(OF_FEW_SHAPES)]
 COUNTS = {"triton": 16, "native": 30}
 """Of fuzzed calls: most of those by Triton have to be compiled first."""
 each_kernel = pytest.mark.parametrize(("op", "provider"), PROVIDERS)

@@ -50,8 +50,17 @@ struct FewRowsBlock {
         begin(warp * runs_of_warp(p.inputs)), runs(count_runs(p.inputs / 32 - begin, runs_of_warp(p.inputs))) {}
   __device__ static int count_runs(int left, int most) { return left < 0 ? 0 : left < most ? left : most; }
 
-  __device__ __forceinline__ Pack& ring(int stage, int pack) const {
-    return reinterpret_cast<Pack*>(memory)[(stage % STAGES * PACKS + pack) * THREADS + threadIdx.x];
+  // A place in the order in which a thread asks for its runs and takes them: tile by tile, around the ring.
+  struct Cursor {
+    int tile = 0, run = 0, place = 0;
+    __device__ __forceinline__ void advance(int runs) {
+      if (++place == STAGES) place = 0;
+      if (++run == runs) run = 0, ++tile;
+    }
+  };
+
+  __device__ __forceinline__ Pack& ring(const Cursor& at, int pack) const {
+    return reinterpret_cast<Pack*>(memory)[(at.place * PACKS + pack) * THREADS + threadIdx.x];
   }
   __device__ __forceinline__ Pack& normalized(int run) const {
     return reinterpret_cast<Pack*>(memory + RING)[run * THREADS + threadIdx.x];
@@ -66,22 +75,23 @@ struct FewRowsBlock {
     return static_cast<const Element*>(p.weight) + real * p.inputs + column;
   }
 
-  // Stage s is run s % runs of tile s / runs.
-  __device__ __forceinline__ void ask_weights(int stage) const {
-    if (stage >= TILES * runs) return;
-    const int output = first_output() + stage / runs * 16 + row, column = input(stage % runs);
-    copy_pack(&ring(stage, 0), weights(output, column));
-    copy_pack(&ring(stage, 1), weights(output + 8, column));
+  __device__ __forceinline__ void ask_weights(Cursor& at) const {
+    if (at.tile == TILES || runs == 0) return;
+    const int output = first_output() + at.tile * 16 + row, column = input(at.run);
+    copy_pack(&ring(at, 0), weights(output, column));
+    copy_pack(&ring(at, 1), weights(output + 8, column));
+    at.advance(runs);
   }
-  __device__ __forceinline__ void ask_x(int stage) const {
-    if (NORM || stage >= TILES * runs) return;
+  __device__ __forceinline__ void ask_x(Cursor& at) const {
+    if (NORM || at.tile == TILES || runs == 0) return;
     const int real = row < p.rows ? row : p.rows - 1;  // what other columns of the sums hold nobody reads
-    copy_pack(&ring(stage, PACKS - 1),
-              static_cast<const Element*>(p.x) + static_cast<int64_t>(real) * p.inputs + input(stage % runs));
+    copy_pack(&ring(at, PACKS - 1),
+              static_cast<const Element*>(p.x) + static_cast<int64_t>(real) * p.inputs + input(at.run));
+    at.advance(runs);
   }
 
   // All that does not depend on the kernels before.
-  __device__ __forceinline__ void ask_ahead() const {
+  __device__ __forceinline__ void ask_ahead(Cursor& at) const {
     if constexpr (NORM) {
       const int packs = p.inputs / 8;
       for (int i = threadIdx.x; i < 2 * packs; i += THREADS) {
@@ -90,7 +100,7 @@ struct FewRowsBlock {
       }
       copies_commit();
     }
-    for (int stage = 0; stage < STAGES; ++stage) ask_weights(stage), copies_commit();
+    for (int stage = 0; stage < STAGES; ++stage) ask_weights(at), copies_commit();
     // One row each: a bulk prefetch of more would wait for its turn behind those of the whole grid.
     for (int i = threadIdx.x; i < TILES * 16 && first_output() + i < p.outputs; i += THREADS) {
       bring_to_cache(weights(first_output() + i, 0), static_cast<uint32_t>(p.inputs) * 2);
@@ -157,7 +167,8 @@ struct FewRowsBlock {
   }
 
   __device__ void run() const {
-    ask_ahead();
+    Cursor next_weights, next_x, taken;
+    ask_ahead(next_weights);
     // What the end needs, of the block's values number threadIdx.x and so on: four of each thread of a warp, by tiles.
     float biases[TURNS], residuals[TURNS];
     const auto output_of = [&](int value) {
@@ -174,7 +185,7 @@ struct FewRowsBlock {
       biases[i] = is_value(value) ? plain::to_float(static_cast<const Element*>(p.bias)[output_of(value)]) : 0;
     }
     await_last_kernel();
-    for (int stage = 0; !NORM && stage < STAGES; ++stage) ask_x(stage), copies_commit();
+    for (int stage = 0; !NORM && stage < STAGES; ++stage) ask_x(next_x), copies_commit();
 #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
       const int value = i * THREADS + threadIdx.x;
@@ -184,18 +195,19 @@ struct FewRowsBlock {
     if constexpr (NORM) normalize();
 
     float sums[TILES][4] = {};
-    int stage = 0;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       float others[4] = {};  // a second chain
-      for (int i = 0; i < runs; ++i, ++stage) {
+      for (int i = 0; i < runs; ++i) {
         copies_wait<STAGES - 1>();
-        const Pack upper = ring(stage, 0), lower = ring(stage, 1), right = NORM ? normalized(i) : ring(stage, PACKS - 1);
+        const Pack upper = ring(taken, 0), lower = ring(taken, 1);
+        const Pack right = NORM ? normalized(i) : ring(taken, PACKS - 1);
         multiply_add<Element>(sums[tile], upper.pairs[0], lower.pairs[0], upper.pairs[1], lower.pairs[1],
                               right.pairs[0], right.pairs[1]);
         multiply_add<Element>(others, upper.pairs[2], lower.pairs[2], upper.pairs[3], lower.pairs[3], right.pairs[2],
                               right.pairs[3]);
-        ask_weights(stage + STAGES), ask_x(stage + STAGES), copies_commit();
+        ask_weights(next_weights), ask_x(next_x), copies_commit();
+        taken.advance(runs);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[tile][i] += others[i];
