@@ -119,6 +119,40 @@ def test_long_rows_meet_the_error_rule(shape, dim, dtype):
         assert_accurate(result.cpu(), *others, name)
 
 
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+# Clusters all of whose threads have columns and others, rows that are whole clusters and not, short of a whole group.
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 8192, 3, 5), (2, 4096, 4, 4), (3, 1024, 1, 3), (2, 5000, 3, 3), (2, 1023, 2, 3)])
+def test_results_lie_otherwise_than_what_is_given(shape, dtype):
+    """Codes next to each other in the logits, the gradient or both, and apart in the results; parts of a batch."""
+    logits, grad_y = (_random(shape, seed, dtype).cuda() for seed in (18, 19))
+    grad_kl = _random(reference.kl_shape(logits, 1), 20, torch.float32).cuda()
+    noise = scalars(0.7, offset=2**32 - 3)
+
+    def results(logits, grad_y, grad_kl, noise):
+        with poisoned_allocations():
+            y, kl = ops.gumbel_softmax_kl_op(logits, *noise, False, 1)
+            gradients = (
+                ops.gumbel_softmax_kl_backward_op(grad_y, grad_kl, logits, y, *noise, False, 1),
+                ops.gumbel_softmax_backward_op(grad_y, logits, y, *noise, False, 1),
+            )
+        assert all(result.is_contiguous() for result in (y, *gradients))
+        return y, kl, *gradients
+
+    expected = results(logits, grad_y, grad_kl, noise)
+    last = channels_last(logits)
+    unaligned = channels_last(torch.cat([logits[:, :1], logits], 1))[:, 1:]
+    turned = (last, grad_y), (logits, channels_last(grad_y)), (last, channels_last(grad_y)), (unaligned, grad_y)
+    for given in turned:
+        assert all(map(torch.equal, results(*given, grad_kl, noise), expected))
+    rest = scalars(0.7, offset=2**32 - 3 + logits[0, 0].numel())
+    part = results(last[1:], channels_last(grad_y)[1:], grad_kl[1:], rest)
+    assert all(map(torch.equal, part, (result[1:] for result in expected)))
+
+
 @pytest.mark.parametrize(("shape", "dim"), ROWS)
 def test_hard_samples_are_the_reference_s(shape, dim):
     logits, weight = (_random(shape, seed, torch.float32).cuda() for seed in (16, 17))

@@ -182,23 +182,26 @@ def test_generator_and_public_function_use_the_kernel():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim", "dtype", "hard", "left"),
+    ("shape", "dim", "dtype", "hard", "last", "left"),
     [
-        ((8, 8192), 1, torch.float32, False, {"gumbel_softmax_backward"}),
-        ((8, 8192), 1, torch.bfloat16, False, {"gumbel_softmax_backward", "gumbel_softmax_kl_backward"}),
-        ((2, 8192, 4, 4), 1, torch.bfloat16, False, set()),
-        ((2, 16384, 4, 4), 1, torch.bfloat16, False, {"gumbel_softmax", "gumbel_softmax_kl"}),
-        ((8, 1024), 1, torch.float32, False, None),
-        ((8, 8192), 1, torch.float32, True, None),
+        ((8, 8192), 1, torch.float32, False, False, {"gumbel_softmax_backward"}),
+        ((8, 8192), 1, torch.bfloat16, False, False, {"gumbel_softmax_backward", "gumbel_softmax_kl_backward"}),
+        ((2, 8192, 4, 4), 1, torch.bfloat16, False, False, set()),
+        ((2, 8192, 4, 4), 1, torch.bfloat16, False, True, set()),
+        ((2, 16384, 4, 4), 1, torch.bfloat16, False, False, {"gumbel_softmax", "gumbel_softmax_kl"}),
+        ((8, 1024), 1, torch.float32, False, False, None),
+        ((8, 8192), 1, torch.float32, True, False, None),
     ],
 )
-def test_on_cuda_triton_serves_what_it_is_faster_at(shape, dim, dtype, hard, left, monkeypatch):
+def test_on_cuda_triton_serves_what_it_is_faster_at(shape, dim, dtype, hard, last, left, monkeypatch):
     """A check of the arguments alone: fake tensors of a chip that need not be here."""
     monkeypatch.setattr(cuda, "_triton_unavailable", lambda device_type: None)
     names = ("gumbel_softmax", "gumbel_softmax_kl", "gumbel_softmax_backward", "gumbel_softmax_kl_backward")
     too_long = shape[dim] > 8192
+    memory = torch.channels_last if last else torch.contiguous_format
     with FakeTensorMode(), _triton.assume(90, 132):
-        logits, scalar = torch.empty(shape, dtype=dtype, device="cuda"), torch.empty((), device="cuda")
+        logits = torch.empty(shape, dtype=dtype, device="cuda", memory_format=memory)
+        scalar = torch.empty((), device="cuda")
         noise = (scalar, scalar, scalar, hard, dim)
         saved = (logits, logits, *noise)
         calls = (logits, *noise), (logits, *noise), (logits, *saved), (logits, scalar, *saved)

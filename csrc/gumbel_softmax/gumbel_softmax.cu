@@ -15,7 +15,7 @@ __device__ __forceinline__ void add_noise(const GumbelNoise& noise, const Team& 
 #pragma unroll
   for (int group = 0; group < Team::GROUPS; ++group) {
     float logs[GROUP];
-    row.log2_exponentials(team.column(group) / GROUP, logs);
+    row.log2_exponentials(team.counter(group), logs);
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) scores[group][i] = fmaf(logs[i], -LN_2, scores[group][i]);
   }
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, Team::LEAST_BLOCKS)
   const Team team(rows, p.columns);
   Sums sums(LOG2_E / *p.noise.tau);
   typename Team::Columns sample;
-  team.load(p.logits, -INFINITY, sample);
+  team.load_given(team.row_of(p.logits), -INFINITY, sample);
   if constexpr (WITH_KL) sums.template add_posterior<GROUPS>(sample);
   add_noise(p.noise, team, sample);
 
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, Team::LEAST_BLOCKS)
       for (int i = 0; i < GROUP; ++i) sample[group][i] *= factor;
     }
   }
-  team.store(p.y, sample);
+  team.store(team.row_of(p.y), sample);
 }
 
 // The soft sample is `y`; where that is a one-hot it is drawn again.
@@ -112,10 +112,11 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, HARD ? Team::LEAST_BLOCKS_
   const float tau = *p.noise.tau;
   Sums sums(LOG2_E / tau);
   typename Team::Columns gradient, logits, sample;
-  if constexpr (WITH_KL || HARD) team.load(p.logits, -INFINITY, logits);
-  team.load(p.grad_y, 0.0f, gradient);
+  const auto logits_row = team.row_of(p.logits), result_row = team.row_of(p.grad_logits);
+  if constexpr (WITH_KL || HARD) team.load_given(logits_row, -INFINITY, logits);
+  team.load_given(team.row_of(p.grad_y), 0.0f, gradient);
   if constexpr (WITH_KL) sums.template add_posterior<GROUPS>(logits);
-  if constexpr (!HARD) team.load(p.y, 0.0f, sample);
+  if constexpr (!HARD) team.load(team.row_of(p.y), 0.0f, sample);
   const Exponent of_q(LOG2_E, sums.largest[WITH_KL ? Sums::OF_LOGITS : 0]);
   float own_largest = 0.0f;
   if constexpr (HARD) {
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, HARD ? Team::LEAST_BLOCKS_
   const auto finish = [&](auto begin, auto end) {
     constexpr int BEGIN = decltype(begin)::value, END = decltype(end)::value;
     // Again, from the cache, rather than kept all along.
-    if constexpr (WITH_KL) team.template load<BEGIN, END>(p.logits, -INFINITY, logits);
+    if constexpr (WITH_KL) team.template load_given<BEGIN, END>(logits_row, -INFINITY, logits);
 #pragma unroll
     for (int group = BEGIN; group < END; ++group) {
 #pragma unroll
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, HARD ? Team::LEAST_BLOCKS_
         gradient[group][i] = result;
       }
     }
-    team.template store<BEGIN, END>(p.grad_logits, gradient);
+    team.template store<BEGIN, END>(result_row, gradient);
   };
   // By halves, for which the registers suffice.
   using std::integral_constant;
@@ -200,38 +201,74 @@ const char* launch(void (*kernel)(Params, uint32_t), const TeamShape& shape, con
   return status(cudaLaunchKernelEx(&config, kernel, p, rows));
 }
 
-template <class Team>
-const char* run(const GumbelSoftmax& p, const TeamShape& shape, uint32_t rows, cudaStream_t stream) {
-  if (p.kl != nullptr) {
-    return launch(p.hard ? forward<Team, true, true> : forward<Team, true, false>, shape, p, rows, stream);
-  }
-  return launch(p.hard ? forward<Team, false, true> : forward<Team, false, false>, shape, p, rows, stream);
+template <class Team, bool HARD>
+const char* run_kind(const GumbelSoftmax& p, const TeamShape& shape, uint32_t rows, cudaStream_t stream) {
+  const bool with_kl = p.kl != nullptr;
+  return launch(with_kl ? forward<Team, true, HARD> : forward<Team, false, HARD>, shape, p, rows, stream);
+}
+template <class Team, bool HARD>
+const char* run_kind(const GumbelSoftmaxBackward& p, const TeamShape& shape, uint32_t rows, cudaStream_t stream) {
+  const bool with_kl = p.grad_kl.data != nullptr;
+  return launch(with_kl ? backward<Team, true, HARD> : backward<Team, false, HARD>, shape, p, rows, stream);
 }
 
-template <class Team>
-const char* run(const GumbelSoftmaxBackward& p, const TeamShape& shape, uint32_t rows, cudaStream_t stream) {
-  if (p.grad_kl.data != nullptr) {
-    return launch(p.hard ? backward<Team, true, true> : backward<Team, true, false>, shape, p, rows, stream);
-  }
-  return launch(p.hard ? backward<Team, false, true> : backward<Team, false, false>, shape, p, rows, stream);
+template <class Team, class Params>
+const char* run_soft(const Params& p, const TeamShape& shape, uint32_t rows, cudaStream_t stream) {
+  return run_kind<Team, false>(p, shape, rows, stream);
+}
+template <class Team, class Params>
+const char* run(const Params& p, const TeamShape& shape, uint32_t rows, cudaStream_t stream) {
+  return p.hard ? run_kind<Team, true>(p, shape, rows, stream) : run_kind<Team, false>(p, shape, rows, stream);
 }
 
-// The tensors that have the columns of a call.
+// The tensors that have the columns of a call: those that the caller gives, and all.
+template <class Holds>
+bool all_given(const GumbelSoftmax& p, const Holds& holds) {
+  return holds(p.logits);
+}
+template <class Holds>
+bool all_given(const GumbelSoftmaxBackward& p, const Holds& holds) {
+  return holds(p.grad_y) && holds(p.logits);
+}
 template <class Holds>
 bool all_of(const GumbelSoftmax& p, const Holds& holds) {
-  return holds(p.logits) && holds(p.y);
+  return all_given(p, holds) && holds(p.y);
 }
 template <class Holds>
 bool all_of(const GumbelSoftmaxBackward& p, const Holds& holds) {
-  return holds(p.grad_y) && holds(p.logits) && holds(p.y) && holds(p.grad_logits);
+  return all_given(p, holds) && holds(p.y) && holds(p.grad_logits);
 }
 
-// By the team that reads whole pieces of memory: a cluster where columns lie apart and rows next to each other.
-template <class Cluster, class WholeBlock, class AnyBlock, class Params>
-const char* run_by_layout(const Params& p, uint32_t rows, cudaStream_t stream) {
+bool lies_apart(const RowTensor& tensor) {
+  return tensor.column_stride != 1 && tensor.rows.strides[tensor.rows.dims - 1] == 1;
+}
+
+// By a cluster, or false. One-hot samples have the kernels of any layout only.
+template <template <Layout> class Cluster, class Params>
+bool run_cluster(const Params& p, uint32_t rows, cudaStream_t stream, const char*& error) {
+  using Any = Cluster<Layout::ANY>;
+  using Whole = Cluster<Layout::WHOLE>;
+  using Mixed = Cluster<Layout::MIXED>;
   TeamShape shape;
-  const bool apart = p.logits.column_stride != 1 && p.logits.rows.strides[p.logits.rows.dims - 1] == 1;
-  if (apart && Cluster::fit(p.columns, rows, most_cluster(), shape)) return run<Cluster>(p, shape, rows, stream);
+  const unsigned blocks = most_cluster();
+  if (!p.hard && Whole::fit(p.columns, rows, blocks, shape)) {
+    error = all_given(p, Mixed::is_near) ? run_soft<Mixed>(p, shape, rows, stream)
+                                         : run_soft<Whole>(p, shape, rows, stream);
+    return true;
+  }
+  if (!Any::fit(p.columns, rows, blocks, shape)) return false;
+  error = run<Any>(p, shape, rows, stream);
+  return true;
+}
+
+// By the team that reads whole pieces of memory: a cluster where of some tensor columns lie apart and rows next to each
+// other, since scattered numbers cost more than what the others lose.
+template <template <Layout> class Cluster, class WholeBlock, class AnyBlock, class Params>
+const char* run_by_layout(const Params& p, uint32_t rows, cudaStream_t stream) {
+  const char* error;
+  const bool apart = !all_of(p, [](const RowTensor& tensor) { return !lies_apart(tensor); });
+  if (apart && run_cluster<Cluster>(p, rows, stream, error)) return error;
+  TeamShape shape;
   const bool whole = all_of(p, [&](const RowTensor& tensor) { return WholeBlock::is_whole(tensor, p.columns); });
   if (whole && WholeBlock::fit(p.columns, rows, 1, shape)) return run<WholeBlock>(p, shape, rows, stream);
   if (AnyBlock::fit(p.columns, rows, 1, shape)) return run<AnyBlock>(p, shape, rows, stream);
@@ -239,14 +276,22 @@ const char* run_by_layout(const Params& p, uint32_t rows, cudaStream_t stream) {
 }
 
 template <class T>
+struct Clusters {
+  template <Layout LAYOUT>
+  using Forward = RowCluster<T, 8, 256, 3, 8, LAYOUT>;
+  template <Layout LAYOUT>
+  using Backward = RowCluster<T, 8, 256, 2, 8, LAYOUT>;
+};
+
+template <class T>
 const char* run_by_layout(const GumbelSoftmax& p, uint32_t rows, cudaStream_t stream) {
-  return run_by_layout<RowCluster<T, 8, 256, 3>, RowBlock<T, 8, 512, 2, true>, RowBlock<T, 8, 512, 1, false>>(p, rows,
-                                                                                                              stream);
+  return run_by_layout<Clusters<T>::template Forward, RowBlock<T, 8, 512, 2, true>, RowBlock<T, 8, 512, 1, false>>(
+      p, rows, stream);
 }
 template <class T>
 const char* run_by_layout(const GumbelSoftmaxBackward& p, uint32_t rows, cudaStream_t stream) {
-  return run_by_layout<RowCluster<T, 8, 256, 2>, RowBlock<T, 8, 256, 2, true>, RowBlock<T, 8, 256, 1, false>>(p, rows,
-                                                                                                              stream);
+  return run_by_layout<Clusters<T>::template Backward, RowBlock<T, 8, 256, 2, true>, RowBlock<T, 8, 256, 1, false>>(
+      p, rows, stream);
 }
 
 template <class Params>

@@ -34,6 +34,7 @@ constexpr int64_t whole_multiple(int64_t count, int64_t of) { return (count + of
 // Where a row begins; there are fewer than 2^31 rows.
 __device__ __forceinline__ int64_t row_place(const Strided& rows, uint32_t row) {
   int64_t place = 0;
+#pragma unroll 1
   for (int d = rows.dims - 1; d > 0; --d) {
     const uint32_t size = static_cast<uint32_t>(rows.sizes[d]), rest = row / size;
     place += (row - rest * size) * rows.strides[d];
@@ -41,6 +42,16 @@ __device__ __forceinline__ int64_t row_place(const Strided& rows, uint32_t row) 
   }
   return place + row * rows.strides[0];
 }
+
+// A row of a tensor.
+template <class T>
+struct Row {
+  T* data;
+  int64_t column_stride;
+
+  __device__ __forceinline__ Row(const RowTensor& tensor, uint32_t row)
+      : data(static_cast<T*>(tensor.data) + row_place(tensor.rows, row)), column_stride(tensor.column_stride) {}
+};
 
 // The row's number in a tensor of one column.
 __device__ __forceinline__ float row_number(const RowTensor& tensor, uint32_t row) {
@@ -124,23 +135,31 @@ class RowBlock {
   // Whether it is this thread that writes the numbers of its row.
   static __device__ __forceinline__ bool writes_row() { return threadIdx.x == 0; }
 
+  __device__ __forceinline__ Row<T> row_of(const RowTensor& tensor) const { return Row<T>(tensor, row()); }
+
   // The first column of a group.
   static __device__ __forceinline__ int column(int group) {
     constexpr int IN_PACK = PACK / GROUP;
     return ((group / IN_PACK) * blockDim.x + threadIdx.x) * PACK + (group % IN_PACK) * GROUP;
   }
+  // The word of the Philox counter that its columns share.
+  static __device__ __forceinline__ uint32_t counter(int group) {
+    return static_cast<uint32_t>(column(group)) / GROUP;
+  }
 
   // Of the groups from BEGIN to END; beyond the last column, `other`.
   template <int BEGIN = 0, int END = GROUPS>
-  __device__ __forceinline__ void load(const RowTensor& tensor, float other, Columns& values) const {
-    const T* data = static_cast<const T*>(tensor.data) + row_place(tensor.rows, row());
+  __device__ __forceinline__ void load(const Row<T>& of, float other, Columns& values) const {
     if constexpr (WHOLE) {
 #pragma unroll
       for (int group = BEGIN; group < END; group += PACK / GROUP) {
         float numbers[PACK];
 #pragma unroll
         for (float& number : numbers) number = other;
-        if (column(group) < columns_) numbers_of(load_pack<PACK>(data + column(group), 0), numbers);
+        // Of the elements, since -inf and 0 are exact: two to a register in 16 bits.
+        Pack<T, PACK> pack = rounded_pack<T>(numbers);
+        if (column(group) < columns_) pack = load_pack<PACK>(of.data + column(group), 0);
+        numbers_of(pack, numbers);
 #pragma unroll
         for (int i = 0; i < PACK; ++i) values[group + i / GROUP][i % GROUP] = numbers[i];
       }
@@ -150,22 +169,27 @@ class RowBlock {
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
           const int at = column(group) + i;
-          values[group][i] = at < columns_ ? number_of(data[at * tensor.column_stride]) : other;
+          values[group][i] = at < columns_ ? number_of(of.data[at * of.column_stride]) : other;
         }
       }
     }
   }
 
+  // Of the logits or grad_y.
   template <int BEGIN = 0, int END = GROUPS>
-  __device__ __forceinline__ void store(const RowTensor& tensor, const Columns& values) const {
-    T* data = static_cast<T*>(tensor.data) + row_place(tensor.rows, row());
+  __device__ __forceinline__ void load_given(const Row<T>& of, float other, Columns& values) const {
+    load<BEGIN, END>(of, other, values);
+  }
+
+  template <int BEGIN = 0, int END = GROUPS>
+  __device__ __forceinline__ void store(const Row<T>& of, const Columns& values) const {
     if constexpr (WHOLE) {
 #pragma unroll
       for (int group = BEGIN; group < END; group += PACK / GROUP) {
         float numbers[PACK];
 #pragma unroll
         for (int i = 0; i < PACK; ++i) numbers[i] = values[group + i / GROUP][i % GROUP];
-        if (column(group) < columns_) store_pack(data + column(group), 0, rounded_pack<T>(numbers));
+        if (column(group) < columns_) store_pack(of.data + column(group), 0, rounded_pack<T>(numbers));
       }
     } else {
 #pragma unroll
@@ -174,7 +198,7 @@ class RowBlock {
         for (int i = 0; i < GROUP; ++i) {
           const int at = column(group) + i;
           const float number[1] = {values[group][i]};
-          if (at < columns_) data[at * tensor.column_stride] = rounded_pack<T>(number).elements[0];
+          if (at < columns_) of.data[at * of.column_stride] = rounded_pack<T>(number).elements[0];
         }
       }
     }
@@ -205,12 +229,20 @@ class RowBlock {
   int columns_;
 };
 
+// How the tensors of a cluster lie.
+enum class Layout {
+  ANY,    // any strides, any number of columns
+  WHOLE,  // any strides; no thread has columns beyond the last
+  MIXED,  // WHOLE, and columns of the given tensors, logits and grad_y, lie next to each other, by aligned groups
+};
+
 // A cluster of blocks that owns ROWS rows, such as lie next to each other where columns do not (dim = 1 of NCHW). Eight
-// lanes take a column of the rows, 32 bytes in float32: as little as memory gives at once.
-template <class T, int GROUPS_, int MOST_THREADS_, int LEAST_BLOCKS_>
+// lanes take a column of the rows, 32 bytes in float32: as little as memory gives at once. The four lanes of a row take
+// sixteen columns, whole pieces of 32 bytes too where it is columns that lie next to each other (channels_last).
+template <class T, int GROUPS_, int MOST_THREADS_, int LEAST_BLOCKS_, int ROWS_, Layout LAYOUT>
 class RowCluster {
  public:
-  static constexpr int GROUPS = GROUPS_, MOST_THREADS = MOST_THREADS_, ROWS = 8;
+  static constexpr int GROUPS = GROUPS_, MOST_THREADS = MOST_THREADS_, ROWS = ROWS_;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   static constexpr int LEAST_BLOCKS = 1;
 #else
@@ -225,13 +257,24 @@ class RowCluster {
     float warps[COUNT][MOST_THREADS / WARP][ROWS], blocks[COUNT][MOST_CLUSTER][ROWS];
   };
 
+  // Whether rows of so many columns fit, and for other layouts than ANY leave no thread without columns.
   static bool fit(int64_t columns, uint32_t rows, unsigned most_blocks, TeamShape& shape) {
     const int64_t threads = whole_multiple(columns * ROWS, GROUPS * GROUP * WARP) / (GROUPS * GROUP);
     if (threads > most_blocks * MOST_THREADS) return false;
     const unsigned blocks = power_of_two_from(static_cast<int>((threads + MOST_THREADS - 1) / MOST_THREADS));
+    if (LAYOUT != Layout::ANY && columns * ROWS != static_cast<int64_t>(blocks) * MOST_THREADS * GROUPS * GROUP) {
+      return false;
+    }
     shape = {static_cast<unsigned>(whole_multiple(rows, ROWS) / ROWS * blocks),
              static_cast<unsigned>(blocks > 1 ? MOST_THREADS : threads), blocks};
     return true;
+  }
+
+  // Whether columns of the tensor lie next to each other, by aligned groups.
+  static bool is_near(const RowTensor& tensor) {
+    bool near = tensor.column_stride == 1 && reinterpret_cast<uintptr_t>(tensor.data) % (GROUP * sizeof(T)) == 0;
+    for (int d = 0; d < tensor.rows.dims; ++d) near &= tensor.rows.strides[d] % GROUP == 0;
+    return near;
   }
 
   __device__ __forceinline__ RowCluster(uint32_t rows, int64_t columns)
@@ -247,37 +290,48 @@ class RowCluster {
     return rank_ == 0 && threadIdx.x < ROWS && own_row() < rows_;
   }
 
-  __device__ __forceinline__ int column(int group) const {
-    const int lanes = blockDim.x / ROWS;
-    return ((rank_ * GROUPS + group) * lanes + threadIdx.x / ROWS) * GROUP;
+  __device__ __forceinline__ Row<T> row_of(const RowTensor& tensor) const { return Row<T>(tensor, row()); }
+
+  __device__ __forceinline__ int column(int group) const { return counter(group) * GROUP; }
+  __device__ __forceinline__ uint32_t counter(int group) const {
+    return (rank_ * GROUPS + group) * lanes() + threadIdx.x / ROWS;
   }
 
   template <int BEGIN = 0, int END = GROUPS>
-  __device__ __forceinline__ void load(const RowTensor& tensor, float other, Columns& values) const {
-    const T* data = static_cast<const T*>(tensor.data) + row_place(tensor.rows, row());
+  __device__ __forceinline__ void load(const Row<T>& of, float other, Columns& values) const {
 #pragma unroll
     for (int group = BEGIN; group < END; ++group) {
-      const T* at = data + column(group) * tensor.column_stride;
+      const T* at = of.data + column(group) * of.column_stride;
 #pragma unroll
       for (int i = 0; i < GROUP; ++i) {
-        values[group][i] = column(group) + i < columns_ ? number_of(*at) : other;
-        at += tensor.column_stride;
+        values[group][i] = has(group, i) ? number_of(*at) : other;
+        at += of.column_stride;
       }
     }
   }
 
+  // Of the logits or grad_y.
   template <int BEGIN = 0, int END = GROUPS>
-  __device__ __forceinline__ void store(const RowTensor& tensor, const Columns& values) const {
+  __device__ __forceinline__ void load_given(const Row<T>& of, float other, Columns& values) const {
+    if constexpr (LAYOUT == Layout::MIXED) {
+#pragma unroll
+      for (int group = BEGIN; group < END; ++group) numbers_of(load_pack<GROUP>(of.data + column(group), 0), values[group]);
+    } else {
+      load<BEGIN, END>(of, other, values);
+    }
+  }
+
+  template <int BEGIN = 0, int END = GROUPS>
+  __device__ __forceinline__ void store(const Row<T>& of, const Columns& values) const {
     if (own_row() >= rows_) return;
-    T* data = static_cast<T*>(tensor.data) + row_place(tensor.rows, row());
 #pragma unroll
     for (int group = BEGIN; group < END; ++group) {
-      T* at = data + column(group) * tensor.column_stride;
+      T* at = of.data + column(group) * of.column_stride;
 #pragma unroll
       for (int i = 0; i < GROUP; ++i) {
         const float number[1] = {values[group][i]};
-        if (column(group) + i < columns_) *at = rounded_pack<T>(number).elements[0];
-        at += tensor.column_stride;
+        if (has(group, i)) *at = rounded_pack<T>(number).elements[0];
+        at += of.column_stride;
       }
     }
   }
@@ -319,6 +373,14 @@ class RowCluster {
       statistics.add(other);
     }
     merge_lanes(statistics, ROWS, WARP);
+  }
+
+  // Threads of the block that have the same row.
+  static __device__ __forceinline__ int lanes() {
+    return (LAYOUT == Layout::ANY ? static_cast<int>(blockDim.x) : MOST_THREADS) / ROWS;
+  }
+  __device__ __forceinline__ bool has(int group, int i) const {
+    return LAYOUT != Layout::ANY || column(group) + i < columns_;
   }
 
   __device__ __forceinline__ uint32_t own_row() const {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -34,7 +35,9 @@ def _left_to_triton(op: str, logits: Tensor, hard: bool, dim: int) -> str | None
     """
     if forced_provider() is not None or _triton_unavailable("cuda") is not None:
         return None
-    columns, apart = logits.shape[dim], logits.stride(dim) != 1
+    columns = logits.shape[dim]
+    # In the logits or in the results, which are contiguous.
+    apart = logits.stride(dim) != 1 or math.prod(logits.shape[dim % logits.dim() + 1 :]) > 1
     if hard or columns < _LEAST_COLUMNS_SHOWN or _triton.architecture(logits.device) < 90:
         return f"only shown to be faster for soft samples, {_LEAST_COLUMNS_SHOWN} codes and more, and sm_90"
     if apart and columns > _MOST_COLUMNS_APART:
