@@ -194,7 +194,8 @@ def check(model: DALLE, text: torch.Tensor, image: torch.Tensor, size: Size) -> 
 
 def test_training_step(side_by_side, device, size):
     text, image = tokens(size, device)
-    ours = DALLE(size.config).to(device)
+    with torch.device(device):
+        ours = DALLE(size.config)
 
     def step(model: torch.nn.Module, loss) -> Candidate:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -262,7 +263,8 @@ class RivalGeneration:
 
 def test_generation(side_by_side, device, size):
     text, image = tokens(size, device)
-    ours = DALLE(size.config).to(device, size.dtype).eval()
+    with torch.device(device):
+        ours = DALLE(size.config).to(size.dtype).eval()
     others: list[Candidate | Unavailable] = []
     for name, cached_name in ((SPARSE, SPARSE_CACHED), (DENSE, DENSE_CACHED)) if device == "cpu" else ():
         try:
