@@ -46,13 +46,10 @@ def check(pattern, prompts, samples, heads, dtype=torch.bfloat16, given=None):
     assert_accurate(*zip(*results), str(pattern))
 
 
-SHAPES = [(5, (4, 6), 3), (0, (3, 5), 5), (1, (5, 3), 7), (3, (1, 7), 3), (2, (6, 1), 5), (17, (9, 11), 11)]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_step(kind, dtype):
-    for shape in SHAPES:
+    for shape in ((5, (4, 6), 3), (0, (3, 5), 5), (1, (5, 3), 7)):
         pattern = AttentionPattern(kind, *shape)
         check(pattern, 2, 1, 2, dtype, given=0)
         check(pattern, 2, 3, 2, dtype)
@@ -62,9 +59,10 @@ def test_every_step(kind, dtype):
 def test_many_keys_heads_and_samples(kind):
     pattern = AttentionPattern(kind, 257, (32, 32))
     for prompts, samples, heads in ((8, 1, 62), (1, 32, 62), (1, 1, 3), (2, 17, 5)):
-        check(pattern, prompts, samples, heads, given=pattern.seq_len - 3)
-    check(AttentionPattern(kind, 1100, (4, 4)), 1, 2, 1)
-    check(AttentionPattern(kind, 1100, (4, 4)), 1, 1, 1)
+        check(pattern, prompts, samples, heads, given=pattern.seq_len - 2)
+    pattern = AttentionPattern(kind, 1100, (4, 4))
+    for samples in (1, 2):
+        check(pattern, 1, samples, 1, given=pattern.seq_len - 2)
 
 
 def test_a_place_without_a_step_gives_nan_and_leaves_the_cache():
