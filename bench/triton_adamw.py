@@ -16,7 +16,7 @@ CANDIDATES = [
 ]
 
 
-def step(dtype, moment, device):
+def step(dtype, moment, device, rounding_seed=None):
     params, grads = ([torch.randn(size, device=device).to(dtype) for size in SIZES] for _ in range(2))
     moments = [[torch.zeros(size, dtype=moment, device=device) for size in SIZES] for _ in range(2)]
     steps = [torch.zeros((), device=device) for _ in SIZES]
@@ -31,7 +31,7 @@ def step(dtype, moment, device):
         *settings,
         scale,
         found,
-        None,
+        rounding_seed,
         list(range(len(SIZES))),
     )
 
@@ -44,6 +44,14 @@ CASES = [
         bytes_moved=14 * sum(SIZES),
     ),
     Case("adamw16_step float16, coded moments", partial(step, torch.float16, torch.int16)),
+    Case(
+        "adamw16_step bfloat16, coded moments, stochastic rounding",
+        partial(step, torch.bfloat16, torch.int16, rounding_seed=1),
+    ),
+    Case(
+        "adamw16_step float16, coded moments, stochastic rounding",
+        partial(step, torch.float16, torch.int16, rounding_seed=1),
+    ),
     Case("adamw16_step float32, coded moments", partial(step, torch.float32, torch.int16)),
     Case("adamw16_step float32, float32 moments", partial(step, torch.float32, torch.float32)),
 ]

@@ -35,7 +35,8 @@ DTYPES[torch.int16] = tl.int16  # codes
 
 @dataclass(frozen=True)
 class Table:
-    """``numbers``: int64 rows of ``tensors`` each: element counts, first blocks, then addresses, a row a list.
+    """``numbers``: int64 rows of ``tensors`` each: element counts, first blocks, addresses, a row a list, and what else
+    the tensors were given.
 
     ``owners``: int32, the tensor of each block. ``aligned``: every address is a multiple of 16.
     """
@@ -72,32 +73,39 @@ def address(numbers, tensors, tensor, LIST: tl.constexpr, DTYPE: tl.constexpr, A
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
+@triton.jit
+def number_given(numbers, tensors, tensor, LISTS: tl.constexpr):
+    """What the tensor was given beside its addresses in this many lists."""
+    return tl.load(numbers + (2 + LISTS) * tensors + tensor)
+
+
 _kept: dict[tuple, Table] = {}
 _lock = Lock()
 
 
-def table(lists: Sequence[Sequence[Tensor]], block: int) -> Table:
-    """The table of equally long lists of tensors, cut into blocks of ``block`` elements as the first list's are."""
+def table(lists: Sequence[Sequence[Tensor]], block: int, given: Sequence[int] = ()) -> Table:
+    """The table of equally long lists of tensors, cut into blocks of ``block`` elements as the first list's are.
+
+    ``given``: for each tensor of a list a number from 0 to 2^61 - 1, which :func:`number_given` reads.
+    """
     device = lists[0][0].device
     counts = [tensor.numel() for tensor in lists[0]]
     addresses = [tensor.data_ptr() for tensors in lists for tensor in tensors]
-    if device.type != "cuda":
-        return _built(device, counts, addresses, block)
-    if torch.cuda.is_current_stream_capturing():
-        return _built(device, counts, addresses, block)
-    key = (device, torch.cuda.current_stream(device).cuda_stream, block, *counts, *addresses)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return _built(device, counts, addresses, given, block)
+    key = (device, torch.cuda.current_stream(device).cuda_stream, block, len(lists), *counts, *addresses, *given)
     with _lock:
-        found = _kept.pop(key, None) or _built(device, counts, addresses, block)
+        found = _kept.pop(key, None) or _built(device, counts, addresses, given, block)
         _kept[key] = found  # last, as the one used most recently
         while len(_kept) > 1 and sum(t.numbers.nbytes + t.owners.nbytes for t in _kept.values()) > MOST_KEPT_BYTES:
             del _kept[next(iter(_kept))]
     return found
 
 
-def _built(device: torch.device, counts: list[int], addresses: list[int], block: int) -> Table:
+def _built(device: torch.device, counts: list[int], addresses: list[int], given: Sequence[int], block: int) -> Table:
     ends = list(accumulate(triton.cdiv(count, block) for count in counts))
     firsts = [0, *ends[:-1]]
-    values = [*counts, *firsts, *addresses]
+    values = [*counts, *firsts, *addresses, *given]
     values += [0] * (-len(values) % CHUNK)
     numbers = torch.empty(len(values), dtype=torch.int64, device=device)
     for start in range(0, len(values), CHUNK):

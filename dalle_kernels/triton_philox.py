@@ -14,8 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dalle_kernels import _triton
+from dalle_kernels import _triton, philox
 
+GUMBEL, ROUNDING = tl.constexpr(philox.GUMBEL), tl.constexpr(philox.ROUNDING)
 _INTERPRETED = tl.constexpr(_triton.interprets())
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -23,15 +24,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def philox_words(seed, rows, groups):
+def philox_words(seed, rows, groups, USE: tl.constexpr = GUMBEL):
     """The four words (uint32) of each counter, for columns 4·group .. 4·group + 3.
 
     ``seed`` is an int64 scalar; ``rows``, int64 global row numbers, and ``groups``, int32, broadcast together. What
-    depends on one of them alone is computed before they are.
+    depends on one of them alone is computed before they are. ``USE`` is one of ``dalle_kernels.philox``.
     """
     key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     x0, x1, x2 = groups.to(tl.uint32), rows.to(tl.uint32), (rows >> 32).to(tl.uint32)
-    x3 = tl.zeros_like(x2)
+    x3 = tl.zeros_like(x2) + USE
     for _ in tl.static_range(10):
         product0 = x0.to(tl.uint64) * 0xD2511F53
         product1 = x2.to(tl.uint64) * 0xCD9E8D57

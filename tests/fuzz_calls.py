@@ -304,7 +304,9 @@ def adamw_call(op: str, draw: random.Random) -> Call:
     settings += (draw.choice((0.0, 0.1)), draw.choice((5.0, 0.01, torch.inf)))
     scale = torch.tensor(draw.choice((1.3, 2.0**17))) if draw.random() < 0.5 else None
     found = torch.tensor(draw.random() < 0.2) if draw.random() < 0.5 else None
-    return Call((*map(list, zip(*rows)), *settings, scale, found, None, list(range(len(rows)))), bits=True)
+    seed = draw.randrange(2**63) if draw.random() < 0.5 else None
+    numbers = [draw.randrange(2**31) for _ in rows]
+    return Call((*map(list, zip(*rows)), *settings, scale, found, seed, numbers), bits=True)
 
 
 def grad_scale_call(op: str, draw: random.Random) -> Call:

@@ -133,6 +133,18 @@ def test_native_equals_reference_where_numbers_end(dtype):
     assert torch.equal(columns[0][0].view(torch.int16), bits)
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_native_equals_reference_between_any_two_numbers_and_beyond_the_last(dtype):
+    param = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    param = param[~param.isnan()]
+    rows = [[param.clone(), *(torch.zeros(len(param)) for _ in range(3)), torch.zeros(())] for _ in range(2)]
+    for provider, row in zip(("reference", "native"), rows, strict=True):
+        with dalle_kernels.use(provider):  # growth by a thousandth, which is between all numbers but 0
+            adamw16_step(*[[tensor] for tensor in row], lr=1.0, weight_decay=-1e-3, rounding_seed=6)
+    assert_same(*rows)
+
+
 def test_small_steps_add_up_where_nearest_loses_them():
     def moved(seed: int | None) -> float:
         param = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))

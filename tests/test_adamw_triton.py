@@ -66,6 +66,33 @@ def test_many_parameters_in_one_launch(dtypes, coded, coded_state):
     check(coded_state(SHAPES, *dtypes, coded), lr=3e-3)
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "coded"),
+    (((torch.bfloat16, torch.float32), (True, True)), ((torch.float16, torch.float16), (False, True)),
+     ((torch.float32, torch.float32), (True, True))),
+    ids=str,
+)  # fmt: skip
+def test_stochastic_rounding(dtypes, coded, coded_state):
+    """Of 16-bit parameters; the seed does not matter to others."""
+    lists = coded_state([(1,), (0,), (3, 5), (4099,), ()], *dtypes, coded)
+    check(lists, lr=3e-3, rounding_seed=2**63 - 5, numbers=[2**31 - 1 - number for number in range(5)])
+
+
+def every_number(dtype, device):
+    """As :func:`state`: a parameter of all numbers that 16 bits hold, NaN included, whose gradient is 0."""
+    param = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    zeros = torch.zeros(len(param))
+    return [[tensor.to(device)] for tensor in (param, *(zeros.clone() for _ in range(3)), torch.zeros(()))]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_what_lies_between_two_numbers_and_beyond_the_last_is_rounded(dtype, triton_device):
+    check(every_number(dtype, triton_device), lr=1.0, weight_decay=-1e-3, rounding_seed=6)
+
+
 @pytest.mark.parametrize("found", (False, True, None))
 def test_scaled_gradients_and_steps_that_must_not_be_taken(found, coded_state, triton_device):
     lists = coded_state(SHAPES[:7], torch.float32, torch.float16, (True, True))

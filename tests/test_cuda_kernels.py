@@ -50,6 +50,22 @@ def test_adamw_steps_many_parameters(dtype, grad_dtype, coded):
     adamw.check(lists, lr=3e-3)
 
 
+@pytest.mark.parametrize("coded", ((True, True), (False, False)), ids=str)
+@pytest.mark.parametrize("grad_dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", adamw.HALVES, ids=str)
+def test_adamw_rounds_stochastically(dtype, grad_dtype, coded):
+    with dalle_kernels.use("reference"):
+        lists = adamw.state(SHAPES, dtype, grad_dtype, coded, "cuda")
+    lists[0][2] = shifted(lists[0][2])
+    adamw.check(lists, lr=3e-3, rounding_seed=2**63 - 5, numbers=[2**31 - 1 - number for number in range(len(SHAPES))])
+
+
+@pytest.mark.parametrize("weight_decay", (0.0, 0.3, -1e-3), ids=str)
+@pytest.mark.parametrize("dtype", adamw.HALVES, ids=str)
+def test_adamw_rounds_what_lies_between_any_two_numbers(dtype, weight_decay):
+    adamw.check(adamw.every_number(dtype, "cuda"), lr=1.0, weight_decay=weight_decay, rounding_seed=6)
+
+
 @pytest.mark.parametrize("found", (False, True))
 def test_adamw_counts_steps_unless_there_was_an_overflow(found):
     with dalle_kernels.use("reference"):

@@ -1,5 +1,6 @@
 #include "adamw/adamw.h"
 
+#include "adamw/rounding_pack.h"
 #include "common/cuda.h"
 #include "common/tensor_table.h"
 #include "common/tile.h"
@@ -11,11 +12,13 @@ namespace {
 // What the update of one tensor multiplies with; the same for every element.
 struct Factors {
   float gradient_factor, mean_rate, variance_rate, inverse_root_correction, minus_step_size;
+  uint32_t row[2];  // of the noise of stochastic rounding, its low and its high word
 };
 static_assert(sizeof(Factors) == AdamW16Step::FACTORS * sizeof(float), "what the caller allocates");
 
 struct Settings {
   float beta1, beta2, max_variance, eps, decay;
+  uint64_t rounding_seed;
 };
 
 // One thread a tensor counts its step and works out its factors, in double as the reference does. Nobody else reads the
@@ -23,6 +26,7 @@ struct Settings {
 struct Counted {
   float* step;
   int64_t count;  // 1, so that no tensor is left out
+  int64_t number;
 };
 constexpr int COUNT_THREADS = 32;
 
@@ -39,12 +43,14 @@ __global__ void __launch_bounds__(COUNT_THREADS) count_steps(const __grid_consta
   if (t >= table.tensors) return;
   const float step = *table.tensor[t].step;
   const double count = step + 1.0, whole_scale = grad_scale == nullptr ? 1.0 : *grad_scale;
+  const uint64_t row = (static_cast<uint64_t>(table.tensor[t].number) << 32) + static_cast<uint64_t>(step) + 1;
   // Gradients are divided by the power of two first, which rounds nothing.
   const double power = power_of_two(whole_scale), scale = whole_scale / power;
   factors[t] = {static_cast<float>(1.0 / power), static_cast<float>((1.0 - beta1) / scale),
                 static_cast<float>((1.0 - beta2) / (scale * scale)),
                 static_cast<float>(1.0 / sqrt(1.0 - pow(beta2, count))),
-                static_cast<float>(-lr / (1.0 - pow(beta1, count)))};
+                static_cast<float>(-lr / (1.0 - pow(beta1, count))),
+                {static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32)}};
   if (found_nonfinite == nullptr || *found_nonfinite == 0) *table.tensor[t].step = step + 1.0f;
 }
 
@@ -108,6 +114,46 @@ struct Update {
   }
 };
 
+// What rounds the parameters of a tile, whose first element is number `first` of its tensor.
+struct Nearest {
+  __device__ __forceinline__ Nearest(const Update&, int64_t) {}
+
+  // Those from number `place` of the tile on.
+  template <class T, int COUNT>
+  __device__ __forceinline__ Pack<T, COUNT> round(const float (&numbers)[COUNT], int) const {
+    return rounded_pack<T>(numbers);
+  }
+};
+
+class Stochastic {
+ public:
+  __device__ __forceinline__ Stochastic(const Update& update, int64_t first)
+      : philox_(update.settings.rounding_seed, uint64_t{update.factors.row[1]} << 32 | update.factors.row[0],
+                PHILOX_USE_ROUNDING),
+        first_group_(static_cast<uint32_t>(first / PHILOX_WORDS)) {}
+
+  template <class T, int COUNT>
+  __device__ __forceinline__ Pack<T, COUNT> round(const float (&numbers)[COUNT], int place) const {
+    uint32_t words[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i += PHILOX_WORDS) {
+      uint32_t four[PHILOX_WORDS];
+      philox_.words(first_group_ + (place + i) / PHILOX_WORDS, four);
+      if constexpr (COUNT == 1) {
+        words[0] = place & 2 ? (place & 1 ? four[3] : four[2]) : place & 1 ? four[1] : four[0];
+      } else {
+#pragma unroll
+        for (int j = 0; j < PHILOX_WORDS; ++j) words[i + j] = four[j];
+      }
+    }
+    return stochastic_pack<T>(numbers, words);
+  }
+
+ private:
+  PhiloxRow philox_;
+  uint32_t first_group_;
+};
+
 // The arrays of one tensor, and elements of theirs.
 template <class Parameter, class Gradient, class Mean, class Variance>
 struct Arrays {
@@ -131,8 +177,9 @@ struct Arrays {
   }
 
   // Whether the elements are updated; else they are as they were.
-  template <class Roots, int COUNT>
-  __device__ __forceinline__ bool update(const Update& update, const Elements<COUNT>& elements, int index) const {
+  template <class Roots, class Rounding, int COUNT>
+  __device__ __forceinline__ bool update(const Update& update, const Rounding& rounding,
+                                         const Elements<COUNT>& elements, int index) const {
     float p[COUNT], g[COUNT], m[COUNT], v[COUNT];
     numbers_of(elements.parameter, p);
     numbers_of(elements.gradient, g);
@@ -142,7 +189,7 @@ struct Arrays {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) update.apply(roots, p[i], g[i], m[i], v[i]);
     if (roots.usual) {
-      store_pack(parameters, index, rounded_pack<Parameter>(p));
+      store_pack(parameters, index, rounding.template round<Parameter>(p, index * COUNT));
       store_pack(means, index, rounded_pack<Mean>(m));
       store_pack(variances, index, rounded_pack<Variance>(v));
     }
@@ -150,9 +197,11 @@ struct Arrays {
   }
 
   // One by one, whatever their values.
-  __device__ __forceinline__ void update_each(const Update& factors, int begin, int end, int step) const {
+  template <class Rounding>
+  __device__ __forceinline__ void update_each(const Update& factors, const Rounding& rounding, int begin, int end,
+                                              int step) const {
 #pragma unroll 1
-    for (int i = begin; i < end; i += step) update<Exact>(factors, load<1>(i), i);
+    for (int i = begin; i < end; i += step) update<Exact>(factors, rounding, load<1>(i), i);
   }
 };
 
@@ -161,7 +210,7 @@ template <class... T>
 using Shape = Tiles<8 / pack_size<T...>(), T...>;
 
 // A tile a block.
-template <class Parameter, class Gradient, class Mean, class Variance>
+template <class Rounding, class Parameter, class Gradient, class Mean, class Variance>
 __global__ void __launch_bounds__(TILE_THREADS) update(const __grid_constant__ TensorTable<Updated> table,
                                                        Settings settings, const uint8_t* found_nonfinite) {
   using Tile = Shape<Parameter, Gradient, Mean, Variance>;
@@ -185,25 +234,27 @@ __global__ void __launch_bounds__(TILE_THREADS) update(const __grid_constant__ T
     if (index < packs) elements[p] = run.template load<COUNT>(index);
   }
   const Update factors{*tensor.factors, settings};
+  const Rounding rounding(factors, first);
   bool left_out[PACKS];
 #pragma unroll
   for (int p = 0; p < PACKS; ++p) {
     const int index = p * TILE_THREADS + thread;
-    left_out[p] = index < packs && !run.template update<Usual>(factors, elements[p], index);
+    left_out[p] = index < packs && !run.template update<Usual>(factors, rounding, elements[p], index);
   }
 #pragma unroll
   for (int p = 0; p < PACKS; ++p) {
     const int begin = (p * TILE_THREADS + thread) * COUNT;
-    if (left_out[p]) run.update_each(factors, begin, begin + COUNT, 1);
+    if (left_out[p]) run.update_each(factors, rounding, begin, begin + COUNT, 1);
   }
   // What fills no pack, or all of arrays that are not aligned.
-  run.update_each(factors, packs * COUNT + thread, here, TILE_THREADS);
+  run.update_each(factors, rounding, packs * COUNT + thread, here, TILE_THREADS);
 }
 
 const char* count_all(const AdamW16Step& p, cudaStream_t stream) {
   Factors* factors = reinterpret_cast<Factors*>(p.factors);
   return for_each_table<Counted>(
-      p.tensor_count, 1, [&](int64_t t) { return Counted{p.tensors[t].step, 1}; },
+      p.tensor_count, 1,
+      [&](int64_t t) { return Counted{p.tensors[t].step, 1, p.tensors[t].number}; },
       [&](const TensorTable<Counted>& table, unsigned tensors) {
         count_steps<<<(tensors + COUNT_THREADS - 1) / COUNT_THREADS, COUNT_THREADS, 0, stream>>>(
             table, factors, p.lr, p.beta1, p.beta2, p.grad_scale, p.found_nonfinite);
@@ -212,11 +263,15 @@ const char* count_all(const AdamW16Step& p, cudaStream_t stream) {
       });
 }
 
-template <class Parameter, class Gradient, class Mean, class Variance>
+template <class Rounding, class Parameter, class Gradient, class Mean, class Variance>
 const char* update_all(const AdamW16Step& p, cudaStream_t stream) {
   const Factors* factors = reinterpret_cast<const Factors*>(p.factors);
-  const Settings settings{static_cast<float>(p.beta1), static_cast<float>(p.beta2), static_cast<float>(p.max_variance),
-                          static_cast<float>(p.eps), static_cast<float>(1.0 - p.lr * p.weight_decay)};
+  const Settings settings{static_cast<float>(p.beta1),
+                          static_cast<float>(p.beta2),
+                          static_cast<float>(p.max_variance),
+                          static_cast<float>(p.eps),
+                          static_cast<float>(1.0 - p.lr * p.weight_decay),
+                          p.rounding_seed};
   return for_each_table<Updated>(
       p.tensor_count, Shape<Parameter, Gradient, Mean, Variance>::ELEMENTS,
       [&](int64_t t) {
@@ -225,30 +280,37 @@ const char* update_all(const AdamW16Step& p, cudaStream_t stream) {
                        tensor.second_moment, factors + t,     tensor.count};
       },
       [&](const TensorTable<Updated>& table, unsigned tiles) {
-        update<Parameter, Gradient, Mean, Variance>
+        update<Rounding, Parameter, Gradient, Mean, Variance>
             <<<tiles, TILE_THREADS, 0, stream>>>(table, settings, p.found_nonfinite);
         return launch_status();
       });
 }
 
-template <class Parameter, class Gradient>
+template <class Rounding, class Parameter, class Gradient>
 const char* update_any(const AdamW16Step& p, cudaStream_t stream) {
   if (p.first_moment_coded) {
-    return p.second_moment_coded ? update_all<Parameter, Gradient, Fp169, Fp0610>(p, stream)
-                                 : update_all<Parameter, Gradient, Fp169, float>(p, stream);
+    return p.second_moment_coded ? update_all<Rounding, Parameter, Gradient, Fp169, Fp0610>(p, stream)
+                                 : update_all<Rounding, Parameter, Gradient, Fp169, float>(p, stream);
   }
-  return p.second_moment_coded ? update_all<Parameter, Gradient, float, Fp0610>(p, stream)
-                               : update_all<Parameter, Gradient, float, float>(p, stream);
+  return p.second_moment_coded ? update_all<Rounding, Parameter, Gradient, float, Fp0610>(p, stream)
+                               : update_all<Rounding, Parameter, Gradient, float, float>(p, stream);
 }
 
-template <class Parameter>
+template <class Rounding, class Parameter>
 const char* update_any(const AdamW16Step& p, cudaStream_t stream) {
   switch (p.gradient_dtype) {
-    case Dtype::float32: return update_any<Parameter, float>(p, stream);
-    case Dtype::float16: return update_any<Parameter, Half>(p, stream);
-    case Dtype::bfloat16: return update_any<Parameter, BFloat16>(p, stream);
+    case Dtype::float32: return update_any<Rounding, Parameter, float>(p, stream);
+    case Dtype::float16: return update_any<Rounding, Parameter, Half>(p, stream);
+    case Dtype::bfloat16: return update_any<Rounding, Parameter, BFloat16>(p, stream);
     default: return "unknown dtype";
   }
+}
+
+// Of 16-bit parameters.
+template <class Parameter>
+const char* update_narrow(const AdamW16Step& p, cudaStream_t stream) {
+  return p.stochastic_rounding ? update_any<Stochastic, Parameter>(p, stream)
+                               : update_any<Nearest, Parameter>(p, stream);
 }
 
 }  // namespace
@@ -258,9 +320,9 @@ const char* adamw16_step(const AdamW16Step& p, void* stream) {
   const char* error = count_all(p, s);
   if (error != nullptr) return error;
   switch (p.parameter_dtype) {
-    case Dtype::float32: return update_any<float>(p, s);
-    case Dtype::float16: return update_any<Half>(p, s);
-    case Dtype::bfloat16: return update_any<BFloat16>(p, s);
+    case Dtype::float32: return update_any<Nearest, float>(p, s);
+    case Dtype::float16: return update_narrow<Half>(p, s);
+    case Dtype::bfloat16: return update_narrow<BFloat16>(p, s);
     default: return "unknown dtype";
   }
 }

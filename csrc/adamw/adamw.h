@@ -41,9 +41,9 @@ struct AdamW16Tensor {
 //   parameter = (1 - lr * weight_decay) * parameter - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 // in float, rounded as dalle_kernels/adamw/reference.py does: every build gives its bits. The parameter's update takes
 // m and v before they are rounded to their codes. Any positive scale serves. Where *found_nonfinite, nothing changes.
-// With stochastic_rounding (CPU only) 16-bit parameters are rounded as stochastically_rounded there does.
+// With stochastic_rounding 16-bit parameters are rounded as stochastically_rounded there does.
 struct AdamW16Step {
-  static constexpr int FACTORS = 5;
+  static constexpr int FACTORS = 7;
   const AdamW16Tensor* tensors;
   int64_t tensor_count;
   Dtype parameter_dtype, gradient_dtype;  // float32, float16 or bfloat16

@@ -9,9 +9,7 @@
 // special function unit.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "common/philox_cuda.h"
 
 namespace dalle::cuda {
 
@@ -28,49 +26,20 @@ __device__ __forceinline__ float fast_log2(float x) {
   return y;
 }
 
-// Both words of a product, by one instruction, which the compiler makes into two of a product of 64 bits.
-__device__ __forceinline__ void multiply_wide(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
-  asm("{ .reg .u64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }"
-      : "=r"(low), "=r"(high)
-      : "r"(a), "r"(b));
-}
-
 // The noise of one row.
 class RowNoise {
  public:
-  __device__ __forceinline__ RowNoise(uint64_t seed, uint64_t row)
-      : key_{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
-        row_{static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32)} {}
+  __device__ __forceinline__ RowNoise(uint64_t seed, uint64_t row) : philox_(seed, row, PHILOX_USE_GUMBEL) {}
 
   // log2 E of the columns 4 * group to 4 * group + 3.
   __device__ __forceinline__ void log2_exponentials(uint32_t group, float (&logs)[4]) const {
-    uint32_t words[4];
-    complement_words(group, words);
+    uint32_t words[PHILOX_WORDS];  // their complements, 2^32 - 1 - bits
+    philox_.words<0xffffffffu>(group, words);
 #pragma unroll
     for (int i = 0; i < 4; ++i) logs[i] = log2_exponential(complement_uniform(words[i]));
   }
 
  private:
-  // 2^32 - 1 - bits of each.
-  __device__ __forceinline__ void complement_words(uint32_t group, uint32_t (&x)[4]) const {
-    constexpr int ROUNDS = 10;
-    x[0] = group, x[1] = row_[0], x[2] = row_[1], x[3] = 0;
-    uint32_t key0 = key_[0], key1 = key_[1];
-#pragma unroll
-    for (int round = 0; round < ROUNDS; ++round) {
-      uint32_t low0, high0, low1, high1;
-      multiply_wide(x[0], 0xD2511F53u, low0, high0);
-      multiply_wide(x[2], 0xCD9E8D57u, low1, high1);
-      const uint32_t flip = round + 1 < ROUNDS ? 0 : 0xffffffffu;
-      x[0] = high1 ^ x[1] ^ (key0 ^ flip);
-      x[2] = high0 ^ x[3] ^ (key1 ^ flip);
-      x[1] = low1 ^ flip;
-      x[3] = low0 ^ flip;
-      key0 += 0x9E3779B9u;
-      key1 += 0xBB67AE85u;
-    }
-  }
-
   // v, 2^-33 <= v <= 1 - 2^-24.
   static __device__ __forceinline__ float complement_uniform(uint32_t word) {
     return fminf(fmaf(__uint2float_rn(word), 0x1p-32f, 0x1p-33f), 1.0f - 0x1p-24f);
@@ -91,7 +60,7 @@ class RowNoise {
     return large ? of_large : of_small;
   }
 
-  uint32_t key_[2], row_[2];
+  PhiloxRow philox_;
 };
 
 }  // namespace dalle::cuda

@@ -10,7 +10,7 @@ from dalle_kernels._dispatch import Op
 from dalle_kernels.adamw import reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_FACTORS = 5  # AdamW16Step::FACTORS in csrc/adamw/adamw.h
+_FACTORS = 7  # AdamW16Step::FACTORS in csrc/adamw/adamw.h
 
 adamw16_step_op = Op(
     "adamw16_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
@@ -78,7 +78,7 @@ def _unsupported(
     first_moments: list[Tensor],
     second_moments: list[Tensor],
     steps: list[Tensor],
-    *_settings,
+    *settings,
 ) -> str | None:
     for name, tensors in (("params", params), ("grads", grads)):
         dtypes = {tensor.dtype for tensor in tensors}
@@ -90,6 +90,10 @@ def _unsupported(
     for tensors in zip(params, grads, first_moments, second_moments):
         if not share_layout(*tensors):
             return "the kernel takes dense parameters, and gradients and moments of their sizes and strides"
+    *_, rounding_seed, _numbers = settings
+    rounds = rounding_seed is not None and params and params[0].dtype != torch.float32
+    if rounds and not all(param.is_contiguous() for param in params):
+        return "the kernel numbers elements as they lie in memory, for the noise by which it rounds"
     return None
 
 
@@ -114,32 +118,12 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _native_unsupported(params: list[Tensor], *arguments) -> str | None:
-    if _rounds_stochastically(params, *arguments):
-        if params[0].device.type != "cpu":
-            return "the CUDA kernel rounds to nearest"
-        if not all(param.is_contiguous() for param in params):
-            return "the kernel numbers elements as they lie in memory, for the noise by which it rounds"
-    return _unsupported(params, *arguments)
-
-
-def _triton_unsupported(params: list[Tensor], *arguments) -> str | None:
-    if _rounds_stochastically(params, *arguments):
-        return "the kernel rounds to nearest"
-    return _unsupported(params, *arguments)
-
-
-def _rounds_stochastically(params: list[Tensor], *arguments) -> bool:
-    *_, rounding_seed, _numbers = arguments
-    return rounding_seed is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in params)
-
-
-adamw16_step_op.provide("native", _native_step, unavailable=_native.unavailable, unsupported=_native_unsupported)
+adamw16_step_op.provide("native", _native_step, unavailable=_native.unavailable, unsupported=_unsupported)
 adamw16_step_op.provide(
     "triton",
     _triton.launcher("adamw", "adamw16_step"),
     unavailable=_triton.unavailable,
-    unsupported=_triton_unsupported,
+    unsupported=_unsupported,
 )
 adamw16_step_op.provide("reference", reference.adamw16_step)
 
@@ -186,7 +170,7 @@ def adamw16_step(
             by the host. Without it an infinite or NaN gradient ruins the parameter and its moments.
         rounding_seed: None to round parameters to nearest; else, from 0 to 2^63 - 1, 16-bit ones are rounded up or down
             at random, so that on average nothing is lost of a step smaller than their precision. The noise is a
-            function of this seed, the parameter's number and step and the element's number. On a GPU by the reference.
+            function of this seed, the parameter's number and step and the element's number.
         numbers: of the params, from 0 to 2^31 - 1, for that noise; None: 0, 1, 2, ...
 
     Gradients and moments of a parameter that is not dense, or that have other strides than it, are left to the
