@@ -18,10 +18,12 @@ from dalle.train.telemetry import (
     LOWEST,
     Telemetry,
     averages,
+    described,
     exponent_counts,
     exponent_shares,
     measured_peak,
 )
+from dalle.train.transit import Underway
 from dalle_kernels import GradScales
 
 
@@ -71,12 +73,9 @@ def test_shares_leave_out_what_does_not_occur():
     assert exponent_shares(exponent_counts([torch.zeros(3)]).tolist())["shares"] == []
 
 
-def test_averages_of_tensors_and_numbers():
-    window = [
-        {"loss": torch.tensor(1.0), "rate": 0.5, "norm": 3.0},
-        {"loss": torch.tensor(2.0), "rate": 1.5, "norm": torch.tensor(4.0, dtype=torch.float64)},
-    ]
-    assert averages(window) == {"loss": 1.5, "rate": 1.0, "norm": 3.5}
+def test_averages():
+    window = [{"loss": 1.0, "rate": 0.5}, {"loss": 2.0, "rate": 1.5}]
+    assert averages(window) == {"loss": 1.5, "rate": 1.0}
     assert list(averages([{"b": 1.0, "a": 2.0}])) == ["b", "a"]
 
 
@@ -154,6 +153,10 @@ def test_bytes_sent_of_a_hundred_among_four(kind, sent):
     assert sent_bytes(kind, 100, 4) == sent and sent_bytes(kind, 100, 1) == 0
 
 
+def said(telemetry):
+    return described(Underway(telemetry.line()).read())
+
+
 class FourRanks(Alone):
     size = 4
 
@@ -175,7 +178,7 @@ def test_a_line_of_one_process():
     with telemetry.update():
         job.shards(torch.ones(4, 3)).sum().backward()
     exponents = {"zeros": 0.0, "nonfinite": 0.0, "lowest": 2, "shares": [1.0]}
-    assert telemetry.line() == {"gradient_exponents": exponents, "scales": [2.0**13] * 2}
+    assert said(telemetry) == {"gradient_exponents": exponents, "scales": [2.0**13] * 2}
 
 
 def test_speed_is_of_the_updates_since_the_last_line(monkeypatch):
@@ -188,7 +191,7 @@ def test_speed_is_of_the_updates_since_the_last_line(monkeypatch):
         for _ in range(updates):
             with telemetry.update():
                 pass
-        line = telemetry.line()
+        line = said(telemetry)
         assert line["tokens_per_second"] == tokens and line["share_of_peak"] == pytest.approx(share)
 
 
@@ -200,8 +203,8 @@ def test_the_peak_is_the_best_of_float32_and_the_dtype_of_most_parameters(half_r
     job.shards.weight.data = job.shards.weight.data.bfloat16()
     job.shards.bias.grad = torch.ones(2)
     telemetry = Telemetry(job)
-    telemetry.line()
-    telemetry.line()  # does not measure again
+    said(telemetry)
+    said(telemetry)  # does not measure again
     assert telemetry.peak == best and not rates
 
 
@@ -213,4 +216,4 @@ def test_bytes_are_counted_in_the_first_update(four_ranks):
             job.shards(torch.ones(4, 3)).sum().backward()
             for _ in range(1 + updates):
                 dist.all_reduce(job.shards.weight.grad)
-        assert telemetry.line()["bytes_sent"] == 6 * 4 * 2 * 3 // 4
+        assert said(telemetry)["bytes_sent"] == 6 * 4 * 2 * 3 // 4

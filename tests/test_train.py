@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from dalle.checkpoint import check_dvae, load_dalle, load_dvae, to_safetensors
 from dalle.cli import main
@@ -24,7 +25,10 @@ from dalle.errors import UserError
 from dalle.tokenizer import Tokenizer
 from dalle.train.dalle import DALLEStage, DALLETraining
 from dalle.train.dvae import DVAEStage, DVAETraining
-from dalle.train.loop import RunSettings, latest_checkpoint, run
+from dalle.train.journal import Journal
+from dalle.train.loop import RunSettings, _one_update, latest_checkpoint, run
+from dalle.train.team import Alone
+from dalle.train.telemetry import Telemetry
 
 QUIET = RunSettings(log_every=1, picture_every=0, checkpoint_every=3, keep_checkpoints=2)
 DVAE_CONFIG = DVAEConfig.preset("tiny")
@@ -208,6 +212,76 @@ def test_no_checkpoint_holds_parameters_that_are_not_finite(pictures, tmp_path):
         run(stage, tmp_path, every)
     assert latest_checkpoint(tmp_path).name == "update-00000003"
     assert all(tensor.isfinite().all() for tensor in final_tensors(tmp_path).values())
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """As on a GPU, figures are read some updates later."""
+    monkeypatch.setattr("dalle.train.journal.lag_on", lambda device: 3)
+
+
+def test_figures_that_are_read_late_give_the_same_numbers_and_log(pictures, trained_dvae, tmp_path, monkeypatch):
+    every = RunSettings(log_every=2, picture_every=0, checkpoint_every=5)
+    for name, lag in (("at once", 0), ("late", 3)):
+        monkeypatch.setattr("dalle.train.journal.lag_on", lambda device, lag=lag: lag)
+        stage = dalle_stage(pictures, trained_dvae, tmp_path, plateau_fraction=2 / 7)
+        stage.plateau.threshold = 1.0  # no window is good enough
+        run(stage, tmp_path / name, every)
+    once, late = timeless(tmp_path / "at once"), timeless(tmp_path / "late")
+    assert once == late and [entry["update"] for entry in late] == [2, 4, 6, 7]
+    assert once[-1]["learning_rate"] < once[0]["learning_rate"]
+    once, late = final_tensors(tmp_path / "at once"), final_tensors(tmp_path / "late")
+    assert all(torch.equal(tensor, late[name]) for name, tensor in once.items())
+
+
+def test_an_interruption_that_is_read_late_stops_later_and_loses_nothing(pictures, tmp_path, late):
+    every = RunSettings(log_every=1, picture_every=0, checkpoint_every=100)
+    run(dvae_stage(pictures), tmp_path / "whole", every)
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt_after(dvae_stage(pictures), 2), tmp_path / "parts", every)
+    assert latest_checkpoint(tmp_path / "parts").name == "update-00000005"
+    run(dvae_stage(pictures), tmp_path / "parts", every, resume=True)
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+
+
+def test_updates_that_are_not_finite_change_nothing_until_that_is_read(pictures, tmp_path, late):
+    stage = dvae_stage(pictures)
+    loss, before = stage.loss, {}
+
+    def diverging(update):
+        if update == 2:
+            before.update({name: tensor.clone() for name, tensor in stage.model.state_dict().items()})
+        value, figures = loss(update)
+        return (value * float("nan") if update == 2 else value), figures
+
+    stage.loss = diverging
+    with pytest.raises(UserError, match="the loss became nan in update 3"):
+        run(stage, tmp_path, RunSettings(log_every=100, picture_every=0, checkpoint_every=100))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stage.model.state_dict().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_the_host_waits_for_no_update(precision, pictures, trained_dvae, tmp_path):
+    settings = {"updates": 7, "batch_size": 3, "precision": precision, "optimizer": "adamw16"}
+    images = open_dataset(pictures)
+    stage = DALLEStage(
+        DALLE_CONFIG, DALLETraining(**settings), images, trained_dvae, tmp_path / "cache", team=Alone("cuda")
+    )
+    journal = Journal(stage, tmp_path, [], tqdm(disable=True))
+    telemetry = Telemetry(stage, peak=1e12)
+    try:
+        for update in range(1, 6):
+            # What is made once may wait: kernels are compiled, memory is pinned.
+            torch.cuda.set_sync_debug_mode("default" if update < 3 else "error")
+            with telemetry.update():
+                figures = _one_update(stage, update, lambda: False)
+            journal.add(update, figures, telemetry.line())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    journal.catch_up()
+    assert [entry["update"] for entry in log(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_a_changed_checkpoint_is_refused(pictures, tmp_path):

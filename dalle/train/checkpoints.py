@@ -24,7 +24,8 @@ from dalle.errors import UserError
 from dalle.files import atomic_write_folder, complete_folder, read_json, sha256, to_json
 
 if TYPE_CHECKING:
-    from dalle.train.loop import Stage, Window
+    from dalle.train.journal import Window
+    from dalle.train.loop import Stage
 
 TENSORS, SHARDS, DESCRIPTION = "training.safetensors", "shards", "checkpoint.json"
 
@@ -54,7 +55,7 @@ class Checkpoints:
             "kind": "training",
             "update": update,
             "seconds": seconds,
-            "window": [{name: float(value) for name, value in figures.items()} for figures in window],
+            "window": list(window),
             "identity": stage.identity(),
             "state": stage.state(),
         }

@@ -37,6 +37,7 @@ from dalle.train.schedules import PlateauHalving, cosine, warm_up
 from dalle.train.settings import STORED_DTYPES, require_choice, require_in_range
 from dalle.train.team import ALONE, Alone, Figures
 from dalle.train.tokens import encode_dataset
+from dalle.train.transit import to_device
 from dalle.transformer import DALLE
 from dalle_kernels import GradScales
 
@@ -197,10 +198,13 @@ class DALLEStage(Stage):
         if self.training.schedule == "plateau":
             self.plateau.observe(loss)
 
+    def awaits_losses(self, updates: int) -> bool:
+        return self.training.schedule == "plateau" and updates % self.plateau.window == 0
+
     def _encode_captions(self, captions: Sequence[str], dropout: float, *key: int | str) -> torch.Tensor:
         draw = random.Random(derived_seed(self.training.seed, "captions", *key))
         text = self.tokenizer.encode_batch(captions, self.config.text_len, dropout, truncate=True, generator=draw)
-        return text.to(self.device)
+        return to_device(text, self.device)
 
     def loss(self, update: int) -> tuple[torch.Tensor, Figures]:
         settings = self.training
@@ -210,7 +214,7 @@ class DALLEStage(Stage):
         text, samples = self.team.share(text), self.team.share(samples)
         rows = torch.tensor([i for _, i in samples])
         crops = torch.tensor([epoch % settings.crops for epoch, _ in samples])
-        output = self.model(text, self.tokens[rows, crops].long().to(self.device))
+        output = self.model(text, to_device(self.tokens[rows, crops].long(), self.device))
         return output.loss, {"text_loss": output.text_loss.detach(), "image_loss": output.image_loss.detach()}
 
     def prepare_step(self) -> tuple[torch.Tensor, Figures]:

@@ -25,6 +25,7 @@ from dalle.train.sampling import derived_seed, generator
 from dalle.train.schedules import cosine
 from dalle.train.settings import STORED_DTYPES, require_choice, require_in_range
 from dalle.train.team import Alone
+from dalle.train.transit import to_device
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class DVAEStage(Stage):
         settings = self.training
         tau = settings.scheduled("temperature", settings.temperature, settings.final_temperature, update)
         beta = settings.scheduled("kl_weight", 0.0, settings.kl_weight, update)
-        images = self.batches.update(update, settings.batch_size).to(self.device)
+        images = to_device(self.batches.update(update, settings.batch_size), self.device)
         noise = generator(settings.seed, "gumbel", update, device=self.device)
         output = self.model(images, tau, generator=noise)
         figures = {

@@ -27,15 +27,13 @@ from dalle.files import atomic_write, atomic_write_folder
 from dalle.pictures import loss_curve, read_log
 from dalle.train.averaging import IterateAverage
 from dalle.train.checkpoints import Checkpoints, clear_incomplete, latest_checkpoint, load
+from dalle.train.journal import Journal, Window, hold_back
 from dalle.train.team import ALONE, Alone, Figures
-from dalle.train.telemetry import Telemetry, averages
+from dalle.train.telemetry import Telemetry
 from dalle_kernels import GradScales
 
 STARTED = ".started"
 """In the run folder: torchrun's start of the processes was allowed to use the folder, so its restarts are too."""
-
-Window = list[Figures]
-"""The figures of the updates since the last line of the log, which averages them."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,11 @@ class Stage(ABC):
         return self.team.clip(self.shards, self.clip_norm), {}
 
     def observe(self, loss: float) -> None:  # noqa: B027 (optional)
-        """Learn the loss of an update (the plateau rule does)."""
+        """Learn the loss of an update (the plateau rule does), sooner or later, in order."""
+
+    def awaits_losses(self, updates: int) -> bool:
+        """Whether the step size after this many updates follows from the losses of all of them."""
+        return False
 
     def extra_files(self) -> dict[str, bytes]:
         """Further files of a checkpoint (the tokenizer)."""
@@ -147,26 +149,28 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
     )
     started = time.monotonic() - seconds
     telemetry = Telemetry(stage, settings.peak_tflops * 1e12)
+    journal = Journal(stage, out, window, bar)
     with bar, _interruptible() as interrupted:
         while update < stage.updates:
             last = update + 1 == stage.updates
-            is_logged = (update + 1) % settings.log_every == 0 or last
+            logging, drawing, saving = (
+                every and ((update + 1) % every == 0 or last)
+                for every in (settings.log_every, settings.picture_every, settings.checkpoint_every)
+            )
             with telemetry.update():
-                observe = telemetry.observe if is_logged else None
-                window.append(_one_update(stage, update, out, interrupted, observe))
+                figures = _one_update(stage, update, interrupted, telemetry.observe if logging else None)
             update += 1
             bar.update()
-            stopping = window[-1].pop("interrupted") > 0
-            if is_logged:
-                entry = {"update": update, **averages(window), **telemetry.line()}
-                window.clear()
-                _log(stage, out, {**entry, "seconds": round(time.monotonic() - started, 3)})
-                bar.set_postfix(loss=f"{entry['loss']:.4f}")
-            if settings.picture_every and (update % settings.picture_every == 0 or last):
-                _draw(stage, out, update)
-            if update % settings.checkpoint_every == 0 or last or stopping:
-                checkpoints.save(update, time.monotonic() - started, window)
-            if stopping:
+            seconds = time.monotonic() - started
+            journal.add(update, figures, {**telemetry.line(), "seconds": round(seconds, 3)} if logging else None)
+            if drawing or saving or stage.awaits_losses(update):
+                journal.catch_up()
+            if drawing:
+                _draw(stage, out, update, journal)
+            if saving or journal.interrupted:
+                journal.catch_up()
+                checkpoints.save(update, time.monotonic() - started, journal.window)
+            if journal.interrupted:
                 checkpoints.wait()
                 if team.leads:
                     tqdm.write(f"interrupted after update {update}; the same command with --resume goes on from there")
@@ -181,10 +185,10 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
 def _one_update(
     stage: Stage,
     update: int,
-    out: Path,
     interrupted: Callable[[], bool],
-    observe: Callable[[Sequence[torch.Tensor]], None] | None,
+    observe: Callable[[Sequence[torch.Tensor]], None] | None = None,
 ) -> Figures:
+    """Begin an update; its figures are on the device, which may still be at it."""
     rate = stage.learning_rate(update)
     for group in stage.optimizer.param_groups:
         group["lr"] = rate * group.get("rate_factor", 1.0)
@@ -196,46 +200,18 @@ def _one_update(
     figures = {"loss": loss.detach(), "interrupted": float(interrupted()), **figures}
     figures = stage.team.combine(stage.model, stage.shards, figures)
     norm, skipping = stage.prepare_step()
-    loss = figures.pop("loss")
-    # Before the step: parameters that are not finite must not reach a checkpoint and push out the good ones.
-    _require_finite({"loss": float(loss), "gradient norm": float(norm)}, update + 1, out)
+    hold_back(stage.optimizer, figures["loss"], norm)
     stage.team.step(stage.optimizer, observe)
     stage.average.observe(stage.shards, update + 1)
-    stage.observe(float(loss))
-    return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, **figures, **skipping}
+    return {"loss": figures.pop("loss"), "learning_rate": rate, "gradient_norm": norm, **figures, **skipping}
 
 
-def _require_finite(figures: dict[str, float], update: int, out: Path) -> None:
-    for name, value in figures.items():
-        if not math.isfinite(value):
-            raise UserError(
-                f"the {name} became {value} in update {update}: the checkpoints in {out / 'checkpoints'} are older and "
-                "sound; start anew with a lower learning rate"
-            )
-
-
-def _log(stage: Stage, out: Path, entry: dict[str, Any]) -> None:
-    if stage.team.leads:
-        _append(out / "log.jsonl", entry)
-
-
-def _draw(stage: Stage, out: Path, update: int) -> None:
+def _draw(stage: Stage, out: Path, update: int, journal: Journal) -> None:
     figures = stage.team.after_leader(stage.draw_pictures(update, out / "pictures"))
     if figures:
-        _log(stage, out, {"update": update, **figures})
+        journal.write({"update": update, **figures})
     if stage.team.leads:
         _draw_loss(out)
-
-
-def _append(path: Path, entry: dict[str, Any]) -> None:
-    rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in entry.items()}
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; the last checkpoint is safe, resume when mended"
-        ) from error
 
 
 def require_startable(out: str | Path, resume: bool, team: Alone = ALONE) -> None:

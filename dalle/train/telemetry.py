@@ -1,4 +1,4 @@
-"""What a run's log says of its numbers and its speed, gathered so that it costs the device one more wait a line.
+"""What a run's log says of its numbers and its speed, gathered so that the device is never waited for.
 
 A line holds, beside the averages of its updates (so the share of ``skipped_updates``, where a stage may skip them):
 
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from dalle.train.journal import Window
     from dalle.train.loop import Stage
     from dalle.train.team import Figures
 
@@ -30,15 +31,9 @@ _BUCKETS = HIGHEST - LOWEST + 3  # zeros before them, infinities and NaN after
 _AT_ONCE = 1 << 22  # elements, which bounds the memory taken, and which float32 still counts one by one
 
 
-def averages(window: list[Figures]) -> dict[str, float]:
-    """The mean of each figure over the updates of a window; the device is waited for once."""
-    columns = {name: [figures[name] for figures in window] for name in window[0]}
-    held = [value for column in columns.values() for value in column if isinstance(value, torch.Tensor)]
-    read = iter(torch.stack([value.detach().double() for value in held]).tolist() if held else [])
-    return {
-        name: sum(next(read) if isinstance(value, torch.Tensor) else value for value in column) / len(column)
-        for name, column in columns.items()
-    }
+def averages(window: Window) -> dict[str, float]:
+    """The mean of each figure over the updates of a window."""
+    return {name: sum(figures[name] for figures in window) / len(window) for name in window[0]}
 
 
 @torch.no_grad()
@@ -66,13 +61,18 @@ def _buckets(values: torch.Tensor) -> torch.Tensor:
     return torch.where(mantissa.isfinite(), place, _BUCKETS - 1)
 
 
-def exponent_shares(counts: list[int]) -> dict[str, Any]:
+def exponent_shares(counts: Sequence[float]) -> dict[str, Any]:
     """For the log, of :func:`exponent_counts`: the shares of ``zeros`` and of ``nonfinite`` numbers, and ``shares`` of
     those with the exponents ``lowest``, ``lowest`` + 1, ..., up to the last that occurs."""
     zeros, *between, nonfinite = (float(f"{count / max(1, sum(counts)):.4g}") for count in counts)
     found = [index for index, share in enumerate(between) if share]
     first, last = (found[0], found[-1]) if found else (0, -1)
     return {"zeros": zeros, "nonfinite": nonfinite, "lowest": LOWEST + first, "shares": between[first : last + 1]}
+
+
+def described(line: dict[str, Any]) -> dict[str, Any]:
+    """For the log, of :meth:`Telemetry.line` with its tensors as lists."""
+    return {**line, "gradient_exponents": exponent_shares(line["gradient_exponents"])}
 
 
 def measured_peak(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float:
@@ -141,14 +141,15 @@ class Telemetry:
         counts = exponent_counts(gradients)
         self._exponents = counts if self._exponents is None else self._exponents + counts
 
-    def line(self) -> dict[str, Any]:
-        """What a line says of the updates since the last one, after the last one's step. All processes call this."""
+    def line(self) -> Figures:
+        """What a line says of the updates since the last one, after the last one's step: for :func:`described`, once
+        its tensors have been read. All processes call this."""
         stage = self.stage
         self.observe([parameter.grad for parameter in stage.shards.parameters() if parameter.grad is not None])
         counts, self._exponents = self._exponents, None
-        line = {"gradient_exponents": exponent_shares(stage.team.total(counts).tolist())}
+        line: Figures = {"gradient_exponents": stage.team.total(counts)}
         if stage.scales is not None:
-            line["scales"] = stage.scales.scales.tolist()
+            line["scales"] = stage.scales.scales.clone()  # which change in place
         if self.bytes_sent is not None:
             line["bytes_sent"] = round(self.bytes_sent)
         return line | self._speed()

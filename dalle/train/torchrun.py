@@ -98,7 +98,7 @@ class Team(Alone):
             if parameter is not local and parameter.grad is not None:
                 local.grad, parameter.grad = parameter.grad.to_local(), None
         average_replicated([parameter for parameter, local in self._locals.items() if parameter is local])
-        means = torch.stack([torch.as_tensor(value, device=self.device).double() for value in figures.values()])
+        means = torch.stack([self._as_double(value) for value in figures.values()])
         dist.all_reduce(means)
         return dict(zip(figures, (means / self.size).unbind()))
 
@@ -134,6 +134,11 @@ class Team(Alone):
             if observe is not None:
                 observe(gradients)
             yield list(zip(shards, gradients))
+
+    def _as_double(self, value: torch.Tensor | float) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.double()
+        return torch.full((), value, dtype=torch.float64, device=self.device)  # a number would be copied with a wait
 
     def add_squares(self, sharded: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         # Each machine holds all shards once, each process all that is whole: so the mean counts both once.
