@@ -139,6 +139,18 @@ def test_the_optimizer_is_the_one_asked_for():
         assert type(make_optimizer(model, model, DALLETraining(optimizer=name))) is kind
 
 
+def test_stochastic_rounding_is_off_unless_asked_for_and_differs_between_parts():
+    model, _ = lowered(torch.float16)
+
+    def seeds(part=0, **settings):
+        training = DALLETraining(precision="float16", optimizer="adamw16", **settings)
+        return {group["rounding_seed"] for group in make_optimizer(model, model, training, part).param_groups}
+
+    assert seeds() == {None}
+    runs = [seeds(stochastic_rounding=True, part=part, seed=seed) for part, seed in ((0, 0), (1, 0), (0, 1))]
+    assert all(len(run) == 1 for run in runs) and len(set.union(*runs)) == 3
+
+
 def scaled_training() -> tuple[DALLE, GradScales, AdamW16]:
     model, scales = lowered(torch.float16)
     optimizer = make_optimizer(model, model, DALLETraining(precision="float16", optimizer="adamw16"))
@@ -207,12 +219,16 @@ def test_16_bit_resblocks_need_adamw16():
         DALLETraining(precision="int8")
     with pytest.raises(UserError, match="optimizer: expected one of adamw, adamw16, got 'sgd'"):
         DALLETraining(optimizer="sgd")
+    for value in (True, "no"):
+        with pytest.raises(UserError, match=f"stochastic_rounding: expected false, or true .* got {value!r} for one"):
+            DALLETraining(stochastic_rounding=value)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
-def test_interrupted_and_resumed_equals_uninterrupted(precision, pictures, trained_dvae, tmp_path):
+@pytest.mark.parametrize(("precision", "rounding"), [("float32", False), ("float16", True), ("bfloat16", False)])
+def test_interrupted_and_resumed_equals_uninterrupted(precision, rounding, pictures, trained_dvae, tmp_path):
     def stage():
-        return dalle_stage(pictures, trained_dvae, tmp_path, precision=precision, optimizer="adamw16")
+        settings = {"precision": precision, "optimizer": "adamw16", "stochastic_rounding": rounding}
+        return dalle_stage(pictures, trained_dvae, tmp_path, **settings)
 
     run(stage(), tmp_path / "whole", QUIET)
     with pytest.raises(KeyboardInterrupt):

@@ -107,7 +107,7 @@ def said(place):
     add("odd batch", 2, "--batch-size", "5", fails=True)
     add("no torchrun", 0, "--machines", "2", fails=True)
     add("nothing sent", 0, "--compression-rank", "8", fails=True)
-    add("odd rank", 2, "--machines", "1", "--compression-rank", "7", fails=True)
+    add("one machine", 2, "--compression-rank", "8", fails=True)
     stage_1 = ["train-dvae", "--data", str(place / "pictures"), "--out", str(place / "stage 1")]
     jobs["stage 1"] = {"size": 2, "arguments": stage_1, "fails": True}
     command = [sys.executable, str(TESTS / "worlds.py")]
@@ -205,8 +205,16 @@ def test_a_process_killed_in_saving_costs_nothing(place, said):
         ("three machines", "--machines 3: expected a divisor of the number of processes, 2 by torchrun"),
         ("odd batch", "batch_size: expected a multiple of the 2 processes, got 5"),
         ("no torchrun", "--machines 2: expected several processes, started by torchrun, got one"),
-        ("nothing sent", "compression_rank: expected 0 for one process, which sends nothing; or start by torchrun"),
-        ("odd rank", "PowerSGD: expected a rank that 2 GPUs divide evenly, got 7"),
+        (
+            "nothing sent",
+            "compression_rank: expected 0 for one process, which sends nothing, got 8; leave it out, or start several "
+            "by torchrun",
+        ),
+        (
+            "one machine",
+            "compression_rank: expected 0 for one machine, whose GPUs send gradients as they are, got 8; leave it out, "
+            "or say by --machines how many there are",
+        ),
         ("stage 1", "expected one process for this job, got 2; start it without torchrun"),
     ],
 )

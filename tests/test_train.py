@@ -173,6 +173,26 @@ def test_runs_are_neither_overwritten_nor_mixed(pictures, tmp_path):
         run(dvae_stage(pictures, updates=3, kl_weight=1.0), tmp_path, QUIET, resume=True)
 
 
+def test_a_run_of_before_a_setting_resumes_at_its_default(pictures, trained_dvae, tmp_path):
+    def stage(**settings):
+        return dalle_stage(pictures, trained_dvae, tmp_path, updates=4, **settings)
+
+    every = RunSettings(log_every=1, picture_every=0, checkpoint_every=2)
+    run(stage(), tmp_path / "whole", every)
+    old = shutil.copytree(tmp_path / "whole", tmp_path / "old")
+    shutil.rmtree(old / "checkpoints" / "update-00000004")
+    path = latest_checkpoint(old) / "checkpoint.json"
+    description = json.loads(path.read_text())
+    for name in ("precision", "optimizer", "stochastic_rounding", "compression_rank"):
+        del description["identity"]["training"][name]
+    path.write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"its training\.optimizer is 'adamw', this command's is 'adamw16'"):
+        run(stage(optimizer="adamw16"), old, every, resume=True)
+    run(stage(), old, every, resume=True)
+    whole, resumed = final_tensors(tmp_path / "whole"), final_tensors(old)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
 def test_a_damaged_checkpoint_is_refused(pictures, tmp_path):
     run(dvae_stage(pictures, updates=3), tmp_path, QUIET)
     path = latest_checkpoint(tmp_path) / "training.safetensors"

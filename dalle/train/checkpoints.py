@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,8 @@ def load(stage: Stage, folder: Path) -> tuple[int, float, Window]:
         raise UserError(f"{folder / DESCRIPTION}: expected a training checkpoint in format {FORMAT}")
     if not {"identity", "state", "update", "seconds"} <= description.keys():
         raise UserError(f"{folder / DESCRIPTION} is damaged: expected what it says of the run")
-    _require_same(description["identity"], json.loads(to_json(stage.identity())), folder)
+    identity = _with_later_settings(description["identity"], stage)
+    _require_same(identity, json.loads(to_json(stage.identity())), folder)
     groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "error": {}}
     for name, tensor in _read(stage, folder, description.get("sha256")).items():
         group, _, rest = name.partition(".")
@@ -164,6 +166,12 @@ def _read(stage: Stage, folder: Path, digest: str | None) -> dict[str, torch.Ten
     from dalle.train import shard_files
 
     return shard_files.read(folder / SHARDS, lambda name, *size: stage.team.empty(parameter(name), *size))
+
+
+def _with_later_settings(identity: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """A checkpoint's identity, with settings that it was made before at their defaults: what they were in effect."""
+    defaults = asdict(type(stage.training)())
+    return {**identity, "training": {**defaults, **identity.get("training", {})}}
 
 
 def _require_same(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:

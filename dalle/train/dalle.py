@@ -59,6 +59,8 @@ class DALLETraining:
     ``precision`` is the resblocks': "float32", or the paper's "float16", or "bfloat16", for their matrices, activations
     and gradients, each resblock under a loss scale of its own. ``optimizer`` is torch's "adamw", or "adamw16", which
     keeps the moments of the resblocks' matrices in 16 bits and which 16-bit resblocks need (paper 2.4, B.2).
+    ``stochastic_rounding`` rounds 16-bit matrices up or down at random after each step, so that steps below their
+    precision add up; the noise is a function of the seed, the update and how many GPUs a machine has.
 
     ``compression_rank`` is the total rank at which PowerSGD sums the gradients of the resblocks' matrices between
     machines (paper App. E); 0 sums them as they are. It needs a run under torchrun.
@@ -80,6 +82,7 @@ class DALLETraining:
     crops: int = 1
     precision: str = "float32"
     optimizer: str = "adamw"
+    stochastic_rounding: bool = False
     compression_rank: int = 0
     stored_dtype: str = "float32"
 
@@ -97,7 +100,7 @@ class DALLETraining:
         require_choice(self, "schedule", ("plateau", "cosine"))
         require_choice(self, "precision", PRECISIONS)
         require_choice(self, "optimizer", OPTIMIZERS)
-        require_fitting(self.precision, self.optimizer)
+        require_fitting(self)
         require_in_range(self, "compression_rank", 0, math.inf, whole=True)
         require_choice(self, "stored_dtype", STORED_DTYPES)
 
@@ -127,7 +130,7 @@ class DALLEStage(Stage):
     ):
         if len(images) == 0:
             raise UserError("no image to train on: the data set is empty")
-        team.require_even(training.batch_size)
+        team.require_fitting(training.batch_size, training.compression_rank)
         self.team = team
         self.config = config
         self.training = training
@@ -155,7 +158,7 @@ class DALLEStage(Stage):
             model.set_precision(dtype, self.scales.scales)
         scales = None if self.scales is None else self.scales.scales
         self.place(model, training.compression_rank, scales)
-        self.optimizer = make_optimizer(self.model, self.shards, training)
+        self.optimizer = make_optimizer(self.model, self.shards, training, team.gpu)
         self.average = IterateAverage(self.shards, training.average_decay, training.average_every)
         if isinstance(self.average.model, DALLE):
             self.average.model.set_precision(torch.float32)

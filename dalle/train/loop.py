@@ -69,6 +69,8 @@ class Stage(ABC):
     """
 
     team: Alone = ALONE
+    training: Any
+    """The settings, of a dataclass in which each has a default."""
     model: nn.Module
     shards: nn.Module
     optimizer: torch.optim.Optimizer

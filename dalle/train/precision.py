@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dalle.errors import UserError
+from dalle.train.sampling import derived_seed
 from dalle_kernels import AdamW16, GradScales, squared_norms
 
 if TYPE_CHECKING:
@@ -21,21 +22,35 @@ OUTSIDE = -1
 """The ``resblock`` of a parameter group whose parameters are not those of one resblock."""
 
 
-def require_fitting(precision: str, optimizer: str) -> None:
-    """Raise UserError for resblocks in 16 bits under an optimizer that knows no loss scale of each."""
-    if PRECISIONS[precision] is not None and optimizer != "adamw16":
+def require_fitting(training: DALLETraining) -> None:
+    """Raise UserError for resblocks in 16 bits under an optimizer that knows no loss scale of each, and for stochastic
+    rounding where nothing is in 16 bits."""
+    is_narrow = PRECISIONS[training.precision] is not None
+    if is_narrow and training.optimizer != "adamw16":
         raise UserError(
-            f"DALLETraining.optimizer: expected adamw16 for a precision of {precision}, got {optimizer}: torch's AdamW "
-            "would keep its moments in 16 bits too"
+            f"DALLETraining.optimizer: expected adamw16 for a precision of {training.precision}, got "
+            f"{training.optimizer}: torch's AdamW would keep its moments in 16 bits too"
+        )
+    rounding = training.stochastic_rounding
+    if not isinstance(rounding, bool) or (rounding and not is_narrow):
+        raise UserError(
+            "DALLETraining.stochastic_rounding: expected false, or true for a precision of float16 or bfloat16, got "
+            f"{rounding!r} for one of {training.precision}"
         )
 
 
-def make_optimizer(model: nn.Module, shards: nn.Module, training: DALLETraining) -> torch.optim.Optimizer:
-    """The AdamW that ``training`` asks for, of the parameters in ``shards``, which are named as those of ``model``."""
+def make_optimizer(
+    model: nn.Module, shards: nn.Module, training: DALLETraining, part: int = 0
+) -> torch.optim.Optimizer:
+    """The AdamW that ``training`` asks for, of the parameters in ``shards``, which are named as those of ``model``.
+
+    ``part`` numbers the shards of a model: each is rounded by noise of its own.
+    """
     by_resblock = PRECISIONS[training.precision] is not None
     groups = parameter_groups(model, shards, training.weight_decay, by_resblock)
     if training.optimizer == "adamw16":
-        return AdamW16(groups, lr=0.0, betas=BETAS)
+        seed = derived_seed(training.seed, "rounding", part) if training.stochastic_rounding else None
+        return AdamW16(groups, lr=0.0, betas=BETAS, rounding_seed=seed)
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=1e-8, fused=True)
 
 

@@ -28,6 +28,8 @@ class Alone:
     leads = True
     size = 1
     device = "cpu"
+    gpu = 0
+    """Which part of the model this process holds, of as many as a machine has GPUs."""
     resumes = False
     """Whether this is a second start of a run that failed, which goes on from its last checkpoint."""
 
@@ -43,16 +45,19 @@ class Alone:
     def shard(self, model: nn.Module, compression_rank: int = 0, scales: torch.Tensor | None = None) -> nn.Module:
         """Put ``model`` onto the team's devices. With a ``compression_rank`` PowerSGD sums its gradients between
         machines, those of each resblock multiplied by one of ``scales``."""
-        if compression_rank:
-            raise UserError("compression_rank: expected 0 for one process, which sends nothing; or start by torchrun")
         return model.to(self.device)
 
     def shards(self, model: nn.Module) -> nn.Module:
         """This process's part of a model that :meth:`shard` returned."""
         return model
 
-    def require_even(self, batch_size: int) -> None:
-        """Raise UserError unless a batch can be shared out evenly."""
+    def require_fitting(self, batch_size: int, compression_rank: int = 0) -> None:
+        """Raise UserError unless a batch can be shared out evenly and there is something to compress."""
+        if compression_rank:
+            raise UserError(
+                f"compression_rank: expected 0 for one process, which sends nothing, got {compression_rank}; leave it "
+                "out, or start several by torchrun"
+            )
 
     def share(self, batch: Sequence[Item]) -> Sequence[Item]:
         """This process's part of the batch of an update."""

@@ -44,6 +44,7 @@ class Team(Alone):
                 f"--machines {machines}: expected a divisor of the number of processes, {self.size} by torchrun"
             )
         self.machines = machines
+        self.gpu = self.rank % (self.size // machines)
         # The model that is trained, what compresses its gradients, its shards, and what clips gradients to come.
         self._model: nn.Module | None = None
         self._powersgd: PowerSGD | None = None
@@ -85,9 +86,14 @@ class Team(Alone):
             module.register_parameter(last, self._locals.setdefault(parameter, _local(parameter)))
         return tree
 
-    def require_even(self, batch_size: int) -> None:
+    def require_fitting(self, batch_size: int, compression_rank: int = 0) -> None:
         if batch_size % self.size:
             raise UserError(f"batch_size: expected a multiple of the {self.size} processes, got {batch_size}")
+        if compression_rank and self.machines == 1:
+            raise UserError(
+                f"compression_rank: expected 0 for one machine, whose GPUs send gradients as they are, got "
+                f"{compression_rank}; leave it out, or say by --machines how many there are"
+            )
 
     def share(self, batch: Sequence[Item]) -> Sequence[Item]:
         part = len(batch) // self.size
