@@ -143,6 +143,7 @@ class DALLEStage(Stage):
         self.dvae = load_dvae(dvae_folder).to(self.device)
         self.dvae_sha256 = dvae_sha256(dvae_folder)
         self.tokenizer = tokenizer or team.from_leader(lambda: Tokenizer.train(images.captions, config.text_vocab_size))
+        self.tokenizer_json = self.tokenizer.to_json().encode()
         self._check_fit()
         self.captions = list(images.captions)
         self.fingerprint = images.fingerprint
@@ -150,7 +151,7 @@ class DALLEStage(Stage):
         self.held_out_captions, self.held_out_tokens = self._held_out(held_out, cache)
         self.order = EpochOrder(len(images), training.seed)
         torch.manual_seed(derived_seed(training.seed, "dalle"))
-        model = DALLE(config)
+        model = team.build(lambda: DALLE(config))
         dtype = PRECISIONS[training.precision]
         if dtype is not None:
             # Each process takes the mean over its own share of the batch, as one replica of one would.
@@ -232,11 +233,11 @@ class DALLEStage(Stage):
             "training": asdict(self.training),
             "data": self.fingerprint,
             "dvae_sha256": self.dvae_sha256,
-            "tokenizer_sha256": sha256(self.tokenizer.to_json().encode()),
+            "tokenizer_sha256": sha256(self.tokenizer_json),
         }
 
     def extra_files(self) -> dict[str, bytes]:
-        return {"tokenizer.json": self.tokenizer.to_json().encode()}
+        return {"tokenizer.json": self.tokenizer_json}
 
     def state(self) -> dict[str, Any]:
         scales = {} if self.scales is None else scales_to_json(self.scales)

@@ -42,6 +42,10 @@ class Alone:
     def __exit__(self, *_exception: Any) -> None:
         pass
 
+    def build(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """A model for :meth:`shard`, whose parameters are there in the leader alone."""
+        return make()
+
     def shard(self, model: nn.Module, compression_rank: int = 0, scales: torch.Tensor | None = None) -> nn.Module:
         """Put ``model`` onto the team's devices. With a ``compression_rank`` PowerSGD sums its gradients between
         machines, those of each resblock multiplied by one of ``scales``."""

@@ -67,12 +67,32 @@ class Team(Alone):
         if kind is None:
             dist.destroy_process_group()
 
+    def build(self, make: Callable[[], nn.Module]) -> nn.Module:
+        if self.leads:
+            return make()
+        with torch.device("meta"):
+            return make()
+
     def shard(self, model: nn.Module, compression_rank: int = 0, scales: torch.Tensor | None = None) -> nn.Module:
-        shard(model, self.mesh, compressed=compression_rank > 0)
+        whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        shard(model.to("meta"), self.mesh, compressed=compression_rank > 0)
+        self._fill(model.to_empty(device=self.device), whole)
         if compression_rank:
             self._powersgd = compress(model, self.mesh, compression_rank, scales)
         self._model = model
         return model
+
+    def _fill(self, model: nn.Module, whole: dict[str, torch.Tensor]) -> None:
+        """Take this process's parts of the parameters that the leader holds ``whole``, one by one: nobody else ever
+        holds more than one."""
+        for name, parameter in model.named_parameters():
+            tensor = whole.pop(name)
+            tensor = tensor.to(self.device) if self.leads else torch.empty_like(tensor, device=self.device)
+            dist.broadcast(tensor.view(torch.uint8), src=0)
+            if isinstance(parameter, DTensor):
+                shard = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                tensor = shard.to_local()
+            _local(parameter).detach().copy_(tensor)
 
     def shards(self, model: nn.Module) -> nn.Module:
         tree = nn.Module()
