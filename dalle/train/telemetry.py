@@ -46,7 +46,7 @@ def exponent_counts(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     total = None
     for tensor in tensors:
         for chunk in tensor.detach().flatten().split(_AT_ONCE):
-            counts = torch.histc(_buckets(chunk), _BUCKETS, 0, _BUCKETS - 1).long()
+            counts = _counted(_buckets(chunk))
             total = counts if total is None else total + counts
     if total is None:
         raise ValueError("exponent_counts: expected at least one tensor, got none")
@@ -54,11 +54,17 @@ def exponent_counts(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _buckets(values: torch.Tensor) -> torch.Tensor:
-    """The place of each value among :func:`exponent_counts`', as float32."""
-    mantissa, exponent = torch.frexp(values.float())  # a mantissa from 1/2 to 1
-    place = (exponent - 1).clamp_(LOWEST, HIGHEST).float() - (LOWEST - 1)
-    place = torch.where(mantissa == 0, 0, place)
-    return torch.where(mantissa.isfinite(), place, _BUCKETS - 1)
+    """The place of each value among :func:`exponent_counts`', int32."""
+    magnitude = values.float().view(torch.int32) & 0x7FFFFFFF
+    exponent = magnitude >> 23  # biased by 127; 0 also of what is below float32's normal numbers
+    place = (exponent - 127).clamp_(LOWEST, HIGHEST).sub_(LOWEST - 1)
+    return place.masked_fill_(magnitude == 0, 0).masked_fill_(exponent == 255, _BUCKETS - 1)
+
+
+def _counted(places: torch.Tensor) -> torch.Tensor:
+    if places.is_cuda:  # where bincount reads the largest place back, which makes the host wait
+        return torch.histc(places.float(), _BUCKETS, 0, _BUCKETS - 1).long()
+    return torch.bincount(places, minlength=_BUCKETS)
 
 
 def exponent_shares(counts: Sequence[float]) -> dict[str, Any]:
