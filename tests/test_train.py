@@ -22,6 +22,7 @@ from dalle.cli import main
 from dalle.config import DALLEConfig, DVAEConfig
 from dalle.data import open_dataset
 from dalle.errors import UserError
+from dalle.files import atomic_write_folder
 from dalle.tokenizer import Tokenizer
 from dalle.train.dalle import DALLEStage, DALLETraining
 from dalle.train.dvae import DVAEStage, DVAETraining
@@ -142,6 +143,25 @@ def test_only_the_last_checkpoints_are_kept(pictures, tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["update-00000006", "update-00000007"]
 
 
+def test_updates_go_on_while_a_checkpoint_is_written(pictures, tmp_path, monkeypatch):
+    stage = dvae_stage(pictures, updates=4)
+    loss, later, writing = stage.loss, threading.Event(), atomic_write_folder
+
+    def noted(update):
+        if update == 3:
+            later.set()
+        return loss(update)
+
+    def write(folder, files):
+        assert later.wait(60), "the update after the checkpoint's has begun"
+        writing(folder, files)
+
+    stage.loss = noted
+    monkeypatch.setattr("dalle.train.checkpoints.atomic_write_folder", write)
+    run(stage, tmp_path, QUIET)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["update-00000003", "update-00000004"]
+
+
 def test_a_full_disk_loses_nothing(pictures, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(interrupt_after(dvae_stage(pictures), 3), tmp_path, QUIET)
@@ -255,17 +275,20 @@ def test_figures_that_are_read_late_give_the_same_numbers_and_log(pictures, trai
 
 
 def test_an_interruption_that_is_read_late_stops_later_and_loses_nothing(pictures, tmp_path, late):
+    def stage():
+        return dvae_stage(pictures, batch_size=1)
+
     every = RunSettings(log_every=1, picture_every=0, checkpoint_every=100)
-    run(dvae_stage(pictures), tmp_path / "whole", every)
+    run(stage(), tmp_path / "whole", every)
     with pytest.raises(KeyboardInterrupt):
-        run(interrupt_after(dvae_stage(pictures), 2), tmp_path / "parts", every)
+        run(interrupt_after(stage(), 2), tmp_path / "parts", every)
     assert latest_checkpoint(tmp_path / "parts").name == "update-00000005"
-    run(dvae_stage(pictures), tmp_path / "parts", every, resume=True)
+    run(stage(), tmp_path / "parts", every, resume=True)
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
 
 
 def test_updates_that_are_not_finite_change_nothing_until_that_is_read(pictures, tmp_path, late):
-    stage = dvae_stage(pictures)
+    stage = dvae_stage(pictures, batch_size=1)
     loss, before = stage.loss, {}
 
     def diverging(update):

@@ -1,7 +1,7 @@
 """The checkpoints of a run folder: complete or absent, whatever happens while one is written.
 
-A run of one process writes a checkpoint at once, its tensors in ``training.safetensors``. One of several writes it by
-torch.distributed.checkpoint, each process its shards, from a copy and in a thread, while training goes on: into a
+A checkpoint is written from a copy and in a thread, while training goes on. A run of one process has its tensors in
+``training.safetensors``. One of several writes them by torch.distributed.checkpoint, each process its shards, into a
 hidden folder ``.update-XXXXXXXX.saving``, which the leader syncs and renames when all have written. Both kinds are read
 by any number of processes.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def latest_checkpoint(out: str | Path) -> Path | None:
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run, of which the last ``keep`` are kept."""
+    """Writes the checkpoints of a run, of which the last ``keep`` are kept; to be entered while it trains."""
 
     def __init__(self, stage: Stage, out: Path, keep: int):
         self.stage = stage
@@ -47,8 +48,19 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, *_exception: Any) -> None:
+        if kind is None:
+            self.wait()
+        elif self.stage.team.size == 1:  # in a team the others, who may have failed, would have to write too
+            with suppress(UserError):
+                self.wait()
+
     def save(self, update: int, seconds: float, window: Window) -> None:
-        """Write the state after ``update`` updates: at once, or the shards of a team in the background."""
+        """Write the state after ``update`` updates in the background, once the last one is written."""
+        self.wait()
         stage = self.stage
         folder = self.folder / f"update-{update:08d}"
         description = {
@@ -60,28 +72,15 @@ class Checkpoints:
             "identity": stage.identity(),
             "state": stage.state(),
         }
-        save = self._save_whole if stage.team.size == 1 else self._save_shards
-        save(folder, description, _tensors(stage), stage.extra_files())
+        write = self._write_whole if stage.team.size == 1 else self._write_shards
+        self._pending = self._thread.submit(write, folder, description, self._copies(), stage.extra_files())
 
-    def _save_whole(
-        self, folder: Path, description: dict[str, Any], tensors: dict[str, torch.Tensor], files: dict[str, bytes]
-    ) -> None:
-        data = to_safetensors(tensors)
-        description = {**description, "sha256": sha256(data)}
-        atomic_write_folder(folder, {TENSORS: data, DESCRIPTION: to_json(description), **files})
-        self._drop_old()
-
-    def _save_shards(
-        self, folder: Path, description: dict[str, Any], tensors: dict[str, torch.Tensor], files: dict[str, bytes]
-    ) -> None:
-        self.wait()
+    def _copies(self) -> dict[str, torch.Tensor]:
+        tensors, team = _tensors(self.stage), self.stage.team
+        if team.size == 1:
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         parameters = dict(self.stage.model.named_parameters())
-        copies = {
-            name: self.stage.team.stored(parameters.get(_parameter_name(name)), tensor)
-            for name, tensor in tensors.items()
-        }
-        files = {DESCRIPTION: to_json(description), **files}
-        self._pending = self._thread.submit(self._write_shards, folder, copies, files)
+        return {name: team.stored(parameters.get(_parameter_name(name)), tensor) for name, tensor in tensors.items()}
 
     def wait(self) -> None:
         """Until the last checkpoint is complete; UserError if it could not be written."""
@@ -89,13 +88,23 @@ class Checkpoints:
             self._pending.result()
             self._pending = None
 
-    def _write_shards(self, folder: Path, tensors: dict[str, torch.Tensor], files: dict[str, bytes]) -> None:
+    def _write_whole(
+        self, folder: Path, description: dict[str, Any], tensors: dict[str, torch.Tensor], files: dict[str, bytes]
+    ) -> None:
+        data = to_safetensors(tensors)
+        description = {**description, "sha256": sha256(data)}
+        atomic_write_folder(folder, {TENSORS: data, DESCRIPTION: to_json(description), **files})
+        self._drop_old()
+
+    def _write_shards(
+        self, folder: Path, description: dict[str, Any], tensors: dict[str, torch.Tensor], files: dict[str, bytes]
+    ) -> None:
         from dalle.train import shard_files  # torch takes long to import what that needs
 
         temporary = folder.with_name(f".{folder.name}.saving")
         shard_files.write(temporary / SHARDS, tensors, self.stage.team.saving)
         if self.stage.team.leads:
-            complete_folder(temporary, folder, files)
+            complete_folder(temporary, folder, {DESCRIPTION: to_json(description), **files})
             self._drop_old()
 
     def _drop_old(self) -> None:

@@ -152,7 +152,7 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
     started = time.monotonic() - seconds
     telemetry = Telemetry(stage, settings.peak_tflops * 1e12)
     journal = Journal(stage, out, window, bar)
-    with bar, _interruptible() as interrupted:
+    with bar, _interruptible() as interrupted, checkpoints:
         while update < stage.updates:
             last = update + 1 == stage.updates
             logging, drawing, saving = (
@@ -177,7 +177,6 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
                 if team.leads:
                     tqdm.write(f"interrupted after update {update}; the same command with --resume goes on from there")
                 raise KeyboardInterrupt
-    checkpoints.wait()
     files = stage.model_files(update, time.monotonic() - started)
     if team.leads:
         atomic_write_folder(out / "model", files)
