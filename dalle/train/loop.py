@@ -59,6 +59,14 @@ class RunSettings:
         if not 0 <= self.peak_tflops < math.inf:
             raise UserError(f"peak_tflops: expected a number of at least 0, got {self.peak_tflops!r}")
 
+    def due(self, update: int, updates: int) -> tuple[bool, bool, bool]:
+        """Whether a line of the log, a picture and a checkpoint follow an update of ``updates``."""
+        logging, drawing, saving = (
+            every > 0 and (update % every == 0 or update == updates)
+            for every in (self.log_every, self.picture_every, self.checkpoint_every)
+        )
+        return logging, drawing, saving
+
 
 class Stage(ABC):
     """What the loop needs to know of a stage. ``updates`` is the run's length. For the log, ``scales`` are the loss
@@ -154,11 +162,7 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
     journal = Journal(stage, out, window, bar)
     with bar, _interruptible() as interrupted, checkpoints:
         while update < stage.updates:
-            last = update + 1 == stage.updates
-            logging, drawing, saving = (
-                every and ((update + 1) % every == 0 or last)
-                for every in (settings.log_every, settings.picture_every, settings.checkpoint_every)
-            )
+            logging, drawing, saving = settings.due(update + 1, stage.updates)
             with telemetry.update():
                 figures = _one_update(stage, update, interrupted, telemetry.observe if logging else None)
             update += 1
