@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peak_memory import needs_peaks, peak_growth
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -235,12 +235,6 @@ def test_same_input_same_bits(provider):
     assert all(map(torch.equal, first, again))
 
 
-def _memory(name: str) -> int:
-    """This process's memory in bytes: "VmRSS" now, "VmHWM" at its highest."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{name}:\s*(\d+) kB", status, re.MULTILINE)[1]) * 1024
-
-
 def test_the_reference_has_logits_for_one_chunk_at_a_time(monkeypatch):
     monkeypatch.setattr(reference, "_CHUNK_LOGITS", 300)
     sizes = []
@@ -253,7 +247,7 @@ def test_the_reference_has_logits_for_one_chunk_at_a_time(monkeypatch):
 
 
 @needs_native
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's highest memory")
+@needs_peaks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_logits_exist_for_one_chunk_at_a_time(reduction, dtype):
@@ -261,10 +255,8 @@ def test_logits_exist_for_one_chunk_at_a_time(reduction, dtype):
     hidden, weight, bias, target = _inputs(2560, 16384, 16, seed=20, dtype=dtype)
     for tensor in (hidden, weight, bias):
         tensor.requires_grad_()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest memory becomes that of now
-    before = _memory("VmRSS")
-    linear_cross_entropy(hidden, weight, target, bias, IGNORE, reduction).sum().backward()
-    assert _memory("VmHWM") - before < 40 * 2**20
+    loss_and_gradients = partial(linear_cross_entropy, hidden, weight, target, bias, IGNORE, reduction)
+    assert peak_growth(lambda: loss_and_gradients().sum().backward()) < 40 * 2**20
 
 
 @needs_native

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peak_memory import needs_peaks, peak_growth
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dalle_kernels
@@ -127,6 +128,23 @@ def test_the_number_of_threads_changes_no_bit():
             assert all(torch.equal(result, results[0]) for result in results)
     finally:
         torch.set_num_threads(threads)
+
+
+@native_only
+@needs_peaks
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+def test_a_step_takes_no_more_memory_than_its_scratch_space(dtype):
+    """The scores of each thread's samples; text keys for each sample, or in float32, would take 32 MiB and more."""
+    text_len, samples, head_dim = 16_384, 32, 32
+    pattern = AttentionPattern("row", text_len, (2, 2))
+    cache = KVCache(pattern, 1, 8, head_dim, dtype, samples_per_prompt=samples)
+    text = torch.zeros(1, 8, text_len, head_dim, dtype=dtype)
+    cache.prefill(text, text)
+    token = torch.zeros(samples, 8, 1, head_dim, dtype=dtype)
+    with dalle_kernels.use("native"):
+        grown = peak_growth(lambda: decode_attention(token, token, token, cache))
+    scratch = torch.get_num_threads() * samples * (2 * head_dim + text_len + 1) * 4
+    assert grown <= scratch + token.nbytes + 2**21
 
 
 def operator_arguments(dtype=torch.float32):

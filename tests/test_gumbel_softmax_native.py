@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from peak_memory import needs_peaks, peak_growth
 from torch._subclasses import FakeTensorMode
 
 import dalle_kernels
 from dalle_kernels import _native, _triton, philox
-from dalle_kernels.gumbel_softmax import cuda, gumbel_softmax, ops
+from dalle_kernels.gumbel_softmax import cuda, gumbel_codebook, gumbel_softmax, ops
 from dalle_kernels.testing import poisoned_allocations
 
 pytestmark = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the CPU library is not built")
@@ -153,6 +154,25 @@ def test_rows_too_long_to_keep_are_drawn_twice(instruction_set):
                 results.append((y, kl, *torch.autograd.grad((y, kl), logits, (weight, torch.ones_like(kl)))))
         for native, reference in zip(*results):
             torch.testing.assert_close(native, reference, rtol=2e-4, atol=1e-7)
+
+
+@needs_peaks
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_sample_that_meets_the_codebook_is_never_stored(dim):
+    """It would take 32 MiB, as do the logits and their gradient."""
+    shape = (4, 8192, 256) if dim == 1 else (4, 256, 8192)
+    logits, codebook = torch.randn(shape, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
+
+    def forward():
+        return gumbel_codebook(logits, codebook, dim=dim)
+
+    def backward():
+        torch.autograd.backward((embedding, kl), (torch.ones_like(embedding), torch.ones_like(kl)))
+
+    with dalle_kernels.use("native"):
+        assert peak_growth(forward) < 16 * 2**20
+        embedding, kl = forward()
+        assert peak_growth(backward) < (32 + 16) * 2**20
 
 
 def test_refusals_say_why():
