@@ -283,6 +283,27 @@ def test_backward_alone(side_by_side, device, kind, dtype, layout):
     side_by_side(problem.case(ours, others, goals(BACKWARD, dtype, kind, device), seconds=5))
 
 
+@pytest.mark.parametrize("work", (FORWARD, BOTH))
+@each_kind
+def test_one_head_is_shared_out(side_by_side, device, kind, dtype, work):
+    """What further threads bring where there is one head for all of them."""
+    threads = torch.get_num_threads()
+    if device == "cuda" or threads == 1:
+        pytest.skip("measured on several threads of a CPU only")
+    pattern = AttentionPattern(kind, 256, (32, 32))
+    problem = Problem(pattern, pattern.seq_len, 64, dtype, work, device, (1, 1))
+    ours = problem.ours()
+
+    def on_one_thread() -> object:
+        torch.set_num_threads(1)
+        try:
+            return ours.run()
+        finally:
+            torch.set_num_threads(threads)
+
+    side_by_side(problem.case(ours, [Candidate(f"{OURS}, one thread", on_one_thread)], seconds=1, memory=False))
+
+
 OTHER_SHAPES = {
     "a start token": (AttentionPattern("row", 257, (32, 32)), 1280, 64),
     "16x16": (AttentionPattern("row", 256, (16, 16)), 512, 64),

@@ -1,4 +1,4 @@
-"""Gumbel-softmax, and with its KL forward and backward, against torch eager, compiled and DALLE-pytorch's way."""
+"""Gumbel-softmax, with its KL and with the codebook, against torch eager, compiled and DALLE-pytorch's way."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from harness import OURS, Candidate, Case, Goal, by_triton, compiled
 from torch import Tensor
 
-from dalle_kernels import gumbel_softmax, gumbel_softmax_kl
+from dalle_kernels import gumbel_codebook, gumbel_softmax, gumbel_softmax_kl
 from dalle_kernels.philox import gumbel_noise, new_seed
 from dalle_kernels.testing import assert_accurate
 
 EAGER = "torch, eager"
 COMPILED = "torch, compiled"
-CODES = 8192
+CODES, WIDTH = 8192, 128
 # What a call may take beyond its results, in the steps in which memory is counted.
 EXTRA_BYTES = 2 << 20
 
@@ -55,6 +55,23 @@ def with_gradient(function: Callable[[Tensor], tuple[Tensor, Tensor]], logits: T
     y, kl = function(logits)
     (grad,) = torch.autograd.grad((y, kl), logits, (grad_y, torch.ones_like(kl)))
     return y.detach(), kl.detach(), grad
+
+
+def times_codebook(y: Tensor, codebook: Tensor) -> Tensor:
+    """A sample along dimension 1 times the codebook, in the codebook's dtype."""
+    return torch.tensordot(y.to(codebook.dtype), codebook, ([1], [0])).movedim(-1, 1)
+
+
+def eager_codebook(logits: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    y, kl = eager_kl(logits)
+    return times_codebook(y, codebook), kl
+
+
+def with_gradients(function, logits: Tensor, codebook: Tensor, grad_embedding: Tensor) -> tuple[Tensor, ...]:
+    """The embedding, the KL and the gradients of the logits and of the codebook, for a KL that counts once."""
+    embedding, kl = function(logits, codebook)
+    grads = torch.autograd.grad((embedding, kl), (logits, codebook), (grad_embedding, torch.ones_like(kl)))
+    return embedding.detach(), kl.detach(), *grads
 
 
 def speed_goals(cpu: float, eager: float, device: str) -> list[Goal]:
@@ -151,5 +168,54 @@ def test_with_kl_and_backward(side_by_side, device, dtype, layout):
             ],
             # Forward reads the logits and writes y; backward reads both and y's gradient and writes the logits'.
             bytes_moved=6 * logits.nbytes,
+        )
+    )
+
+
+@each_dtype
+def test_codebook(side_by_side, device, dtype):
+    """The sample times a float32 codebook: ours keeps no sample, and draws its noise again in the backward."""
+    batch, side = 8, 32
+    logits = (2 * torch.randn(batch, CODES, side, side, device=device)).to(dtype).requires_grad_()
+    codebook = torch.randn(CODES, WIDTH, device=device, requires_grad=True)
+    grad_embedding = torch.randn(batch, WIDTH, side, side, device=device)
+
+    def check() -> None:
+        few = (slice(1), slice(None), slice(4))
+        rows = torch.arange(4 * side, device=device).view(1, 1, -1)
+        ours = partial(gumbel_codebook, dim=1, generator=seeded(device))
+        actual = with_gradients(ours, logits, codebook, grad_embedding)
+        actual = (actual[0][few], actual[1][0:1, :4], actual[2][few])
+        noise = partial(gumbel_noise, new_seed(logits.device, seeded(device)), rows, CODES)
+        known = []
+        for kind, wide in ((dtype, torch.float32), (torch.float64, torch.float64)):
+
+            def function(leaf: Tensor, table: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+                y, kl = plain(leaf, 1.0, 1, noise)
+                return times_codebook(y, table), kl
+
+            call = partial(function, noise=noise(wide).view(1, CODES, 4, side))
+            leaf, table = logits.detach()[few].to(kind).requires_grad_(), codebook.detach().to(wide).requires_grad_()
+            known.append(with_gradients(call, leaf, table, grad_embedding[few].to(wide))[:3])
+        for name, *results in zip(("embedding", "kl", "gradient"), actual, *known, strict=True):
+            assert_accurate(*results, f"gumbel_codebook, {name}, {dtype}")
+
+    tensors = (logits, codebook, grad_embedding)
+    side_by_side(
+        Case(
+            family="gumbel_softmax",
+            work="times a codebook, with KL, forward + backward",
+            dtype=dtype,
+            settings={"shape": f"{batch}x{CODES}x{side}x{side}", "dim": 1, "width": WIDTH},
+            ours=Candidate(OURS, partial(with_gradients, partial(gumbel_codebook, dim=1), *tensors)),
+            rivals=[
+                Candidate(EAGER, partial(with_gradients, eager_codebook, *tensors)),
+                compiled(COMPILED, eager_codebook, lambda function: with_gradients(function, *tensors)),
+            ],
+            check=check,
+            # The product, and those of its two gradients.
+            operations=6 * batch * side * side * CODES * WIDTH,
+            # Forward reads the logits, backward reads them and writes their gradient.
+            bytes_moved=3 * logits.nbytes,
         )
     )

@@ -13,6 +13,7 @@ from compare import best_rival
 from machine import slug
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tables import ONE_HEAD
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -24,11 +25,10 @@ MARKERS = {"forward": "o", "backward": "v", "forward + backward": "s", "decode s
 def shown(case: dict) -> bool:
     """The main shape stands for attention; other shapes would only crowd the picture."""
     settings = case["settings"]
-    return case["family"] != "attention" or (settings["text"], settings["grid"], settings["head dim"]) == (
-        256,
-        "32x32",
-        64,
-    )
+    if case["family"] != "attention":
+        return True
+    main = (settings["text"], settings["grid"], settings["head dim"]) == (256, "32x32", 64)
+    return main and settings["batch x heads"] != ONE_HEAD
 
 
 def _name(case: dict) -> str:

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
+ONE_HEAD = "1 x 1"
+"""Batch and heads of the cases that show what further threads bring to one head."""
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", None: ""}
 
 
@@ -76,6 +78,8 @@ def memory(case: dict) -> str:
 
 
 def attention(cases: list[dict]) -> str:
+    single = [case for case in cases if case["settings"]["batch x heads"] == ONE_HEAD]
+    cases = [case for case in cases if case not in single]
     main = [case for case in cases if case["work"] in ("forward", "forward + backward") and _is_main(case)]
     header = [
         "pattern",
@@ -113,7 +117,22 @@ def attention(cases: list[dict]) -> str:
     ]
     text = grid(header, rows, 3)
     others = [case for case in cases if case["work"] == "forward" and not _is_main(case)]
-    return text + ("\n\n" + _other_shapes(others) if others else "")
+    parts = [text, *([_other_shapes(others)] if others else []), *([_one_head(single)] if single else [])]
+    return "\n\n".join(parts)
+
+
+def _one_head(cases: list[dict]) -> str:
+    rows = [
+        [
+            case["settings"]["pattern"],
+            SHORT[case["dtype"]],
+            case["work"],
+            ours(case),
+            rival(case, f"{case['ours']}, one thread"),
+        ]
+        for case in cases
+    ]
+    return grid(["one head, batch 1", "dtype", "work", "all threads", "one thread"], rows, 3)
 
 
 GPU_RIVALS = {
