@@ -221,6 +221,20 @@ def test_readme_tables_of_any_family(tmp_path, monkeypatch):
     assert "| forward | 4 | fp32 | 0.5 | - | 1 · 2.00× | - |" in text
 
 
+def test_one_head_has_a_table_of_its_own():
+    shape = {"pattern": "row", "text": 256, "grid": "32x32", "head dim": 64}
+    found = [
+        compare.judge(measured(times, settings={**shape, "batch x heads": layout}, **options), PEAKS)
+        for times, layout, options in (
+            ({OURS: 4, "SDPA, dense causal*": 10}, "4 x 8", {"operations": 1e6}),
+            ({OURS: 1, f"{OURS}, one thread": 1.7}, tables.ONE_HEAD, {}),
+        )
+    ]
+    main, single = tables.attention(found).split("\n\n")
+    assert "| row | fp32 | forward | 4 | 25% | - | 10 · 2.50× |" in main and "1.7" not in main
+    assert single.endswith("| row | fp32 | forward | 1 | 1.7 · 1.70× |")
+
+
 def test_the_roofline_of_any_family(tmp_path):
     pytest.importorskip("matplotlib")
     roofline = importlib.import_module("roofline")
