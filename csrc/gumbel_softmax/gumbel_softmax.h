@@ -15,6 +15,10 @@
 // tiles of 64 rows it takes 1.45 times as long, bfloat16 1.13), and the float32 forward columns of 256 rows, for which it
 // writes y twice (by blocks of 32 rows, which leave y alone, it takes 1.08 times as long).
 //
+// The product with a codebook of width W and its gradients add 6 * rows * columns * W operations: for [8, 8192, 32, 32]
+// and W = 128 that is 51.5 GFLOP, 318 ms at the 162 GFLOP/s of a large GEMM there, beside three times the noise, 150 ms.
+// Reached: 1.1 to 1.6 s forward and backward (forward alone 0.30 to 0.42), 3.2 to 4.6 times the speed of eager torch.
+//
 // On CUDA, 2^26 logits: reading and writing them takes 125 us in float32 and 62 us in 16 bits at the 4.3 TB/s that an
 // H200 copies; its multiprocessors issue some 50 instructions an element of the forward with KL in 110 us, most of them
 // for the noise, so arithmetic binds in 16 bits. The backward moves twice the bytes, 250 and 125 us. Reached, dim = -1
