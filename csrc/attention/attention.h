@@ -17,9 +17,9 @@
 // Reached on two cores of an AMD EPYC (Zen 3, AVX2, about 175 GFLOP/s in a large GEMM), one thread, 8 heads of 256 text
 // and 32 x 32 image tokens, head_dim 64, float32: row forward in 10.1 ms, 67 GFLOP/s on visible pairs, and conv in
 // 12.2 ms. Of row's time the products take 75 %, at 90 GFLOP/s, the softmax 8 %, packing 6 %. On two threads, 4 x 8
-// heads (bench/bench_attention.py, a busy host), the forward of row, column and conv took 47 to 56 % of the floor's rate
-// in float32 and 50 to 56 % in bfloat16, the backward 43 to 55 % in both. Of a single head two threads make the forward
-// 1.6 to 1.9 times as fast as one does, forward and backward 1.5 to 2.1 times.
+// heads (bench/bench_attention.py, on a slow host), the forward of row, column and conv reached 47 to 56 % of the
+// floor's rate in float32 and 50 to 56 % in bfloat16, the backward 43 to 55 % in both. Of a single head two threads make
+// the forward 1.6 to 1.9 times as fast as one does, forward and backward 1.5 to 2.1 times.
 #pragma once
 
 #include <cstdint>

@@ -11,13 +11,14 @@
 // Reached on two cores of an EPYC (Zen 3), AVX2, other work on the machine, into memory that was touched before: on
 // [8192, 8192] 14.7 to 18.6 times (bfloat16 14.4 to 18.7) the speed of F.gumbel_softmax, and with the KL, forward and
 // backward along dimension 1 of [8, 8192, 32, 32], 9.9 to 10.8 times (9.5 to 11.6) that of eager torch. There memory is
-// waited for, and each page that a column lies in is looked up: the float32 backward reads whole columns of 1024 rows (by
-// tiles of 64 rows it takes 1.45 times as long, bfloat16 1.13), and the float32 forward columns of 256 rows, for which it
-// writes y twice (by blocks of 32 rows, which leave y alone, it takes 1.08 times as long).
+// waited for, and each page that a column lies in is looked up: the float32 backward reads whole columns of 1024 rows
+// (by tiles of 64 rows it takes 1.45 times as long, bfloat16 1.13), and the float32 forward columns of 256 rows, for
+// which it writes y twice (by blocks of 32 rows, which leave y alone, it takes 1.08 times as long).
 //
 // The product with a codebook of width W and its gradients add 6 * rows * columns * W operations: for [8, 8192, 32, 32]
-// and W = 128 that is 51.5 GFLOP, 318 ms at the 162 GFLOP/s of a large GEMM there, beside three times the noise, 150 ms.
-// Reached: 1.1 to 1.6 s forward and backward (forward alone 0.30 to 0.42), 3.2 to 4.6 times the speed of eager torch.
+// and W = 128 that is 51.5 GFLOP, 318 ms at the 162 GFLOP/s of a large GEMM there, beside the noise of three draws,
+// 150 ms. Reached: 1.1 to 1.6 s forward and backward (forward alone 0.30 to 0.42), 3.1 to 4.6 times the speed of eager
+// torch.
 //
 // On CUDA, 2^26 logits: reading and writing them takes 125 us in float32 and 62 us in 16 bits at the 4.3 TB/s that an
 // H200 copies; its multiprocessors issue some 50 instructions an element of the forward with KL in 110 us, most of them
@@ -25,12 +26,12 @@
 // of [8192, 8192]: forward with KL 167 us (float32) and 154 us (bfloat16), its backward 270 and 177 us; dim = 1 of
 // [8, 8192, 32, 32]: 262 and 305 us, and 495 and 591 us, where reads of 32 bytes in float32 and 16 in bfloat16 bind.
 //
-// Scratch space on a CPU is per thread: up to four tiles of 16 KiB, nearly as much for the sums of their rows, and where a soft
-// sample is drawn up to 7/8 MiB of a block's exponentials, the rest of which is computed again, with a maximum for each
-// row of each tile: 32 KiB at 8192 columns and 32 rows, and from there in proportion to the columns. Where y keeps the
-// exponentials only such maxima are left, of eight blocks of 64 rows (512 KiB at 8192 columns) or of fewer, but at least
-// two, that take up to 7/8 MiB. The codebook's products take up to 200 floats a thread for each column of the codebook's
-// width, and their backward also keeps about 7 floats a row.
+// Scratch space on a CPU is per thread: up to four tiles of 16 KiB, nearly as much for the sums of their rows, and
+// where a soft sample is drawn up to 7/8 MiB of a block's exponentials, the rest of which is computed again, with a
+// maximum for each row of each tile: 32 KiB at 8192 columns and 32 rows, and from there in proportion to the columns.
+// Where y keeps the exponentials only such maxima are left, of eight blocks of 64 rows (512 KiB at 8192 columns) or of
+// fewer, but at least two, that take up to 7/8 MiB. The codebook's products take up to 200 floats a thread for each
+// column of the codebook's width, and their backward also keeps about 7 floats a row.
 #pragma once
 
 #include <cstdint>
