@@ -16,6 +16,7 @@ __all__ = ["pictures"]  # a fixture
 @pytest.mark.parametrize("name", command.FIGURES)
 def test_a_figure_of_a_few_updates(name, pictures, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
+    monkeypatch.setitem(command.FIGURES[name].MODEL, "layers", 2)
     out = tmp_path / "figure.png"
     monkeypatch.setattr(sys, "argv", ["dalle.figures", name, str(pictures), str(out), "--updates", "3"])
     assert command.main() == 0

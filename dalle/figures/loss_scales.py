@@ -1,14 +1,17 @@
-"""Resblocks in float16 without a loss scale against one for each, and how these move (the paper's Figure 12).
+"""Resblocks in float16 under one dynamic loss scale against one for each, and how these move (the paper's Figure 12).
 
-The run is one replica as it is among 1,024: its loss is divided by the batch of all of them. With no scale many
-gradients of the resblocks then underflow, almost half of them in the warm-up. Scales of their own, which start at
-1,024 x 2^13, hold them all; they grow until their block's gradients overflow, and part. For that to be seen within
-minutes the paper's rule is applied 15 times an update: growth by 2^(15/1000), and one division in 9 updates.
+The run is one replica as it is among 1,024: its loss is divided by the batch of all of them. The model is narrow and as
+deep as the paper's. The scale for all follows the rule of torch's GradScaler: 2^16, doubled after 2,000 updates without
+an overflow, halved after one. In the warm-up, when gradients are smallest, those of the later attention resblocks
+underflow under it. Scales of their own start at 1,024 x 2^13 by the paper's rule, which holds them; they grow until
+their block's gradients overflow, and part. For that to be seen within minutes both rules are sped up 40 times: the one
+doubles after 50 updates, the others grow by 2^(40/1000) an update and are divided once in 4.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,47 +19,85 @@ from dalle.figures.runs import Runs, finish, smooth
 from dalle.pictures import new_figure
 from dalle.train.dalle import DALLEStage
 
-UPDATES = 800
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+UPDATES = 300
 REPLICAS = 1024
-SPEED = 15
-ONE, EACH = "no loss scale", "one a resblock"
-MODEL = {"dim": 32, "heads": 2, "head_dim": 16, "layers": 4}
+SPEED = 40
+ONE, EACH = "one dynamic scale", "one a resblock"
+WARM_UP = 50
+"""Updates, in which gradients are smallest."""
+LATE = 20
+"""The last resblocks, half of them attention's."""
+MODEL = {"dim": 16, "heads": 1, "head_dim": 16, "layers": 64}
 TRAINING = {"batch_size": 4, "learning_rate": 3e-3, "precision": "float16", "optimizer": "adamw16"}
+
+Shares = list[list[float]]
+"""The share of zeros among the gradients of each resblock's matrices, update by update."""
 
 
 def draw(data: Path, out: Path, updates: int, cache: Path) -> None:
     """Train with either and draw the losses, the share of gradients that vanished, and the scales."""
-    figure = new_figure(12, 4)
+    figure = new_figure(12, 8)
     runs = Runs(data, cache, **MODEL)
-    lost_of_one, lost_of_each = [], []
-    one = runs.log(lambda stage: _watch(_unscaled(stage), lost_of_one), updates=updates, **TRAINING)
-    each = runs.log(lambda stage: _watch(_fast(stage), lost_of_each), updates=updates, **TRAINING)
-
-    losses, lost, scales = figure.subplots(1, 3)
-    for log, label in ((one, ONE), (each, EACH)):
-        losses.plot([line["update"] for line in log], smooth([line["loss"] for line in log]), label=label)
+    zeros: dict[str, Shares] = {ONE: [], EACH: []}
+    changes = {ONE: _dynamic, EACH: _fast}
+    logs = {
+        name: runs.log(lambda stage, name=name: _watch(changes[name](stage), zeros[name]), updates=updates, **TRAINING)
+        for name in zeros
+    }
+    (losses, over_updates), (over_resblocks, scales) = figure.subplots(2, 2)
+    for name, log in logs.items():
+        losses.plot([line["update"] for line in log], smooth([line["loss"] for line in log]), label=name)
     losses.set_ylabel("loss, mean of 40 updates")
-    for shares, label in ((lost_of_one, ONE), (lost_of_each, EACH)):
-        lost.plot(range(1, len(shares) + 1), smooth(shares), label=label)
-        print(f"{label}: at most {max(shares):.1%} of the matrices' gradients are 0 in an update")
-    lost.set_ylabel("zeros among the matrices' gradients")
-    lost.set_ylim(0, 1)
-    for number in range(2 * MODEL["layers"]):
-        kind = "MLP" if number % 2 else "attention"
-        values = [REPLICAS * line["scales"][number] for line in each]
-        scales.plot([line["update"] for line in each], values, label=f"{number + 1}: {kind}", linewidth=1)
-    scales.set_yscale("log", base=2)
-    scales.set_ylabel("loss scale of each resblock")
-    for axes in (losses, lost, scales):
+    _draw_zeros(over_updates, over_resblocks, zeros)
+    values = [[REPLICAS * scale for scale in line["scales"]] for line in logs[EACH]]
+    _draw_scales(scales, values, [REPLICAS * line["scales"][0] for line in logs[ONE]])
+    for axes in figure.axes:
         axes.legend(frameon=False, fontsize="small")
     finish(figure, out)
 
 
-def _unscaled(stage: DALLEStage) -> DALLEStage:
-    """One scale for all and for good: 1 for a loss that is divided by the batch of all replicas, which this one's is
-    not; so divide its gradients instead, which gives the same bits."""
-    stage.scales.scales.fill_(1 / REPLICAS)
-    stage.scales.update = lambda nonfinite: None
+def _draw_zeros(over_updates: Axes, over_resblocks: Axes, zeros: dict[str, Shares]) -> None:
+    for name, shares in zeros.items():
+        late = [sum(row[-LATE::2]) / len(row[-LATE::2]) for row in shares]
+        by_resblock = [sum(column) / len(column) for column in zip(*shares[:WARM_UP], strict=True)]
+        over_updates.plot(range(1, len(late) + 1), late, label=name, linewidth=1)
+        over_resblocks.plot(range(1, len(by_resblock) + 1), by_resblock, label=name, linewidth=1)
+        print(f"{name}: at most {max(late):.1%} of the late attention's gradients are 0 in an update")
+    over_updates.set_ylabel(f"zeros among gradients of the last {LATE // 2} attention's matrices")
+    over_resblocks.set_ylabel(f"zeros in the first {WARM_UP} updates")
+    over_resblocks.set_xlabel("resblock: odd attention's, even MLP's")
+
+
+def _draw_scales(axes: Axes, values: list[list[float]], one: list[float]) -> None:
+    from matplotlib import colormaps
+
+    updates, count = range(1, len(values) + 1), len(values[0])
+    for number, scales in enumerate(zip(*values, strict=True)):
+        label = f"{EACH}: {number + 1}" if number in (0, count // 2, count - 1) else None
+        axes.plot(updates, scales, color=colormaps["viridis"](number / count), label=label, linewidth=0.7)
+    axes.plot(updates, one, color="black", label=ONE, linewidth=1.5)
+    axes.set_yscale("log", base=2)
+    axes.set_ylabel("loss scales")
+
+
+def _dynamic(stage: DALLEStage) -> DALLEStage:
+    """One scale for all, as ``torch.amp.GradScaler`` moves it."""
+    scales, since = stage.scales.scales, 0
+    # Scales are for a loss that is divided by the batch of all replicas, which this one's is not; so divide them.
+    scales.fill_(2.0**16 / REPLICAS)
+
+    def update(nonfinite: torch.Tensor) -> None:
+        nonlocal since
+        overflowed = bool(nonfinite.any())
+        since = 0 if overflowed else since + 1
+        if overflowed or since == round(2000 / SPEED):
+            scales.mul_(0.5 if overflowed else 2.0)
+            since = 0
+
+    stage.scales.update = update
     return stage
 
 
@@ -71,14 +112,15 @@ def _fast(stage: DALLEStage) -> DALLEStage:
     return stage
 
 
-def _watch(stage: DALLEStage, shares: list[float]) -> None:
-    """Note before each step which share of the gradients of the resblocks' matrices is 0."""
-    matrices = [p for block in stage.model.resblocks() for p in block.parameters() if p.dim() > 1]
+def _watch(stage: DALLEStage, shares: Shares) -> None:
+    """Note before each step which share of the gradients of each resblock's matrices is 0."""
+    resblocks = [[p for p in block.parameters() if p.dim() > 1] for block in stage.model.resblocks()]
     prepare_step = stage.prepare_step
 
-    def watched(norm: torch.Tensor):
-        zeros = sum(int((p.grad == 0).sum()) for p in matrices)
-        shares.append(zeros / sum(p.numel() for p in matrices))
-        return prepare_step(norm)
+    def watched():
+        zeros = [sum(int((p.grad == 0).sum()) for p in matrices) for matrices in resblocks]
+        counts = [sum(p.numel() for p in matrices) for matrices in resblocks]
+        shares.append([zero / count for zero, count in zip(zeros, counts, strict=True)])
+        return prepare_step()
 
     stage.prepare_step = watched

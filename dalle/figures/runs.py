@@ -43,9 +43,9 @@ class Runs:
 
 
 def finish(figure: Figure, out: Path) -> None:
-    """Write the figure, its axes with a grid and no frame."""
+    """Write the figure, its axes with a grid and no frame, over updates where nothing else is said."""
     for axes in figure.axes:
-        axes.set_xlabel("update")
+        axes.set_xlabel(axes.get_xlabel() or "update")
         tidy(axes)
     atomic_write(out, figure_png(figure))
 

@@ -82,12 +82,17 @@ def described(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured_peak(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float:
-    """Operations a second of this device's matrix products, the best of a few; takes some tenths of a second."""
-    device = torch.device(device)
-    side = 1024 if device.type == "cpu" else 8192
-    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
-    best = min(_seconds(left, right) for _ in range(5))
-    return 2 * side**3 / best
+    """Operations a second of this device's matrix products, the best of a few; takes some tenths of a second.
+
+    The matrices grow until their product takes long enough, so that a dtype which the device is slow in is soon done.
+    """
+    device, side = torch.device(device), 128
+    while True:
+        left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+        best = min(_seconds(left, right) for _ in range(5))
+        if best > 5e-3 or side == 8192:
+            return 2 * side**3 / best
+        side *= 2
 
 
 def _main_dtype(parameters: Iterable[torch.Tensor]) -> torch.dtype:
