@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dalle_kernels._triton_configurations import configuration
+from dalle_kernels._triton_configurations import Configuration, configuration
 from dalle_kernels._triton_tables import located
 from dalle_kernels.float16.triton_kernels import decoded, encoded
 from dalle_kernels.powersgd.compression import Flat, Layout
@@ -30,26 +30,32 @@ class Pieces:
 
     ``numbers``: int64 rows of ``count`` each: the matrices' elements, first blocks, then places, where in some flat
     tensor each begins, then others. ``owners``: int32, the matrix of each block. ``aligned``: places are multiples of
-    16.
+    16. ``options``: those of the launch.
     """
 
     numbers: Tensor
     owners: Tensor
     count: int
     aligned: bool
+    options: dict[str, int]
 
     @property
     def blocks(self) -> int:
         return self.owners.numel()
 
 
-def _pieces(device: torch.device, counts: Sequence[int], *places: Sequence[int], others=()) -> Pieces:
-    block = configuration("powersgd", "any", device)["BLOCK"]
-    blocks = [triton.cdiv(count, block) for count in counts]
+def _chosen(layout: Layout) -> Configuration:
+    return configuration("powersgd", "any", layout.device)
+
+
+def _pieces(layout: Layout, counts: Sequence[int], *places: Sequence[int], others=()) -> Pieces:
+    chosen, device = _chosen(layout), layout.device
+    blocks = [triton.cdiv(count, chosen["BLOCK"]) for count in counts]
     numbers = torch.tensor([counts, _starts(blocks), *places, *others], dtype=torch.int64, device=device)
     owners = torch.arange(len(counts), dtype=torch.int32, device=device)
     owners = owners.repeat_interleave(torch.tensor(blocks, device=device), output_size=sum(blocks))
-    return Pieces(numbers, owners, len(counts), all(place % 16 == 0 for row in places for place in row))
+    aligned = all(place % 16 == 0 for row in places for place in row)
+    return Pieces(numbers, owners, len(counts), aligned, chosen.options)
 
 
 def _starts(counts: Sequence[int]) -> list[int]:
@@ -58,9 +64,10 @@ def _starts(counts: Sequence[int]) -> list[int]:
 
 def _pieces_of(layout: Layout, flat: Flat) -> Pieces:
     """Places: in the flat tensor. Others: of which gradient the matrix is."""
-    if flat not in layout.tables:
-        layout.tables[flat] = _pieces(layout.device, flat.counts, _starts(flat.counts), others=[layout.owners])
-    return layout.tables[flat]
+    key = flat, _chosen(layout)
+    if key not in layout.tables:
+        layout.tables[key] = _pieces(layout, flat.counts, _starts(flat.counts), others=[layout.owners])
+    return layout.tables[key]
 
 
 def _pieces_of_gradients(layout: Layout, gradients: Sequence[Tensor]) -> Pieces:
@@ -70,15 +77,16 @@ def _pieces_of_gradients(layout: Layout, gradients: Sequence[Tensor]) -> Pieces:
     """
     first, size = gradients[0].data_ptr(), gradients[0].element_size()
     distances = [(gradient.data_ptr() - first) // size for gradient in gradients]
-    known, pieces = layout.tables.get("gradients", (None, None))
+    key = "gradients", _chosen(layout)
+    known, pieces = layout.tables.get(key, (None, None))
     if distances != known:
         counts = layout.errors.counts
         places, ends = [], list(distances)
         for owner, count in zip(layout.owners, counts):
             places.append(ends[owner])
             ends[owner] += count
-        pieces = _pieces(layout.device, counts, _starts(counts), places, others=[layout.owners])
-        layout.tables["gradients"] = distances, pieces
+        pieces = _pieces(layout, counts, _starts(counts), places, others=[layout.owners])
+        layout.tables[key] = distances, pieces
     return pieces
 
 
@@ -257,9 +265,8 @@ def _give(numbers, owners, matrices, decompressed, gradients, factors, square, S
 
 
 def _run(kernel, pieces: Pieces, *arguments, **constants) -> None:
-    options = configuration("powersgd", "any", pieces.numbers.device).options
     kernel[(pieces.blocks,)](
-        pieces.numbers, pieces.owners, pieces.count, *arguments, ALIGNED=pieces.aligned, **constants, **options
+        pieces.numbers, pieces.owners, pieces.count, *arguments, ALIGNED=pieces.aligned, **constants, **pieces.options
     )
 
 
@@ -287,12 +294,12 @@ def add(codes: Tensor) -> Tensor:
 
 
 def stacked(layout: Layout, codes: Tensor) -> Tensor:
-    if "stacks" not in layout.tables:
+    key = "stacks", _chosen(layout)
+    if key not in layout.tables:
         counts, own = layout.together.counts, layout.P.counts
-        pieces = _pieces(layout.device, counts, _starts(counts), _starts(own), others=[own])
-        layout.tables["stacks"] = pieces
+        layout.tables[key] = _pieces(layout, counts, _starts(counts), _starts(own), others=[own])
     stacks = torch.empty(layout.together.numel, device=codes.device)
-    _run(_stacked, layout.tables["stacks"], codes, stacks)
+    _run(_stacked, layout.tables[key], codes, stacks)
     return stacks
 
 
