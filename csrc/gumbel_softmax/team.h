@@ -315,7 +315,9 @@ class RowCluster {
   __device__ __forceinline__ void load_given(const Row<T>& of, float other, Columns& values) const {
     if constexpr (LAYOUT == Layout::MIXED) {
 #pragma unroll
-      for (int group = BEGIN; group < END; ++group) numbers_of(load_pack<GROUP>(of.data + column(group), 0), values[group]);
+      for (int group = BEGIN; group < END; ++group) {
+        numbers_of(load_pack<GROUP>(of.data + column(group), 0), values[group]);
+      }
     } else {
       load<BEGIN, END>(of, other, values);
     }

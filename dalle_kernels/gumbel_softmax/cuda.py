@@ -35,13 +35,13 @@ def _left_to_triton(op: str, logits: Tensor, hard: bool, dim: int) -> str | None
     """
     if forced_provider() is not None or _triton_unavailable("cuda") is not None:
         return None
-    columns = logits.shape[dim]
-    # In the logits or in the results, which are contiguous.
-    apart = logits.stride(dim) != 1 or math.prod(logits.shape[dim % logits.dim() + 1 :]) > 1
+    columns, apart = logits.shape[dim], logits.stride(dim) != 1
     if hard or columns < _LEAST_COLUMNS_SHOWN or _triton.architecture(logits.device) < 90:
         return f"only shown to be faster for soft samples, {_LEAST_COLUMNS_SHOWN} codes and more, and sm_90"
     if apart and columns > _MOST_COLUMNS_APART:
         return f"slower than Triton's where more than {_MOST_COLUMNS_APART} codes lie apart from each other"
+    # Results are contiguous, and of channels-last logits too their codes lie apart.
+    apart |= math.prod(logits.shape[dim % logits.dim() + 1 :]) > 1
     if not apart and op == "gumbel_softmax_backward":
         return "no faster than Triton's where codes lie next to each other"
     if not apart and op == "gumbel_softmax_kl_backward" and logits.dtype != torch.float32:
