@@ -145,10 +145,10 @@ class Stage(ABC):
 def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = False) -> Path:
     """Train ``stage`` to its last update in the run folder ``out`` and return its model folder.
 
-    Ctrl-C finishes the update, writes a checkpoint and raises KeyboardInterrupt; ``resume=True`` goes on from the last
-    checkpoint to the same numbers, bit for bit on a CPU with the same thread count. Raises UserError when the folder
-    already holds a run and ``resume`` is false, when the run to resume was another one, or when the loss is no longer
-    finite.
+    Ctrl-C finishes the updates that have begun, writes a checkpoint and raises KeyboardInterrupt; ``resume=True`` goes
+    on from the last checkpoint to the same numbers, bit for bit on a CPU with the same thread count. Raises UserError
+    when the folder already holds a run and ``resume`` is false, when the run to resume was another one, or when the
+    loss is no longer finite.
     """
     out = Path(out)
     team = stage.team
