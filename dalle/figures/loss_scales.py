@@ -34,7 +34,7 @@ MODEL = {"dim": 16, "heads": 1, "head_dim": 16, "layers": 64}
 TRAINING = {"batch_size": 4, "learning_rate": 3e-3, "precision": "float16", "optimizer": "adamw16"}
 
 Shares = list[list[float]]
-"""The share of zeros among the gradients of each resblock's matrices, update by update."""
+"""The share of zeros among the gradients of each resblock's matrices, attention's and the MLP's in turn, by update."""
 
 
 def draw(data: Path, out: Path, updates: int, cache: Path) -> None:
@@ -64,11 +64,11 @@ def _draw_zeros(over_updates: Axes, over_resblocks: Axes, zeros: dict[str, Share
         late = [sum(row[-LATE::2]) / len(row[-LATE::2]) for row in shares]
         by_resblock = [sum(column) / len(column) for column in zip(*shares[:WARM_UP], strict=True)]
         over_updates.plot(range(1, len(late) + 1), late, label=name, linewidth=1)
-        over_resblocks.plot(range(1, len(by_resblock) + 1), by_resblock, label=name, linewidth=1)
+        over_resblocks.plot(range(1, len(by_resblock) + 1, 2), by_resblock[::2], label=name, linewidth=1)
         print(f"{name}: at most {max(late):.1%} of the late attention's gradients are 0 in an update")
-    over_updates.set_ylabel(f"zeros among gradients of the last {LATE // 2} attention's matrices")
-    over_resblocks.set_ylabel(f"zeros in the first {WARM_UP} updates")
-    over_resblocks.set_xlabel("resblock: odd attention's, even MLP's")
+    over_updates.set_ylabel(f"zeros, last {LATE // 2} attention resblocks")
+    over_resblocks.set_ylabel(f"zeros, first {WARM_UP} updates")
+    over_resblocks.set_xlabel("resblock of attention")
 
 
 def _draw_scales(axes: Axes, values: list[list[float]], one: list[float]) -> None:
