@@ -90,7 +90,8 @@ def torchs_hook(name: str, bucket: GradientBucket, own: Tensor, rank: int, **set
         lambda: powerSGD_hook.powerSGD_hook(state, bucket).wait(),
         before=lambda: bucket.buffer().copy_(own),
         same_function=False,
-        note="warm start, all in the gradients' dtype, no norm and no check for nonfinite numbers",
+        note="warm start, all in the gradients' dtype, no norm and no check for nonfinite numbers; "
+        "still calls the collectives of its one process, which ours leaves out",
     )
 
 
