@@ -64,6 +64,19 @@ def test_turns_take_each_tile_of_a_block_once_and_in_order(groups):
     assert all(earlier < later for own in turns for earlier, later in itertools.pairwise(own))
 
 
+@pytest.mark.parametrize(("heads", "shares"), [(496, 132), (1, 7), (3, 3), (5, 64)])
+@pytest.mark.parametrize("case", [("row", 256), ("conv", 77), ("causal", 0)], ids=str)
+def test_shares_hold_all_tiles_and_cost_about_the_same(case, heads, shares):
+    kind, text_len = case
+    plan = library().HopperPlan(KINDS.index(kind), text_len + 1024, text_len, 32, 32, 11, (96, 64), 64, GROUPS)
+    costs = [plan.tile_cost(tile) for tile in range(plan.tiles)] * heads
+    bounds = [plan.share_begin(heads, share, shares) for share in range(shares + 1)]
+    assert bounds == sorted(bounds)
+    assert (bounds[0], bounds[-1]) == (0, len(costs))
+    for first, last in itertools.pairwise(bounds):
+        assert abs(sum(costs[first:last]) - sum(costs) / shares) <= max(costs)
+
+
 def seen_columns(plan, mask):
     """Bool ``[64, step]`` of a mask of the plan, put together from its threads' parts."""
     seen = torch.zeros(TILE, plan.step, dtype=torch.bool)

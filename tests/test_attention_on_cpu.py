@@ -20,9 +20,11 @@ def library(tmp_path_factory):
     return on_cpu.compiled("attention", tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
-def check(library, pattern, seq, batch=1, heads=2, head_dim=64, dtype=torch.bfloat16, scale=0.125):
+def check(library, pattern, seq, batch=1, heads=2, head_dim=64, dtype=torch.bfloat16, scale=0.125, growth=1):
+    """Keys but the first 64 are ``growth`` times as long."""
     torch.manual_seed(seq)
     q, k, v = (torch.randn(batch, seq, heads, head_dim).to(dtype).transpose(1, 2) for _ in range(3))
+    k[:, :, 64:] *= growth
     out, lse = torch.full_like(q, math.nan), torch.full((batch, heads, seq), math.nan)
     settings = (KINDS.index(pattern.kind), pattern.text_len, *pattern.grid, pattern.kernel_size, scale)
     library.sparse_attention(q, k, v, out, lse, *settings, 0)
@@ -67,3 +69,8 @@ def test_many_heads_take_turns_in_the_rings(library):
 @pytest.mark.parametrize("scale", [0.0, -0.3, 30.0])
 def test_any_scale(library, scale):
     check(library, AttentionPattern("row", 65, (16, 16)), 321, scale=scale)
+
+
+@pytest.mark.parametrize("growth", [20, 200])
+def test_scores_may_outgrow_those_of_the_first_keys(library, growth):
+    check(library, AttentionPattern("row", 80, (16, 16)), 336, growth=growth)

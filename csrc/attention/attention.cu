@@ -10,24 +10,33 @@
 // cycles of the tensor cores, of which 346,112 need an exponential, 21,632 cycles; that is 54 and 46 us at 1.75 GHz if
 // all overlap.
 //
-// Reached: row 158 us, column 152, conv 218, where cuDNN's dense causal attention takes 292, FlashAttention-2's 438 and
-// the Triton kernels 205, 206 and 352. With text 257 it takes 172, 171 and, when its window had one stage, 258.
+// Reached, by a form that loads a tile's queries at its start and not before the last one's results: row 151 us, column
+// 145, conv 204, where cuDNN's dense causal attention takes 294 and the form before it, with maxima that rise
+// throughout, took 159, 151 and 218 in the same run. That one took 172, 171 and 257 with text 257, and the Triton
+// kernels take 205, 206 and 352 with 256.
 //
-// Every step is a chain of product, maximum, exponentials and product that three warpgroups do not hide for each other;
-// one warpgroup alone takes 278 us. Of a form that took 164, leaving out the exponentials saved 17, all products 29,
-// the results' stores 16, the copies 19. One more step of the same keys cost row 10 us, so steps are as large as
-// registers allow: two text tiles a step saved 1 to 3 us, conv's window in three steps of 80 keys instead of four of 64
-// saved 12. Adding one text tile's values while the other's weights are made saved 2 to 3, shuffles for maxima that do
-// rise alone 3.
+// Of the 10,370 cycles that a warpgroup of the form before took for a tile of row, 3,510 were exponentials with the
+// values' products among them (2,040 if it had the unit to itself), 2,070 maxima and masks, 1,600 waits for products,
+// 1,440 the results, and 730 what comes between text and window. The window's step took 2,890 for 24 exponentials:
+// pieces of it that are skipped keep the others from overlapping. The first text arrived after 7 us, for all of shared
+// memory was asked for at once; now queries and one text come first. Copies and stores alone take 99 us.
+// One warpgroup alone takes 278 us, two take 184.
+//
+// One more step of the same keys cost row 10 us, so steps are as large as registers allow: two text tiles a step saved
+// 1 to 3 us, conv's window in three steps of 80 keys instead of four of 64 saved 12. Adding one text tile's values
+// while the other's weights are made saved 2 to 3. Shares of equal cost and masks made during the first copies saved
+// conv 6 and the others nothing.
 //
 // What did not help: asking for the next step's scores before this one's softmax, and for the next tile's before the
 // end of this one, cost row 8 us and conv 47, for registers then held but 48 keys a step, and column nothing; a cubic
 // polynomial for every fourth exponential cost such a form 9 to 16 us. Stores of 8 bytes with half the shuffles, or the
 // values of halves of a window, changed at most 2 us. With four warpgroups products had to wait for each other for want
-// of registers, and row took 174 us. What may: exponentials by the maximum as it is, taken again where sums grow, saved
-// the form with early scores 9 us; it was not tried in this one.
+// of registers, and row took 174 us. Products under way from one step to the next, the assembler makes wait for each
+// other, with three warpgroups as with two. What may help and was not timed: a window without skipped pieces, and a
+// lock by which the three warps of a scheduler take turns at exponentials.
 #include <cmath>
 #include <iterator>
+#include <type_traits>
 
 #include "attention/attention.h"
 #include "attention/hopper_consumer.h"
@@ -37,6 +46,18 @@
 
 namespace dalle::cuda {
 namespace {
+
+// The table of masks, by all consumers, while the first copies are on their way.
+template <int GROUPS>
+__device__ void make_masks(const HopperPlan& plan, uint32_t* masks, uint32_t barrier) {
+  for (int i = threadIdx.x; i < masks_of(plan) * 256; i += GROUPS * 128) {
+    const int thread = i / 2 % 128;
+    masks[i] = window_mask(plan, i / 256, thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8, thread % 4);
+  }
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+  barrier_wait(barrier, 0);
+}
 
 template <class Element, int HEAD_DIM, int STEP, int GROUPS>
 __global__ void __launch_bounds__(THREADS<GROUPS>, 1) forward(const __grid_constant__ Launch launch) {
@@ -52,21 +73,27 @@ __global__ void __launch_bounds__(THREADS<GROUPS>, 1) forward(const __grid_const
     for (int group = 0; group < GROUPS; ++group) init(shared.query_barrier(group), 1);
     for (int slot = 0; slot < plan.text_slots; ++slot) init(shared.text_barrier(slot), GROUPS);
     for (int i = 0; i < GROUPS * plan.stages; ++i) init(shared.window_barrier(0, i), 1);
+    barrier_init(shared.mask_barrier(), GROUPS * 4);
+    barrier_init(shared.end_barrier(), GROUPS * 4);
+    shared.again() = 0;
     barrier_init_done();
-  }
-  uint32_t* masks = reinterpret_cast<uint32_t*>(memory + launch.layout.masks);
-  for (int i = threadIdx.x; i < masks_of(plan) * 256; i += blockDim.x) {
-    const int thread = i / 2 % 128;
-    masks[i] = window_mask(plan, i / 256, thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8, thread % 4);
   }
   __syncthreads();
   if (threadIdx.x < GROUPS * 128) {
     keep_registers<CONSUMER_REGISTERS<GROUPS>, true>();
-    Consumer<Element, HEAD_DIM, STEP, GROUPS>(launch, shared).run();
+    make_masks<GROUPS>(plan, reinterpret_cast<uint32_t*>(memory + launch.layout.masks), shared.mask_barrier());
+    Consumer<Element, HEAD_DIM, STEP, GROUPS> consumer(launch, shared);
+    if (!launch.careful) {
+      consumer.template run<Maxima::stay>();
+      if (!consumer.is_again()) return;
+    }
+    consumer.template run<Maxima::rise>();
   } else {
     keep_registers<PRODUCER_REGISTERS<GROUPS>, false>();
     if (threadIdx.x >= GROUPS * 128 + 32) return;
-    Producer<HEAD_DIM, STEP, GROUPS>(launch, shared).run();
+    Producer<HEAD_DIM, STEP, GROUPS> producer(launch, shared);
+    producer.run();
+    if (!launch.careful && producer.is_again()) producer.run();
   }
 #endif
 }
@@ -82,7 +109,9 @@ const char* launch_forward(const SparseAttention& p, const HopperPlan& plan, cud
   launch.heads = static_cast<int>(p.heads), launch.seq = static_cast<int>(p.pattern.seq);
   launch.sign = p.scale > 0 ? 1 : p.scale < 0 ? -1 : 0;
   launch.exponent = launch.sign == 0 ? 1 : fmaxf(fabsf(p.scale) * 1.4426950408889634f, 1e-36f);
-  launch.total = static_cast<int>(p.batch * p.heads * plan.tiles);
+  // A maximum of the first keys serves where all queries see some of them, and weights may be large.
+  launch.careful = std::is_same_v<Element, Half> || (plan.text_len == 0 && plan.kind != PatternKind::causal);
+  launch.all_heads = static_cast<int>(p.batch * p.heads), launch.head_cost = head_cost(plan);
   launch.out = p.out, launch.lse = p.lse;
   const char* failed = make_operand(p.q, shape_of(p), plan, TILE, TILE, launch.q);
   if (failed == nullptr) failed = make_operand(p.k, shape_of(p), plan, STEP, TILE, launch.k);
@@ -95,7 +124,7 @@ const char* launch_forward(const SparseAttention& p, const HopperPlan& plan, cud
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   failed = status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_SHARED));
   if (failed != nullptr) return failed;
-  const int blocks = divided_up(launch.total, GROUPS) < processors ? divided_up(launch.total, GROUPS) : processors;
+  const int blocks = min(divided_up(launch.all_heads * plan.tiles, GROUPS), processors);
   void* arguments[] = {&launch};
   return status(cudaLaunchKernel(kernel, dim3(blocks), dim3(THREADS<GROUPS>), arguments, launch.layout.end, stream));
 }

@@ -226,14 +226,14 @@ __device__ void store_tile(const BackwardLaunch& launch, const HeadNumber& head,
     const int token = token_of(launch.plan, image, first + row + 8 * which);
 #pragma unroll
     for (int column = 0; column < HEAD; column += 32) {
-      uint32_t pieces[4];
+      uint32_t pieces[1][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* pair = sums + column / 2 + 4 * i + 2 * which;
-        pieces[i] = packed(Element{}, pair[0] * factor, pair[1] * factor);
+        pieces[0][i] = packed(Element{}, pair[0] * factor, pair[1] * factor);
       }
       transpose_pieces(pieces);
-      if (token >= 0) store_16_bytes(start + token * to.token_stride + column, pieces);
+      if (token >= 0) store_16_bytes(start + token * to.token_stride + column, pieces[0]);
     }
   }
 }

@@ -28,7 +28,9 @@ struct Launch {
   HopperPlan plan;
   SharedLayout layout;
   int heads, seq, sign;
-  int total;       // tiles of all heads
+  bool careful;       // maxima rise from the start
+  int all_heads;      // of all samples
+  int64_t head_cost;  // of tiles (hopper_plan.h)
   float exponent;  // |scale| * log2(e)
   Heads out;
   float* lse;
@@ -48,6 +50,9 @@ struct Shared {
   __device__ uint32_t window_keys(int group, int stage) const {
     return start + layout.windows + (group * plan.stages + stage) * 2 * layout.step_bytes;
   }
+  __device__ uint32_t mask_barrier() const { return start + layout.mask_barrier; }
+  __device__ uint32_t end_barrier() const { return start + layout.end_barrier; }
+  __device__ volatile int& again() const { return *reinterpret_cast<volatile int*>(dynamic_shared() + layout.again); }
   __device__ uint32_t masks() const { return start + layout.masks; }
   __device__ uint32_t query_barrier(int group) const { return start + layout.barriers + 16 * group; }
   __device__ uint32_t text_barrier(int slot) const { return start + layout.text_barriers + 16 * slot; }
@@ -73,7 +78,7 @@ struct Share {
       : first(begin(launch, blockIdx.x)), last(begin(launch, blockIdx.x + 1)), tiles(launch.plan.tiles),
         first_head(first / tiles), last_head((last + tiles - 1) / tiles) {}
   static __device__ int begin(const Launch& launch, unsigned block) {
-    return static_cast<int>(static_cast<int64_t>(launch.total) * block / gridDim.x);
+    return share_begin(launch.plan, launch.head_cost, launch.all_heads, block, gridDim.x);
   }
 };
 

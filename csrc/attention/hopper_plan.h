@@ -132,6 +132,33 @@ DALLE_INLINE int token_of(const HopperPlan& plan, bool image, int place) {
   return row < plan.rows && column < plan.width && token >= 0 ? plan.text_len + token : -1;
 }
 
+// What a tile takes, counted in keys: those that it visits, and what its queries and results take beside. Tiles of
+// text, and of a causal image, take a tile more each; windows that the image's start cuts off count in full.
+DALLE_INLINE int growing_tiles(const HopperPlan& plan) {
+  return plan.kind == PatternKind::causal ? plan.tiles : plan.text_tiles;
+}
+DALLE_INLINE int64_t tile_cost(const HopperPlan& plan, int tile) {
+  constexpr int BESIDE = 64;
+  return (tile < growing_tiles(plan) ? (tile + 1) * TILE : plan.text_len + plan.steps * plan.step) + BESIDE;
+}
+DALLE_INLINE int64_t head_cost(const HopperPlan& plan) {
+  int64_t cost = 0;
+  for (int tile = 0; tile < growing_tiles(plan); ++tile) cost += tile_cost(plan, tile);
+  return cost + (plan.tiles - growing_tiles(plan)) * tile_cost(plan, plan.tiles);
+}
+
+// Where share number `share` of `shares`, which take about the same each, begins among the tiles of `heads` heads, one
+// after the other, each of which takes `cost`.
+DALLE_INLINE int share_begin(const HopperPlan& plan, int64_t cost, int heads, int share, int shares) {
+  const int64_t before = cost * heads * share / shares;
+  const int head = static_cast<int>(before / cost);
+  int64_t rest = before - head * cost;
+  int tile = 0;
+  for (; tile < growing_tiles(plan) && rest > 0; ++tile) rest -= tile_cost(plan, tile);
+  if (rest > 0) tile += static_cast<int>((rest + tile_cost(plan, tile) - 1) / tile_cost(plan, tile));
+  return head * plan.tiles + tile;
+}
+
 // Tile number `turn` of warpgroup `group` among the tiles of a block that begin at `first`. Every round they change
 // places, or the same one would always have the longest.
 DALLE_INLINE int tile_of_turn(int first, int turn, int group, int groups) {
@@ -142,7 +169,8 @@ DALLE_INLINE int tile_of_turn(int first, int turn, int group, int groups) {
 // two barriers, of 8 bytes, that every place has.
 struct SharedLayout {
   int query_bytes, text_bytes, step_bytes;  // of one warpgroup's queries, and of the keys alone of a tile or step
-  int text, windows, barriers, text_barriers, window_barriers, masks, end;
+  int text, windows, barriers, text_barriers, window_barriers, mask_barrier, end_barrier, again,
+      masks, end;
 };
 constexpr int MOST_SHARED = 227 << 10;
 DALLE_INLINE SharedLayout shared_layout(const HopperPlan& plan, int head_dim, int groups) {
@@ -154,7 +182,10 @@ DALLE_INLINE SharedLayout shared_layout(const HopperPlan& plan, int head_dim, in
   layout.barriers = layout.windows + groups * plan.stages * 2 * layout.step_bytes;
   layout.text_barriers = layout.barriers + groups * 16;
   layout.window_barriers = layout.text_barriers + plan.text_slots * 16;
-  layout.masks = layout.window_barriers + groups * plan.stages * 16;
+  layout.mask_barrier = layout.window_barriers + groups * plan.stages * 16;
+  layout.end_barrier = layout.mask_barrier + 8;
+  layout.again = layout.end_barrier + 8;
+  layout.masks = layout.again + 16;
   layout.end = layout.masks + masks_of(plan) * 128 * 2 * static_cast<int>(sizeof(uint32_t));
   return layout;
 }

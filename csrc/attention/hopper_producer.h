@@ -41,11 +41,6 @@ struct Producer {
         if (launch.plan.text_len > 0) prefetch_tensor_map(&operand->text);
       }
     }
-    if (lane < GROUPS) start_tile();
-    if (lane == GROUPS) {
-      head = share.first_head;
-      active = launch.plan.text_tiles > 0 && head < share.last_head;
-    }
   }
 
   __device__ void start_tile() {
@@ -121,7 +116,24 @@ struct Producer {
     return asked;
   }
 
+  __device__ void start() {
+    turn = 0;
+    if (lane < GROUPS) start_tile();
+    if (lane == GROUPS) {
+      head = share.first_head;
+      active = launch.plan.text_tiles > 0 && head < share.last_head;
+    }
+  }
+
+  // The block's first round brings queries and a whole text, for without them nothing begins.
   __device__ void run() {
+    start();
+    for (int thread = 0; thread <= GROUPS; ++thread) {
+      if (lane == thread) {
+        for (int n = thread == GROUPS ? launch.plan.text_tiles : 1; n > 0; --n) ask();
+      }
+      __syncwarp();
+    }
     while (__any_sync(~0u, active)) {
       bool asked = false;
       for (int thread = 0; thread <= GROUPS; ++thread) {  // a copy's operands are a warp's
@@ -130,6 +142,12 @@ struct Producer {
       }
       if (!__any_sync(~0u, asked)) __nanosleep(200);
     }
+  }
+
+  // As the consumers' own.
+  __device__ bool is_again() const {
+    barrier_wait(shared.end_barrier(), 0);
+    return shared.again() != 0;
   }
 };
 

@@ -289,18 +289,28 @@ inline __device__ void store_16_bytes(void* to, const uint32_t (&words)[4]) {
                : "memory");
 }
 
-// Four threads have 16 bytes each of four pieces of a row, one piece after the other; afterwards each has one piece.
-inline __device__ void transpose_pieces(uint32_t (&pieces)[4]) {
+// Four threads have 16 bytes each of four pieces of a row, one piece after the other; afterwards each has one piece. So
+// for each of several rows.
+template <int ROWS>
+__device__ __forceinline__ void transpose_pieces(uint32_t (&rows)[ROWS][4]) {
   const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
 #pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, odd ? pieces[i] : pieces[i + 1], 1);
-    pieces[i] = odd ? got : pieces[i], pieces[i + 1] = odd ? pieces[i + 1] : got;
+  for (int row = 0; row < ROWS; ++row) {
+    uint32_t (&pieces)[4] = rows[row];
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t got = __shfl_xor_sync(~0u, odd ? pieces[i] : pieces[i + 1], 1);
+      pieces[i] = odd ? got : pieces[i], pieces[i + 1] = odd ? pieces[i + 1] : got;
+    }
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(~0u, high ? pieces[i] : pieces[i + 2], 2);
-    pieces[i] = high ? got : pieces[i], pieces[i + 2] = high ? pieces[i + 2] : got;
+  for (int row = 0; row < ROWS; ++row) {
+    uint32_t (&pieces)[4] = rows[row];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t got = __shfl_xor_sync(~0u, high ? pieces[i] : pieces[i + 2], 2);
+      pieces[i] = high ? got : pieces[i], pieces[i + 2] = high ? pieces[i + 2] : got;
+    }
   }
 }
 

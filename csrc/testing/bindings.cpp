@@ -61,6 +61,12 @@ DALLE_BINDINGS(m) {
       .def("mask_of", &mask_of, "first"_a, "step"_a)
       .def("window_mask", &window_mask, "mask"_a, "row"_a, "lane"_a)
       .def("token_of", &token_of, "image"_a, "place"_a)
+      .def("tile_cost", &tile_cost, "tile"_a)
+      .def("share_begin",
+           [](const HopperPlan& plan, int heads, int share, int shares) {
+             return share_begin(plan, head_cost(plan), heads, share, shares);
+           },
+           "heads"_a, "share"_a, "shares"_a)
       .def("shared_bytes", [](const HopperPlan& plan, int head_dim, int groups) {
         return shared_layout(plan, head_dim, groups).end;
       }, "head_dim"_a, "groups"_a);

@@ -259,13 +259,16 @@ inline void load_pair(uint32_t address, uint32_t (&words)[2]) {
   std::memcpy(words, &shared_at<uint32_t>(address), sizeof words);
 }
 inline float4 load_four(uint32_t address) { return shared_at<float4>(address); }
-inline void transpose_pieces(uint32_t (&pieces)[4]) {
+template <int ROWS>
+void transpose_pieces(uint32_t (&rows)[ROWS][4]) {
   const int lane = on_cpu::block->running % on_cpu::WARP;
-  uint32_t given[4][4];
-  for (int from = 0; from < 4; ++from) {
-    for (int i = 0; i < 4; ++i) given[from][i] = on_cpu::shuffle(pieces[i], lane / 4 * 4 + from);
+  for (uint32_t (&pieces)[4] : rows) {
+    uint32_t given[4][4];
+    for (int from = 0; from < 4; ++from) {
+      for (int i = 0; i < 4; ++i) given[from][i] = on_cpu::shuffle(pieces[i], lane / 4 * 4 + from);
+    }
+    for (int from = 0; from < 4; ++from) pieces[from] = given[from][lane % 4];
   }
-  for (int from = 0; from < 4; ++from) pieces[from] = given[from][lane % 4];
 }
 inline void store_16_bytes(void* to, const uint32_t (&words)[4]) { std::memcpy(to, words, sizeof words); }
 inline float exp2_approximate(float x) { return std::exp2(x); }
