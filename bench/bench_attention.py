@@ -9,7 +9,7 @@ import attention_rivals as rivals
 import dalle_pytorch_rival
 import pytest
 import torch
-from harness import BEST_RIVAL, OURS, Candidate, Case, Goal, Unavailable, compiles, runs
+from harness import BEST_RIVAL, OURS, Candidate, Case, Goal, Unavailable, by_provider, compiles, runs
 
 import dalle_kernels
 from dalle_kernels import AttentionPattern, KVCache, decode_attention, sparse_attention
@@ -351,6 +351,8 @@ def test_decode_at_the_last_token(side_by_side, device, kind, dtype, step):
         cache.length = last
         return decode_attention(*token, cache)
 
+    compiled = [runs(by_provider("native", ours))] if device == "cuda" else []  # where it may not be the default
+
     def full_cache(mask: torch.Tensor | None) -> torch.Tensor:
         whole_k[:, :, last:], whole_v[:, :, last:] = token[1:]
         return torch.nn.functional.scaled_dot_product_attention(token[0], whole_k, whole_v, attn_mask=mask)
@@ -360,7 +362,8 @@ def test_decode_at_the_last_token(side_by_side, device, kind, dtype, step):
         with dalle_kernels.use("reference"):
             plain = sparse_attention(*few, pattern)[:, :, last:]
         exact = rivals.masked(pattern, pattern.seq_len, device)(*(x.double() for x in few))[:, :, last:]
-        assert_accurate(ours()[:2], plain, exact, name=f"decode, {kind}, {dtype}")
+        for run in (ours, *(way.run for way in compiled if isinstance(way, Candidate))):
+            assert_accurate(run()[:2], plain, exact, name=f"decode, {kind}, {dtype}")
 
     image_keys = int(row.sum()) - 256
     with torch.no_grad():
@@ -381,6 +384,7 @@ def test_decode_at_the_last_token(side_by_side, device, kind, dtype, step):
                 rivals=[
                     Candidate("SDPA on the full cache", partial(full_cache, None), same_function=False),
                     Candidate("SDPA on the full cache, boolean mask", partial(full_cache, row)),
+                    *compiled,
                 ],
                 check=check,
                 goals=[

@@ -1,8 +1,10 @@
-// A decode step through a stack of layers on a GPU: five kernels a layer, each of which begins while the one before ends.
+// A decode step through a stack of layers on a GPU: five kernels a layer, each of which begins while the one before
+// ends.
 //
-// Floor: bytes. At 4.3 TB/s (an H200) a layer of width 1920 takes 20.6 us in bfloat16, and the keys and values of 8 rows
-// of 30 heads 4 us more. Between the end of one kernel and the next one's first product lies at least a microsecond, in
-// which nothing is read that depends on either; so weights, keys and values are asked for beforehand.
+// Floor: bytes. At 4.3 TB/s (an H200) a layer of width 1920 takes 20.6 us in bfloat16, and the keys and values of 8
+// rows of 30 heads 4 us more. Between the end of one kernel and the next one's first product lies at least a
+// microsecond, in which nothing is read that depends on either; so weights, keys and values are asked for beforehand.
+// No run has timed these kernels.
 #include "attention/decode.h"
 #include "common/cuda.h"
 #include "transformer/few_rows.h"
@@ -12,8 +14,7 @@ namespace dalle::cuda {
 namespace {
 
 constexpr int MOST_SHARED = 227 << 10;
-// What a GPU that is worth it has of multiprocessors, nearly: so many blocks, if the outputs are enough. How they are cut
-// changes no bit.
+// As many blocks as a large GPU has multiprocessors, if the outputs are enough. How they are cut changes no bit.
 constexpr int ENOUGH_BLOCKS = 132;
 
 template <class Element, bool NORM, bool GELU, int TILES>
@@ -109,7 +110,8 @@ const char* decode_layers_refusal(const DecodeLayers& p) {
     const TransformerLayer& layer = p.layers[i];
     for (const AffineWeights& weights : {layer.attention_norm, layer.query_key_value, layer.projection, layer.mlp_norm,
                                          layer.expansion, layer.contraction}) {
-      if (!aligned(weights.weight) || !aligned(weights.bias)) return "the kernel takes weights at multiples of 16 bytes";
+      const bool both = aligned(weights.weight) && aligned(weights.bias);
+      if (!both) return "the kernel takes weights at multiples of 16 bytes";
     }
     if (!aligned(layer.text) || !aligned(layer.image)) return "the kernel takes caches at multiples of 16 bytes";
   }
