@@ -15,8 +15,10 @@ excluded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import dalle_pytorch_rival
 import torch
@@ -28,6 +30,7 @@ from dalle.generation import draw_tokens
 from dalle.transformer import DALLE, mask_schedule
 from dalle_kernels import AdamW16, AttentionPattern
 from dalle_kernels.testing import assert_accurate
+from dalle_kernels.transformer import ops as layers_ops
 
 SPARSE = "DALLE-pytorch, sparse mix as shipped"
 DENSE = "DALLE-pytorch, dense"
@@ -261,11 +264,22 @@ class RivalGeneration:
         return image
 
 
+def by_compiled_layers(run: Callable[[], object], units: int) -> Candidate:
+    """Generation with a GPU's compiled kernels for a step's layers, whether or not they are its choice."""
+
+    def forced() -> object:
+        with mock.patch.dict(layers_ops.DECODE_AHEAD, {torch.bfloat16: 0}):
+            return run()
+
+    return Candidate(f"{OURS}, compiled layers", forced, units=units)
+
+
 def test_generation(side_by_side, device, size):
     text, image = tokens(size, device)
     with torch.device(device):
         ours = DALLE(size.config).to(size.dtype).eval()
-    others: list[Candidate | Unavailable] = []
+    run, units = partial(draw_tokens, ours, text), size.config.image_len * size.batch
+    others: list[Candidate | Unavailable] = [by_compiled_layers(run, units)] if device == "cuda" else []
     for name, cached_name in ((SPARSE, SPARSE_CACHED), (DENSE, DENSE_CACHED)) if device == "cpu" else ():
         try:
             model = rival(size, LAYERS[name], device)
@@ -282,7 +296,7 @@ def test_generation(side_by_side, device, size):
             work="generation of a token",
             dtype=size.dtype,
             settings=settings(size, ours),
-            ours=Candidate(OURS, partial(draw_tokens, ours, text), units=size.config.image_len * size.batch),
+            ours=Candidate(OURS, run, units=units),
             rivals=others,
             check=partial(check, ours, text, image, size),
             goals=size.generation,
