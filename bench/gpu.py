@@ -83,7 +83,7 @@ class Budget:
 
     @staticmethod
     def _stop(process: subprocess.Popen) -> bytes:
-        """End a command and its own processes, pytest with a word on what has failed so far; returns its output."""
+        """End a command and its own processes, pytest at the end of its tests; returns its output."""
         process.send_signal(signal.SIGINT)
         try:
             return process.communicate(timeout=10)[0]
@@ -104,6 +104,8 @@ def test(budget: Budget) -> list[str]:
         "-n",
         str(max(1, (os.cpu_count() or 1) - 1)),
         "--dist=worksteal",
+        "-p",
+        "failures_at_once",
     )
     good = {
         "python -m dalle_kernels": budget.run(sys.executable, "-m", "dalle_kernels"),
