@@ -54,8 +54,7 @@ __device__ void make_masks(const HopperPlan& plan, uint32_t* masks, uint32_t bar
     const int thread = i / 2 % 128;
     masks[i] = window_mask(plan, i / 256, thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8, thread % 4);
   }
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+  barrier_arrive(barrier);
   barrier_wait(barrier, 0);
 }
 
@@ -73,8 +72,9 @@ __global__ void __launch_bounds__(THREADS<GROUPS>, 1) forward(const __grid_const
     for (int group = 0; group < GROUPS; ++group) init(shared.query_barrier(group), 1);
     for (int slot = 0; slot < plan.text_slots; ++slot) init(shared.text_barrier(slot), GROUPS);
     for (int i = 0; i < GROUPS * plan.stages; ++i) init(shared.window_barrier(0, i), 1);
-    barrier_init(shared.mask_barrier(), GROUPS * 4);
-    barrier_init(shared.end_barrier(), GROUPS * 4);
+    // Threads that have written for others arrive themselves, as racecheck can follow.
+    barrier_init(shared.mask_barrier(), GROUPS * 128);
+    barrier_init(shared.end_barrier(), GROUPS * 128);
     shared.again() = 0;
     barrier_init_done();
   }

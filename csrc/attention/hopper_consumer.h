@@ -399,9 +399,8 @@ struct Consumer {
   }
 
   // Whether all tiles have to be taken again, by what any of the block's consumers says, once all of them are here.
-  __device__ bool is_again() {
-    __syncwarp();
-    arrive(shared.end_barrier());
+  __device__ bool is_again() const {
+    barrier_arrive(shared.end_barrier());
     barrier_wait(shared.end_barrier(), 0);
     return shared.again() != 0;
   }

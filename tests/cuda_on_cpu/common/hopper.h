@@ -33,8 +33,9 @@ void keep_registers() {}
 
 // ---- Barriers
 struct Barrier {
-  uint8_t arrivals, missing, phase, unused;
-  int32_t bytes;  // that copies are still to report
+  uint16_t arrivals, missing;
+  uint32_t phase : 1;
+  int32_t bytes : 31;  // that copies are still to report
 };
 static_assert(sizeof(Barrier) == 8);
 
@@ -47,7 +48,7 @@ inline void finish_phase(Barrier& barrier) {
   barrier.missing = barrier.arrivals;
 }
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  shared_at<Barrier>(barrier) = {static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0, 0, 0};
+  shared_at<Barrier>(barrier) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0, 0};
 }
 inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
   Barrier& b = shared_at<Barrier>(barrier);
