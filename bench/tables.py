@@ -167,12 +167,14 @@ def attention_on_a_gpu(cases: list[dict]) -> str:
                 + (", samples of one text" if "samples of a prompt" in case["settings"] else ""),
                 ours(case),
                 share(case),
+                rival(case, f"{case['ours']}, native"),
                 rival(case, "SDPA on the full cache"),
                 rival(case, "SDPA on the full cache, boolean mask"),
             ]
             for case in steps
         ]
-        header = ["decode, last token", "rows × heads", "ours", "of the floor", "full-cache SDPA", "with the mask"]
+        header = ["decode, last token", "rows × heads", "ours", "of the floor", "ours, compiled"]
+        header += ["full-cache SDPA", "with the mask"]
         text += "\n\n" + grid(header, rows, 2)
     others = [case for case in cases if case["work"] == "forward" and not _is_main(case)]
     return text + ("\n\n" + _other_shapes(others) if others else "")

@@ -10,10 +10,9 @@
 // cycles of the tensor cores, of which 346,112 need an exponential, 21,632 cycles; that is 54 and 46 us at 1.75 GHz if
 // all overlap.
 //
-// Reached, by a form that loads a tile's queries at its start and not before the last one's results: row 151 us, column
-// 145, conv 204, where cuDNN's dense causal attention takes 294 and the form before it, with maxima that rise
-// throughout, took 159, 151 and 218 in the same run. That one took 172, 171 and 257 with text 257, and the Triton
-// kernels take 205, 206 and 352 with 256.
+// Reached: row 147 us, column 146, conv 208 (text 257: 161, 160, 237), where cuDNN's dense causal attention takes 291.
+// The form before, with maxima that rise throughout, took 159, 151 and 218 beside one that took 151, 145 and 204.
+// Triton's kernels take 205, 206 and 352.
 //
 // Of the 10,370 cycles that a warpgroup of the form before took for a tile of row, 3,510 were exponentials with the
 // values' products among them (2,040 if it had the unit to itself), 2,070 maxima and masks, 1,600 waits for products,
