@@ -52,7 +52,7 @@ def _on(device, inputs, dtype=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_loss_and_gradients_meet_the_error_rule(reduction, dtype, small_chunks):
-    for sizes in list(WAYS)[:: 2 if reduction == "none" else 1]:
+    for sizes in list(WAYS)[:: 2 if reduction == "none" or dtype == torch.float16 else 1]:
         draws = []
         for seed in range(3):
             inputs = _on(small_chunks, [tensor.to(dtype) for tensor in _inputs(*sizes, seed)[:3]])

@@ -16,8 +16,8 @@ HEAD_DIM = 64
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return on_cpu.compiled("attention", tmp_path_factory.mktemp("cuda_on_cpu"))
+def library():
+    return on_cpu.compiled("attention")
 
 
 def decode(library, pattern, q, k, v, samples, positions, scale, on_device):
@@ -53,7 +53,7 @@ def check(library, pattern, prompts, samples, heads, positions, dtype=torch.bflo
 
 
 # Text length, grid and kernel size.
-SHAPES = [(5, (4, 6), 3), (0, (3, 5), 5), (1, (5, 3), 7), (3, (1, 7), 3), (2, (6, 1), 5), (7, (5, 7), 5)]
+SHAPES = [(5, (4, 6), 3), (0, (3, 5), 5), (1, (5, 3), 7), (3, (1, 7), 3), (2, (6, 1), 5)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,10 +66,14 @@ def test_every_step(library, kind, shape):
 
 # Four warps take a head where there are many, else 16, in rounds of 160 and 320 keys; of shared text 16 warps take
 # tiles of 16 keys, two at once, and of a sample's image 32 keys.
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("prompts", "samples", "heads", "text_len", "kind"),
-    [(1, 1, 134, 170, "row"), (2, 1, 1, 700, "conv"), (2, 17, 2, 257, "conv"), (1, 3, 1, 800, "causal")],
+    ("prompts", "samples", "heads", "text_len", "kind", "dtype"),
+    [
+        (1, 1, 134, 170, "row", torch.bfloat16),
+        (2, 1, 1, 700, "conv", torch.float16),
+        (2, 17, 2, 257, "conv", torch.bfloat16),
+        (1, 3, 1, 800, "causal", torch.float16),
+    ],
 )
 def test_many_keys_heads_and_samples(library, prompts, samples, heads, text_len, kind, dtype):
     pattern = AttentionPattern(kind, text_len, (8, 16))

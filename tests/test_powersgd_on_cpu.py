@@ -15,9 +15,9 @@ EPS = 1e-6
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library():
     """The CUDA library's module, with this family alone, that runs on CPU tensors."""
-    return on_cpu.compiled("powersgd", tmp_path_factory.mktemp("cuda_on_cpu"))
+    return on_cpu.compiled("powersgd")
 
 
 @pytest.fixture(autouse=True)
