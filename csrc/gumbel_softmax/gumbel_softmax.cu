@@ -47,7 +47,8 @@ __device__ __forceinline__ float first_largest(const Team& team, const typename 
 
 // The threads of a block, and for a cluster its blocks, are as many as the columns take.
 template <class Team, bool WITH_KL, bool HARD>
-__global__ void __launch_bounds__(Team::MOST_THREADS, Team::LEAST_BLOCKS)
+__global__ void __launch_bounds__(Team::MOST_THREADS,
+                                  WITH_KL && HARD ? Team::LEAST_BLOCKS_HARD_WITH_KL : Team::LEAST_BLOCKS)
     forward(const __grid_constant__ GumbelSoftmax p, uint32_t rows) {
   constexpr int GROUPS = Team::GROUPS;
   using Sums = Statistics<1, 0, WITH_KL>;
@@ -112,8 +113,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, HARD ? Team::LEAST_BLOCKS_
   const float tau = *p.noise.tau;
   Sums sums(LOG2_E / tau);
   typename Team::Columns gradient, logits, sample;
-  const auto logits_row = team.row_of(p.logits), result_row = team.row_of(p.grad_logits);
-  if constexpr (WITH_KL || HARD) team.load_given(logits_row, -INFINITY, logits);
+  if constexpr (WITH_KL || HARD) team.load_given(team.row_of(p.logits), -INFINITY, logits);
   team.load_given(team.row_of(p.grad_y), 0.0f, gradient);
   if constexpr (WITH_KL) sums.template add_posterior<GROUPS>(logits);
   if constexpr (!HARD) team.load(team.row_of(p.y), 0.0f, sample);
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, HARD ? Team::LEAST_BLOCKS_
   const auto finish = [&](auto begin, auto end) {
     constexpr int BEGIN = decltype(begin)::value, END = decltype(end)::value;
     // Again, from the cache, rather than kept all along.
-    if constexpr (WITH_KL) team.template load_given<BEGIN, END>(logits_row, -INFINITY, logits);
+    if constexpr (WITH_KL) team.template load_given<BEGIN, END>(team.row_of(p.logits), -INFINITY, logits);
 #pragma unroll
     for (int group = BEGIN; group < END; ++group) {
 #pragma unroll
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, HARD ? Team::LEAST_BLOCKS_
         gradient[group][i] = result;
       }
     }
-    team.template store<BEGIN, END>(result_row, gradient);
+    team.template store<BEGIN, END>(team.row_of(p.grad_logits), gradient);
   };
   // By halves, for which the registers suffice.
   using std::integral_constant;
@@ -280,7 +280,7 @@ struct Clusters {
   template <Layout LAYOUT>
   using Forward = RowCluster<T, 8, 256, 3, 8, LAYOUT>;
   template <Layout LAYOUT>
-  using Backward = RowCluster<T, 8, 256, 2, 8, LAYOUT>;
+  using Backward = RowCluster<T, 8, 256, LAYOUT == Layout::ANY ? 1 : 2, 8, LAYOUT>;  // ANY wants for registers
 };
 
 template <class T>

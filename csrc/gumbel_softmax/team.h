@@ -103,7 +103,7 @@ template <class T, int GROUPS_, int MOST_THREADS_, int LEAST_BLOCKS_, bool WHOLE
 class RowBlock {
  public:
   static constexpr int GROUPS = GROUPS_, MOST_THREADS = MOST_THREADS_, LEAST_BLOCKS = LEAST_BLOCKS_;
-  static constexpr int LEAST_BLOCKS_HARD = LEAST_BLOCKS;
+  static constexpr int LEAST_BLOCKS_HARD = LEAST_BLOCKS, LEAST_BLOCKS_HARD_WITH_KL = 1;  // of backward; of forward
   using Columns = Elements<GROUPS>;
   using Element = T;
   template <class Statistics>
@@ -156,10 +156,7 @@ class RowBlock {
         float numbers[PACK];
 #pragma unroll
         for (float& number : numbers) number = other;
-        // Of the elements, since -inf and 0 are exact: two to a register in 16 bits.
-        Pack<T, PACK> pack = rounded_pack<T>(numbers);
-        if (column(group) < columns_) pack = load_pack<PACK>(of.data + column(group), 0);
-        numbers_of(pack, numbers);
+        if (column(group) < columns_) numbers_of(load_pack<PACK>(of.data + column(group), 0), numbers);
 #pragma unroll
         for (int i = 0; i < PACK; ++i) values[group + i / GROUP][i % GROUP] = numbers[i];
       }
@@ -248,7 +245,7 @@ class RowCluster {
 #else
   static constexpr int LEAST_BLOCKS = LEAST_BLOCKS_;
 #endif
-  static constexpr int LEAST_BLOCKS_HARD = 1;
+  static constexpr int LEAST_BLOCKS_HARD = 1, LEAST_BLOCKS_HARD_WITH_KL = LEAST_BLOCKS;
   using Columns = Elements<GROUPS>;
   using Element = T;
   template <class Statistics>
