@@ -1,10 +1,10 @@
-"""CUDA kernels of products and of copies ahead, compiled for sm_90a and held to what is known of their machine code.
+"""The CUDA kernels of the built library, held to what is known of their machine code.
 
-``python tests/cuda_gates.py [--update]`` compiles the sources that include such kernels and reads what each kernel
-needs: registers, wgmma products (HGMMA), bulk tensor copies (UTMALDG), products of a warp (HMMA), copies of a thread
-(LDGSTS), spills. It ends with status 1 where a kernel spills, has its products wait for each other, or differs from
-``tests/gates/cuda.json``, which ``--update`` writes anew.
-It needs nvcc, and the disassembler that Triton's wheel carries; no GPU.
+``python tests/cuda_gates.py [--update]`` reads from ``dalle_kernels._cuda``, for each architecture in it, what each
+kernel needs: registers, wgmma products (HGMMA) and waits for them, bulk tensor copies (UTMALDG), products of a warp
+(HMMA), copies of a thread (LDGSTS), spills. It prints a table, and ends with status 1 where a kernel spills or differs
+from ``tests/gates/cuda.json``, which ``--update`` writes anew. More waits than are known mean that the assembler has
+the products wait for each other. It needs the library and the tools that Triton's wheel carries; no GPU.
 """
 
 from __future__ import annotations
@@ -13,96 +13,120 @@ import argparse
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tests" / "gates" / "cuda.json"
-NVCC = "13.0"
-"""Whose machine code the checked-in table holds; of another version only spills and waiting products count."""
+COMPILER = "13.0"
+"""The CUDA release whose machine code the checked-in table holds; of another release only spills count."""
 REGISTER_SLACK = 8
+PROCESSES = 2
 
 
 @dataclass(frozen=True)
 class Code:
-    """What a kernel's machine code holds; ``registers`` is the highest number that an instruction names."""
+    """What a kernel's machine code needs and how many instructions it has of each kind that counts."""
 
     registers: int
     hgmma: int
+    waits: int
     utmaldg: int
-    hmma: int = 0
-    ldgsts: int = 0
-    spills: int = 0
+    hmma: int
+    ldgsts: int
+    spills: int
 
     @property
     def instructions(self) -> str:
-        return f"{self.hgmma} HGMMA, {self.utmaldg} UTMALDG, {self.hmma} HMMA and {self.ldgsts} LDGSTS"
+        return (
+            f"{self.hgmma} HGMMA in {self.waits} groups, {self.utmaldg} UTMALDG, {self.hmma} HMMA "
+            f"and {self.ldgsts} LDGSTS"
+        )
+
+    def faults(self, known: Code | None) -> Iterator[str]:
+        if self.spills:
+            yield f"{self.spills} instructions for spilled registers or other local memory"
+        if known is None:
+            yield "not in the checked-in table; make gates UPDATE=1 puts it there"
+            return
+        if abs(self.registers - known.registers) > REGISTER_SLACK:
+            yield f"{self.registers} registers instead of {known.registers}"
+        if self.instructions != known.instructions:
+            yield f"{self.instructions} instead of {known.instructions}"
 
 
 def unavailable() -> str | None:
-    """Why nothing can be compiled and read here, or None."""
-    if shutil.which("nvcc") is None:
-        return "nvcc is not on PATH"
+    """Why nothing can be read here, or None."""
+    if importlib.util.find_spec("dalle_kernels._cuda") is None:
+        return "the CUDA library is not built; DALLE_KERNELS_CUDA=on builds it where nvcc is"
     if importlib.util.find_spec("triton") is None:
         return "Triton, whose wheel carries the disassembler, is not installed"
     return None
 
 
-def nvcc_version() -> str:
-    text = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
-    return re.search(r"release (\d+\.\d+)", text).group(1)
+def tool(name: str, *arguments: str, folder: str | None = None) -> str:
+    """What one of the CUDA tools in Triton's wheel prints."""
+    path = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True, cwd=folder).stdout
 
 
-def sources() -> list[Path]:
-    """The .cu files that include such kernels, which are in headers of their own."""
-    found = sorted((ROOT / "csrc").rglob("*.cu"))
-    kernels = re.compile(r"/(hopper_\w+|decode_(rows|samples)|few_rows)\.h")
-    return [path for path in found if kernels.search(path.read_text(encoding="utf-8"))]
+def readable(mangled: list[str]) -> list[str]:
+    """``kernel<numbers and types>`` of each mangled name, without namespaces, argument types and casts."""
+    command = ["c++filt", *mangled]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    found = []
+    for name in names:
+        name = re.sub(r"^void |dalle::|cuda::|\(anonymous namespace\)::|_GLOBAL__N_+\w+::", "", name)
+        found.append(re.sub(r"\([\w:]+\)(?=-?\d|true|false)", "", name).partition("(")[0])
+    return found
 
 
-def name_of(mangled: str) -> str:
-    """``kernel<numbers and types>`` of a mangled name, without the namespaces, one of which is the file's alone."""
-    name = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
-    name = re.sub(r"^void |dalle::|cuda::|\(anonymous namespace\)::|_GLOBAL__N_+\w+::", "", name.partition("(dalle")[0])
-    return re.sub(r"\(\w+\)", "", name)
-
-
-def compiled(source: Path) -> tuple[dict[str, Code], list[str]]:
-    """The kernels of a source by name, and what the assembler complains of."""
-    tools = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = str(Path(folder) / "kernels.cubin")
-        command = ["nvcc", "-std=c++17", "-O3", "-I", str(ROOT / "csrc"), "-arch=sm_90a", "-cubin", "-o", cubin]
-        done = subprocess.run([*command, str(source)], check=True, capture_output=True, text=True)
-        text = subprocess.run([tools / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
+def examine(cubin: Path) -> dict[str, Code]:
+    """The kernels in a cubin by their mangled names."""
+    registers = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(cubin))))
     codes = {}
-    for part in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]:
-        opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", part, re.MULTILINE)
-        codes[name_of(re.match(r"[\w$]+", part).group())] = Code(
-            registers=max(map(int, re.findall(r"\bR(\d+)\b", part)), default=0),
-            hgmma=sum(opcode.startswith("HGMMA") for opcode in opcodes),
-            utmaldg=sum(opcode.startswith("UTMALDG") for opcode in opcodes),
-            hmma=sum(opcode.startswith("HMMA") for opcode in opcodes),
-            ldgsts=sum(opcode.startswith("LDGSTS") for opcode in opcodes),
-            spills=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
+    for part in re.split(r"^\s*\.section\s+\.text\.", tool("nvdisasm", "-c", str(cubin)), flags=re.MULTILINE)[1:]:
+        lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z].*)", part, re.MULTILINE)
+        count = {
+            opcode: sum(line.startswith(opcode) for line in lines)
+            for opcode in ("HGMMA", "UTMALDG", "HMMA", "LDGSTS", "LDL", "STL")
+        }
+        mangled = re.match(r"[\w$]+", part).group()
+        codes[mangled] = Code(
+            registers=int(registers[mangled]),
+            hgmma=count["HGMMA"],
+            # The last product of a group signals the scoreboard that the group's wait reads.
+            waits=sum(line.startswith("HGMMA") and "gsb0" in line for line in lines),
+            utmaldg=count["UTMALDG"],
+            hmma=count["HMMA"],
+            ldgsts=count["LDGSTS"],
+            spills=count["LDL"] + count["STL"],
         )
-    return codes, re.findall(r"wgmma\.mma_async instructions are serialized.*", done.stdout + done.stderr)
+    return codes
 
 
-def faults(name: str, code: Code, known: Code | None) -> list[str]:
-    wrong = [f"{code.spills} instructions for spilled registers"] if code.spills else []
-    if known is None:
-        wrong.append("not in the checked-in table; make gates UPDATE=1 puts it there")
-        known = code
-    if abs(code.registers - known.registers) > REGISTER_SLACK:
-        wrong.append(f"{code.registers} registers instead of {known.registers}")
-    if code.instructions != known.instructions:
-        wrong.append(f"{code.instructions} instead of {known.instructions}")
-    return [f"{name}: {fault}" for fault in wrong]
+def library() -> tuple[dict[str, Code], set[str], str]:
+    """The kernels of the built library by name and architecture, the architectures, and the CUDA release of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tool("cuobjdump", "--extract-elf", "all", importlib.util.find_spec("dalle_kernels._cuda").origin, folder=folder)
+        cubins = sorted(Path(folder).glob("*.cubin"))
+        release = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", cubins[0].read_bytes()).group(1).decode()
+        with ThreadPoolExecutor(PROCESSES) as pool:
+            examined = list(pool.map(examine, cubins))
+    codes: dict[str, Code] = {}
+    for cubin, found in zip(cubins, examined, strict=True):
+        architecture = cubin.suffixes[-2].lstrip(".")
+        for name, code in zip(readable(list(found)) if found else [], found.values(), strict=True):
+            key = f"{name} | {architecture}"
+            if key in codes:
+                raise SystemExit(f"two kernels are called {name}; the table needs a name for each")
+            codes[key] = code
+    return codes, {cubin.suffixes[-2].lstrip(".") for cubin in cubins}, release
 
 
 def main() -> None:
@@ -113,25 +137,22 @@ def main() -> None:
     if reason is not None:
         print(f"CUDA kernels are not checked: {reason}")
         return
-    codes: dict[str, Code] = {}
-    wrong: list[str] = []
-    for source in sources():
-        found, complaints = compiled(source)
-        codes |= found
-        wrong += [f"{source.name}: {complaint}" for complaint in complaints]
+    codes, architectures, release = library()
     if options.update:
         rows = [f"  {json.dumps(name)}: {json.dumps(asdict(code))}" for name, code in sorted(codes.items())]
         TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
     known = {name: Code(**code) for name, code in json.loads(TABLE.read_text(encoding="utf-8")).items()}
-    if nvcc_version() != NVCC:
+    known = {name: code for name, code in known.items() if name.rpartition(" ")[2] in architectures}
+    if release != COMPILER:
         known = codes
     width = max(map(len, codes))
-    print(f"{'kernel':{width}}  registers  HGMMA  UTMALDG  HMMA  LDGSTS  spills")
+    print(f"{'kernel':{width}}  registers  HGMMA  groups  UTMALDG  HMMA  LDGSTS  spills")
+    wrong: list[str] = []
     for name, code in sorted(codes.items()):
-        counts = f"{code.hgmma:5}  {code.utmaldg:7}  {code.hmma:4}  {code.ldgsts:6}  {code.spills:6}"
+        counts = f"{code.hgmma:5}  {code.waits:6}  {code.utmaldg:7}  {code.hmma:4}  {code.ldgsts:6}  {code.spills:6}"
         print(f"{name:{width}}  {code.registers:9}  {counts}")
-        wrong += faults(name, code, known.get(name))
-    wrong += [f"{name}: no longer compiled; make gates UPDATE=1" for name in sorted(known.keys() - codes.keys())]
+        wrong += [f"{name}: {fault}" for fault in code.faults(known.get(name))]
+    wrong += [f"{name}: no longer in the library; make gates UPDATE=1" for name in sorted(known.keys() - codes.keys())]
     print(*(f"FAILED {fault}" for fault in wrong), sep="\n", flush=True)
     sys.exit(1 if wrong else 0)
 
