@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) decode_rows(const __gr
     if (first == 0) {
       await_last_kernel();
       softmax.set_query(load_written(pack_of<Element>(p.q, row, head, column)), p.exponent);
-      const Pack key = load_written(pack_of<Element>(p.k_new, row, head, column));
-      const Pack value = load_written(pack_of<Element>(p.v_new, row, head, column));
+      const FourPairs key = load_written(pack_of<Element>(p.k_new, row, head, column));
+      const FourPairs value = load_written(pack_of<Element>(p.v_new, row, head, column));
       const bool begins = warp == 0 && group == 0;
       softmax.begin(key, value, begins, position >= 0);
       if (begins && in_image) image.store(place.own, column, key, value);

@@ -18,19 +18,19 @@ struct TextTiles {
   static constexpr int CHUNKS = HEAD_DIM / 32, HALVES = HEAD_DIM / 64;  // of a row of keys, and of values
   static constexpr int PACKS = 2 * CHUNKS + 4 * HALVES;                 // of a tile, a thread
   static constexpr int SUMS = HEAD_DIM + 4;                             // a row of partial sums, padded
-  static constexpr int BYTES = SLOTS * PACKS * THREADS * static_cast<int>(sizeof(Pack));
+  static constexpr int BYTES = SLOTS * PACKS * THREADS * static_cast<int>(sizeof(FourPairs));
   static constexpr int SUMS_BYTES = WARPS * SAMPLES_OF_BLOCK * SUMS * static_cast<int>(sizeof(float));
 
   HeadCache<Element, HEAD_DIM> text;
   int text_len, warp, row, lane;  // rows and lanes as common/mma.h has them
-  Pack* memory;
+  FourPairs* memory;
   float maximum[2], total[2], sums[8 * HALVES][4];  // of samples `row` and `row` + 8
 
   __device__ TextTiles(const HeadCache<Element, HEAD_DIM>& text_, int text_len_, uint8_t* shared)
       : text(text_), text_len(text_len_), warp(threadIdx.x / 32), row(threadIdx.x % 32 / 4), lane(threadIdx.x % 4),
-        memory(reinterpret_cast<Pack*>(shared) + threadIdx.x) {}
+        memory(reinterpret_cast<FourPairs*>(shared) + threadIdx.x) {}
 
-  __device__ __forceinline__ Pack& place(int turn, int pack) const {
+  __device__ __forceinline__ FourPairs& place(int turn, int pack) const {
     return memory[(turn % SLOTS * PACKS + pack) * THREADS];
   }
   __device__ __forceinline__ int first_key(int turn) const { return (turn * WARPS + warp) * KEYS; }
@@ -64,11 +64,11 @@ struct TextTiles {
   }
 
   // Takes the tile of a turn into the softmaxes; `queries` are rows `row` and `row` + 8 of each chunk.
-  __device__ __forceinline__ void meet(int turn, const Pack (&queries)[CHUNKS][2], float exponent) {
+  __device__ __forceinline__ void meet(int turn, const FourPairs (&queries)[CHUNKS][2], float exponent) {
     float scores[2][4] = {};
 #pragma unroll
     for (int i = 0; i < 2 * CHUNKS; ++i) {
-      const Pack key = place(turn, i);
+      const FourPairs key = place(turn, i);
       const auto& [upper, lower] = queries[i / 2];
 #pragma unroll
       for (int j = 0; j < 4; j += 2) {
@@ -100,11 +100,13 @@ struct TextTiles {
     }
     uint32_t weights[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weights[i] = pack(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1], Element{});
+    for (int i = 0; i < 4; ++i) {
+      weights[i] = rounded_pair(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1], Element{});
+    }
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
       const int at = 2 * CHUNKS + 4 * half;
-      const Pack packs[4] = {place(turn, at), place(turn, at + 1), place(turn, at + 2), place(turn, at + 3)};
+      const FourPairs packs[4] = {place(turn, at), place(turn, at + 1), place(turn, at + 2), place(turn, at + 3)};
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         const uint32_t a = packs[0].pairs[i / 2], b = packs[1].pairs[i / 2];
@@ -174,8 +176,8 @@ __global__ void __launch_bounds__(512, 1) decode_samples(const __grid_constant__
     if (first == 0) {
       await_last_kernel();
       softmax.set_query(load_written(pack_of<Element>(p.q, row, head, column)), p.exponent);
-      const Pack key = load_written(pack_of<Element>(p.k_new, row, head, column));
-      const Pack value = load_written(pack_of<Element>(p.v_new, row, head, column));
+      const FourPairs key = load_written(pack_of<Element>(p.k_new, row, head, column));
+      const FourPairs value = load_written(pack_of<Element>(p.v_new, row, head, column));
       softmax.begin(key, value, group == 0, position >= 0);
       if (group == 0 && is_sample && position >= 0) image.store(place.own, column, key, value);
     }
@@ -189,12 +191,12 @@ __global__ void __launch_bounds__(512, 1) decode_samples(const __grid_constant__
     for (int i = 0; i < 8; ++i) shared.window[warp][column + i] = softmax.weighted[i];
   }
 
-  Pack queries[Text::CHUNKS][2];
+  FourPairs queries[Text::CHUNKS][2];
 #pragma unroll
   for (int i = 0; i < 2 * Text::CHUNKS; ++i) {
     const int other = first_sample + text.row + i % 2 * 8, column_of_chunk = i / 2 * 32 + text.lane * 8;
     queries[i / 2][i % 2] =
-        other < p.samples ? load_written(pack_of<Element>(p.q, first_row + other, head, column_of_chunk)) : Pack{};
+        other < p.samples ? load_written(pack_of<Element>(p.q, first_row + other, head, column_of_chunk)) : FourPairs{};
   }
   text.begin();
 #pragma unroll 1

@@ -8,6 +8,7 @@
 #include "attention/decode_slots.h"
 #include "common/ahead.h"
 #include "common/mma.h"
+#include "common/pairs.h"
 
 namespace dalle::cuda {
 
@@ -35,14 +36,8 @@ __device__ __forceinline__ int place_of(const DecodeLaunch& p, bool text) {
 __device__ __forceinline__ float power(float exponent) { return exp2f(exponent); }
 
 template <class Element>
-__device__ __forceinline__ void unpack(const Pack& pack, float (&numbers)[8]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) unpack(pack.pairs[i], numbers[2 * i], numbers[2 * i + 1], Element{});
-}
-
-template <class Element>
-__device__ __forceinline__ const Pack* pack_of(const TokenHeads& tensor, int row, int head, int column) {
-  return reinterpret_cast<const Pack*>(static_cast<const Element*>(tensor.data) + row * tensor.row_stride +
+__device__ __forceinline__ const FourPairs* pack_of(const TokenHeads& tensor, int row, int head, int column) {
+  return reinterpret_cast<const FourPairs*>(static_cast<const Element*>(tensor.data) + row * tensor.row_stride +
                                        head * tensor.head_stride + column);
 }
 
@@ -67,10 +62,10 @@ struct HeadCache {
             p.pattern.slots};
   }
   // The eight numbers from `column` on of the token's key and value.
-  __device__ __forceinline__ void store(int slot, int column, const Pack& key, const Pack& value) const {
+  __device__ __forceinline__ void store(int slot, int column, const FourPairs& key, const FourPairs& value) const {
     const int64_t at = static_cast<int64_t>(slot) * HEAD_DIM + column;
-    *reinterpret_cast<Pack*>(keys + at) = key;
-    *reinterpret_cast<Pack*>(values + at) = value;
+    *reinterpret_cast<FourPairs*>(keys + at) = key;
+    *reinterpret_cast<FourPairs*>(values + at) = value;
   }
 };
 
@@ -82,28 +77,28 @@ struct RowSoftmax {
   // The keys and values that a thread holds.
   template <int COUNT>
   struct Loaded {
-    Pack keys[COUNT], values[COUNT];
+    FourPairs keys[COUNT], values[COUNT];
     uint32_t seen = 0;
 
     __device__ __forceinline__ void take(int i, bool is_seen, const Element* key, const Element* value) {
       if (is_seen) {
-        keys[i] = *reinterpret_cast<const Pack*>(key), values[i] = *reinterpret_cast<const Pack*>(value);
+        keys[i] = *reinterpret_cast<const FourPairs*>(key), values[i] = *reinterpret_cast<const FourPairs*>(value);
         seen |= 1u << i;
       } else {
-        keys[i] = Pack{}, values[i] = Pack{};
+        keys[i] = FourPairs{}, values[i] = FourPairs{};
       }
     }
   };
 
-  __device__ __forceinline__ void set_query(const Pack& pack, float exponent) {
-    unpack<Element>(pack, query);
+  __device__ __forceinline__ void set_query(const FourPairs& pack, float exponent) {
+    numbers_of(pack, query, Element{});
 #pragma unroll
     for (float& number : query) number *= exponent;
   }
 
-  __device__ __forceinline__ float score(const Pack& key) const {
+  __device__ __forceinline__ float score(const FourPairs& key) const {
     float numbers[8], sum = 0;
-    unpack<Element>(key, numbers);
+    numbers_of(key, numbers, Element{});
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum = fmaf(query[i], numbers[i], sum);
 #pragma unroll
@@ -112,7 +107,7 @@ struct RowSoftmax {
   }
 
   // Where `begins`, the softmax begins with the token's own key. No step makes the result NaN.
-  __device__ __forceinline__ void begin(const Pack& key, const Pack& value, bool begins, bool is_step) {
+  __device__ __forceinline__ void begin(const FourPairs& key, const FourPairs& value, bool begins, bool is_step) {
     const float own = score(key);
     if (!begins) {
 #pragma unroll
@@ -120,7 +115,7 @@ struct RowSoftmax {
       return;
     }
     maximum = own, total = is_step ? 1.0f : __uint_as_float(0x7fc00000u);
-    unpack<Element>(value, weighted);
+    numbers_of(value, weighted, Element{});
   }
 
   template <int COUNT>
@@ -139,7 +134,7 @@ struct RowSoftmax {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       float numbers[8];
-      unpack<Element>(loaded.values[i], numbers);
+      numbers_of(loaded.values[i], numbers, Element{});
       const float weight = power(weights[i] - largest);
       total += weight;
 #pragma unroll

@@ -230,7 +230,7 @@ __device__ void store_tile(const BackwardLaunch& launch, const HeadNumber& head,
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* pair = sums + column / 2 + 4 * i + 2 * which;
-        pieces[0][i] = packed(Element{}, pair[0] * factor, pair[1] * factor);
+        pieces[0][i] = rounded_pair(pair[0] * factor, pair[1] * factor, Element{});
       }
       transpose_pieces(pieces);
       if (token >= 0) store_16_bytes(start + token * to.token_stride + column, pieces[0]);

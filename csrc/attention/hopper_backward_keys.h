@@ -81,8 +81,8 @@ struct KeyGradients : PairBlock<KeyGradients<Element>, KeyRing, 2> {
       const float4 at = statistics(n, columns);
 #pragma unroll
       for (int i = 4 * columns; i < 4 * columns + 4; i += 2) {
-        grad_scores[i / 2] = packed(Element{}, weights[i] * (grad_weights[i] - at.y),
-                                    weights[i + 1] * (grad_weights[i + 1] - at.w));
+        grad_scores[i / 2] = rounded_pair(weights[i] * (grad_weights[i] - at.y),
+                                          weights[i + 1] * (grad_weights[i + 1] - at.w), Element{});
       }
     }
   }
@@ -110,7 +110,7 @@ struct KeyGradients : PairBlock<KeyGradients<Element>, KeyRing, 2> {
     weigh(n, weights, mask);
     uint32_t rounded[STRIP / 4];
 #pragma unroll
-    for (int i = 0; i < STRIP / 4; ++i) rounded[i] = packed(Element{}, weights[2 * i], weights[2 * i + 1]);
+    for (int i = 0; i < STRIP / 4; ++i) rounded[i] = rounded_pair(weights[2 * i], weights[2 * i + 1], Element{});
     products_wait();
     pin(grad_weights);
     add(value_sums, rounded, grads);

@@ -62,7 +62,7 @@ struct QueryGradient : PairBlock<QueryGradient<Element>, QueryRing, 3> {
     load_tile(tile(OUT), outs);
 #pragma unroll
     for (int i = 0; i < HEAD / 4; ++i) {
-      const float2 out = unpacked(Element{}, outs[i]), grad = unpacked(Element{}, grads[i]);
+      const float2 out = numbers_of(outs[i], Element{}), grad = numbers_of(grads[i], Element{});
       deltas[i % 2] += out.x * grad.x + out.y * grad.y;
     }
     const int place = (pair.image ? plan.text_tiles * TILE : 0) + first + row();
@@ -82,8 +82,8 @@ struct QueryGradient : PairBlock<QueryGradient<Element>, QueryRing, 3> {
 #pragma unroll
     for (int i = 0; i < STRIP / 4; ++i) {
       const float delta = deltas[i % 2];
-      grad_scores[i] = packed(Element{}, weights[2 * i] * (grad_weights[2 * i] - delta),
-                              weights[2 * i + 1] * (grad_weights[2 * i + 1] - delta));
+      grad_scores[i] = rounded_pair(weights[2 * i] * (grad_weights[2 * i] - delta),
+                                    weights[2 * i + 1] * (grad_weights[2 * i + 1] - delta), Element{});
     }
   }
 

@@ -6,6 +6,7 @@
 
 #include "attention/hopper_plan.h"
 #include "common/hopper.h"
+#include "common/pairs.h"
 
 namespace dalle::cuda {
 namespace {

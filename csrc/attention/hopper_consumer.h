@@ -169,7 +169,7 @@ struct Consumer {
     const float x = exp2_approximate(fmaf(a, launch.exponent, -maxima[which]));
     const float y = exp2_approximate(fmaf(b, launch.exponent, -maxima[which]));
     totals[which] += x + y;
-    return packed(Element{}, x, y);
+    return rounded_pair(x, y, Element{});
   }
 
   template <int KEYS, bool MASKED>
@@ -361,7 +361,7 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* pair = sums + block % BLOCKS * 16 + 4 * i + 2 * which;
-        pieces[block][i] = packed(Element{}, pair[0] * factors[which], pair[1] * factors[which]);
+        pieces[block][i] = rounded_pair(pair[0] * factors[which], pair[1] * factors[which], Element{});
       }
     }
     transpose_pieces(pieces);

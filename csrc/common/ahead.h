@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "common/mma.h"
+#include "common/pairs.h"
 
 namespace dalle::cuda {
 
@@ -50,13 +50,13 @@ __device__ __forceinline__ void await_last_kernel() {
 }
 
 // What a kernel before this one wrote, from the L2 cache: an earlier one may have left older bytes nearer by.
-__device__ __forceinline__ Pack load_written(const Pack* from) {
-  Pack pack;
+__device__ __forceinline__ FourPairs load_written(const FourPairs* from) {
+  FourPairs four;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(pack.pairs[0]), "=r"(pack.pairs[1]), "=r"(pack.pairs[2]), "=r"(pack.pairs[3])
+               : "=r"(four.pairs[0]), "=r"(four.pairs[1]), "=r"(four.pairs[2]), "=r"(four.pairs[3])
                : "l"(from)
                : "memory");
-  return pack;
+  return four;
 }
 template <class Element>
 __device__ __forceinline__ Element load_written(const Element* from) {

@@ -236,30 +236,6 @@ DALLE_DEFINE_PRODUCTS_32(Half, "f16")
 #undef DALLE_SUMS_16
 #undef DALLE_SUMS_8
 
-// Two numbers rounded to 16 bits each, the first in the lower half.
-inline __device__ uint32_t packed(BFloat16, float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-inline __device__ uint32_t packed(Half, float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
-// The two numbers of such a pair.
-inline __device__ float2 unpacked(BFloat16, uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-inline __device__ float2 unpacked(Half, uint32_t pair) {
-  float2 numbers;
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-      : "=f"(numbers.x), "=f"(numbers.y)
-      : "r"(pair));
-  return numbers;
-}
-
 // Four 8 x 8 blocks of 16-bit numbers, as a left operand's 16 x 16 has them: thread t gives the address of row t % 8 of
 // block t / 8.
 inline __device__ void load_blocks(uint32_t address, uint32_t* blocks) {

@@ -1,4 +1,4 @@
-// Products of one warp's registers (mma.sync, sm_80 and later), and packs of eight 16-bit numbers.
+// Products of one warp's registers (mma.sync, sm_80 and later).
 //
 // Thread t of a warp is (row, lane) = (t / 4, t % 4). It has of the left operand, [16, 16], the pairs of columns
 // 2 * lane and 2 * lane + 8 of rows `row` and `row` + 8, in the order of `left`; of the right one, [16, 8], the pairs of
@@ -16,10 +16,6 @@
 #include "common/dtype.h"
 
 namespace dalle::cuda {
-
-struct alignas(16) Pack {
-  uint32_t pairs[4];
-};
 
 // sums += left . right
 template <class Element>
@@ -39,31 +35,5 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], uint32_t left0, u
 DALLE_MMA(BFloat16, "bf16")
 DALLE_MMA(Half, "f16")
 #undef DALLE_MMA
-
-// The two numbers of a pair, and the pair of two numbers, each rounded to nearest.
-__device__ __forceinline__ void unpack(uint32_t pair, float& first, float& second, BFloat16) {
-  first = __uint_as_float(pair << 16), second = __uint_as_float(pair & 0xffff0000u);
-}
-__device__ __forceinline__ void unpack(uint32_t pair, float& first, float& second, Half) {
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-      : "=f"(first), "=f"(second)
-      : "r"(pair));
-}
-__device__ __forceinline__ uint32_t pack(float first, float second, BFloat16) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
-}
-__device__ __forceinline__ uint32_t pack(float first, float second, Half) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
-}
-
-// Number WHICH of each of two pairs, as a pair.
-template <int WHICH>
-__device__ __forceinline__ uint32_t pair_of(uint32_t first, uint32_t second) {
-  return __byte_perm(first, second, WHICH == 0 ? 0x5410 : 0x7632);
-}
 
 }  // namespace dalle::cuda

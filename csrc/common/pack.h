@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/pairs.h"
 
 namespace dalle::cuda {
 
@@ -40,7 +41,7 @@ __device__ __forceinline__ bool are_aligned(const T*... arrays) {
   return ((reinterpret_cast<uintptr_t>(arrays) | ...) & (ACCESS_BYTES - 1)) == 0;
 }
 
-// Elements of 16 bits are taken and made by twos, a register for both: picked apart they cost an instruction more.
+// Elements of 16 bits are taken and made by twos (pairs.h).
 __device__ __forceinline__ float number_of(float x) { return x; }
 __device__ __forceinline__ float number_of(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float number_of(Half x) {
@@ -65,18 +66,6 @@ __device__ __forceinline__ void numbers_of(const Pack<T, COUNT>& pack, float (&n
   }
 }
 
-// Two numbers rounded to nearest even, in one register; NaN stays NaN.
-__device__ __forceinline__ uint32_t two_rounded(float first, float second, BFloat16) {
-  uint32_t word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-  return word;
-}
-__device__ __forceinline__ uint32_t two_rounded(float first, float second, Half) {
-  uint32_t word;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-  return word;
-}
-
 template <class T, int COUNT>
 __device__ __forceinline__ Pack<T, COUNT> rounded_pack(const float (&numbers)[COUNT]) {
   Pack<T, COUNT> pack;
@@ -84,11 +73,11 @@ __device__ __forceinline__ Pack<T, COUNT> rounded_pack(const float (&numbers)[CO
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) pack.elements[i] = numbers[i];
   } else if constexpr (COUNT == 1) {
-    pack.elements[0].bits = static_cast<uint16_t>(two_rounded(numbers[0], 0.0f, T{}));
+    pack.elements[0].bits = static_cast<uint16_t>(rounded_pair(numbers[0], 0.0f, T{}));
   } else {
 #pragma unroll
     for (int i = 0; i < COUNT; i += 2) {
-      const uint32_t word = two_rounded(numbers[i], numbers[i + 1], T{});
+      const uint32_t word = rounded_pair(numbers[i], numbers[i + 1], T{});
       memcpy(pack.elements + i, &word, sizeof word);
     }
   }

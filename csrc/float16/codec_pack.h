@@ -25,7 +25,7 @@ __device__ __forceinline__ uint32_t encoded(float x) {
 }
 
 template <Float16Format format>
-__device__ __forceinline__ uint32_t two_rounded(float first, float second, Code<format>) {
+__device__ __forceinline__ uint32_t rounded_pair(float first, float second, Code<format>) {
   return encoded<format>(first) | encoded<format>(second) << 16;
 }
 

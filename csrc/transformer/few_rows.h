@@ -10,6 +10,7 @@
 
 #include "common/ahead.h"
 #include "common/mma.h"
+#include "common/pairs.h"
 
 namespace dalle::cuda {
 
@@ -29,7 +30,7 @@ template <class Element, bool NORM, bool GELU, int TILES>
 struct FewRowsBlock {
   static constexpr int WARPS = 12, THREADS = WARPS * 32, STAGES = 6;
   static constexpr int PACKS = NORM ? 2 : 3;  // of a stage: of two rows of weights, and of x where it is as it comes
-  static constexpr int RING = STAGES * PACKS * THREADS * static_cast<int>(sizeof(Pack));
+  static constexpr int RING = STAGES * PACKS * THREADS * static_cast<int>(sizeof(FourPairs));
   static constexpr int VALUES = TILES * 16 * MOST_ROWS, TURNS = (VALUES + THREADS - 1) / THREADS;
   static_assert(WARPS * VALUES * static_cast<int>(sizeof(float)) <= RING, "the ring takes the sums at the end");
 
@@ -37,7 +38,7 @@ struct FewRowsBlock {
   static __host__ __device__ int runs_of_warp(int inputs) { return (inputs / 32 + WARPS - 1) / WARPS; }
   // The ring, then for NORM the rows of x, normalized, and the normalization's weights.
   static __host__ __device__ int shared_bytes(int inputs) {
-    return RING + (NORM ? runs_of_warp(inputs) * THREADS * static_cast<int>(sizeof(Pack)) + 4 * inputs : 0);
+    return RING + (NORM ? runs_of_warp(inputs) * THREADS * static_cast<int>(sizeof(FourPairs)) + 4 * inputs : 0);
   }
 
   const FewRows& p;
@@ -59,14 +60,14 @@ struct FewRowsBlock {
     }
   };
 
-  __device__ __forceinline__ Pack& ring(const Cursor& at, int pack) const {
-    return reinterpret_cast<Pack*>(memory)[(at.place * PACKS + pack) * THREADS + threadIdx.x];
+  __device__ __forceinline__ FourPairs& ring(const Cursor& at, int pack) const {
+    return reinterpret_cast<FourPairs*>(memory)[(at.place * PACKS + pack) * THREADS + threadIdx.x];
   }
-  __device__ __forceinline__ Pack& normalized(int run) const {
-    return reinterpret_cast<Pack*>(memory + RING)[run * THREADS + threadIdx.x];
+  __device__ __forceinline__ FourPairs& normalized(int run) const {
+    return reinterpret_cast<FourPairs*>(memory + RING)[run * THREADS + threadIdx.x];
   }
-  __device__ __forceinline__ Pack* norm_weights() const {
-    return reinterpret_cast<Pack*>(memory + RING) + runs_of_warp(p.inputs) * THREADS;
+  __device__ __forceinline__ FourPairs* norm_weights() const {
+    return reinterpret_cast<FourPairs*>(memory + RING) + runs_of_warp(p.inputs) * THREADS;
   }
   __device__ __forceinline__ int first_output() const { return blockIdx.x * TILES * 16; }
   __device__ __forceinline__ int input(int run) const { return (begin + run) * 32 + lane * 8; }
@@ -96,7 +97,7 @@ struct FewRowsBlock {
       const int packs = p.inputs / 8;
       for (int i = threadIdx.x; i < 2 * packs; i += THREADS) {
         const void* from = i < packs ? p.norm_weight : p.norm_bias;
-        copy_pack(norm_weights() + i, static_cast<const Pack*>(from) + i % packs);
+        copy_pack(norm_weights() + i, static_cast<const FourPairs*>(from) + i % packs);
       }
       copies_commit();
     }
@@ -115,17 +116,17 @@ struct FewRowsBlock {
     float sum = 0;
     constexpr int BATCH = 5;
     for (int first = 0; first < runs; first += BATCH) {
-      Pack packs[BATCH];
+      FourPairs packs[BATCH];
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        packs[i] = Pack{};
-        if (first + i < runs) packs[i] = load_written(reinterpret_cast<const Pack*>(x + input(first + i)));
+        packs[i] = FourPairs{};
+        if (first + i < runs) packs[i] = load_written(reinterpret_cast<const FourPairs*>(x + input(first + i)));
       }
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
         if (first + i >= runs) break;
         float numbers[8];
-        unpack_all(packs[i], numbers);
+        numbers_of(packs[i], numbers, Element{});
         for (float number : numbers) sum += number;
         normalized(first + i) = packs[i];
       }
@@ -134,25 +135,19 @@ struct FewRowsBlock {
     float squares = 0;
     for (int run = 0; run < runs; ++run) {
       float numbers[8];
-      unpack_all(normalized(run), numbers);
+      numbers_of(normalized(run), numbers, Element{});
       for (float number : numbers) squares = fmaf(number - mean, number - mean, squares);
     }
     copies_wait<STAGES>();  // the normalization's weights; the barrier below shows them to all
     const float factor = 1 / sqrtf(total_of(squares, parts[1]) / p.inputs + p.epsilon);
     for (int run = 0; run < runs; ++run) {
       float numbers[8], scales[8], shifts[8];
-      unpack_all(normalized(run), numbers);
-      unpack_all(norm_weights()[input(run) / 8], scales);
-      unpack_all(norm_weights()[(p.inputs + input(run)) / 8], shifts);
+      numbers_of(normalized(run), numbers, Element{});
+      numbers_of(norm_weights()[input(run) / 8], scales, Element{});
+      numbers_of(norm_weights()[(p.inputs + input(run)) / 8], shifts, Element{});
       for (int i = 0; i < 8; ++i) numbers[i] = fmaf((numbers[i] - mean) * factor, scales[i], shifts[i]);
-      Pack& pack_of_run = normalized(run);
-      for (int i = 0; i < 4; ++i) pack_of_run.pairs[i] = pack(numbers[2 * i], numbers[2 * i + 1], Element{});
+      normalized(run) = rounded_pairs(numbers, Element{});
     }
-  }
-
-  __device__ __forceinline__ static void unpack_all(const Pack& pack, float (&numbers)[8]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) unpack(pack.pairs[i], numbers[2 * i], numbers[2 * i + 1], Element{});
   }
 
   // The sum over all threads of a row.
@@ -200,8 +195,8 @@ struct FewRowsBlock {
       float others[4] = {};  // a second chain
       for (int i = 0; i < runs; ++i) {
         copies_wait<STAGES - 1>();
-        const Pack upper = ring(taken, 0), lower = ring(taken, 1);
-        const Pack right = NORM ? normalized(i) : ring(taken, PACKS - 1);
+        const FourPairs upper = ring(taken, 0), lower = ring(taken, 1);
+        const FourPairs right = NORM ? normalized(i) : ring(taken, PACKS - 1);
         multiply_add<Element>(sums[tile], upper.pairs[0], lower.pairs[0], upper.pairs[1], lower.pairs[1],
                               right.pairs[0], right.pairs[1]);
         multiply_add<Element>(others, upper.pairs[2], lower.pairs[2], upper.pairs[3], lower.pairs[3], right.pairs[2],

@@ -236,19 +236,6 @@ void multiply_32(Element, float (&d)[16], uint64_t a, uint64_t b) {
   multiply_later({d, nullptr, a, b, 32, !first, false, std::is_same_v<Element, BFloat16>});
 }
 
-template <class Element>
-uint32_t packed(Element, float low, float high) {
-  Element numbers[2];
-  from_float(low, numbers[0]);
-  from_float(high, numbers[1]);
-  return numbers[0].bits | static_cast<uint32_t>(numbers[1].bits) << 16;
-}
-
-template <class Element>
-float2 unpacked(Element, uint32_t pair) {
-  return {to_float(Element{static_cast<uint16_t>(pair)}), to_float(Element{static_cast<uint16_t>(pair >> 16)})};
-}
-
 inline void load_blocks(uint32_t address, uint32_t* blocks) {
   const int lane = on_cpu::block->running % on_cpu::WARP;
   for (int block = 0; block < 4; ++block) {
