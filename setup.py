@@ -5,6 +5,7 @@ Neither torch nor a GPU is needed here: the libraries take addresses, sizes and 
 - ``DALLE_KERNELS_CUDA``: ``auto`` (the default: build the CUDA library where nvcc and an NVIDIA driver are found),
   ``on`` (nvcc alone suffices) or ``off``.
 - ``DALLE_KERNELS_CUDA_ARCHITECTURES``: what to compile for, such as ``80;90a`` (the default) or ``89``.
+- ``DALLE_KERNELS_WARNINGS_AS_ERRORS``: ``on`` or ``off`` (the default).
 - ``CMAKE_BUILD_PARALLEL_LEVEL``: how many compilations run at once.
 """
 
@@ -74,6 +75,7 @@ class CMakeBuild(build_ext):
         # Always passed, or the value of an earlier build would be taken from CMake's cache.
         for name, default in (("DALLE_KERNELS_CUDA", "auto"), ("DALLE_KERNELS_CUDA_ARCHITECTURES", "80;90a")):
             options[name] = os.environ.get(name) or default
+        options["CMAKE_COMPILE_WARNING_AS_ERROR"] = os.environ.get("DALLE_KERNELS_WARNINGS_AS_ERRORS") or "off"
         configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
         if not cached_tools_exist(build / "CMakeCache.txt"):
             configure.append("--fresh")

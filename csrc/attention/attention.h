@@ -67,9 +67,9 @@ struct SparseAttentionBackward {
   Heads dq, dk, dv;  // written in full
   int threads;
   int64_t* workspace;  // as above; CUDA's is `scratch`, which the caller provides
-  Heads out;           // of the forward, as is lse: read on CUDA only
-  const float* lse;
-  void* scratch;       // a multiple of 256 bytes
+  Heads out{};         // of the forward, as is lse: read on CUDA only
+  const float* lse = nullptr;
+  void* scratch = nullptr;  // a multiple of 256 bytes
 };
 
 DALLE_DECLARE_CPU_KERNEL(sparse_attention, SparseAttention)
