@@ -55,11 +55,11 @@ def coded_state(triton_device):
     return make
 
 
-@pytest.mark.parametrize("coded", ((True, True), (False, False), (True, False)), ids=str)
 @pytest.mark.parametrize(
-    "dtypes",
-    ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
-     (torch.float32, torch.bfloat16)),
+    ("dtypes", "coded"),
+    (((torch.float32, torch.float32), (True, True)), ((torch.float32, torch.float32), (False, False)),
+     ((torch.bfloat16, torch.bfloat16), (True, True)), ((torch.float16, torch.float16), (True, False)),
+     ((torch.float32, torch.bfloat16), (True, False)), ((torch.float32, torch.float16), (False, True))),
     ids=str,
 )  # fmt: skip
 def test_many_parameters_in_one_launch(dtypes, coded, coded_state):

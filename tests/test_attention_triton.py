@@ -88,7 +88,7 @@ def test_blocks_of_the_table(head_dim, triton_device):
 
 
 def test_split_queries(split, triton_device, small_blocks):
-    check_random(triton_device, AttentionPattern("row", 20, (4, 10)), 0.3, 1, 2, 60, 16)
+    check_random(triton_device, AttentionPattern("row", 20, (4, 10)), 0.3, 1, 1, 60, 16)
 
 
 def test_strided_views_are_read_in_place(triton_device, small_blocks):
@@ -105,7 +105,7 @@ def test_strided_views_are_read_in_place(triton_device, small_blocks):
 def test_extreme_logits(kind, triton_device, small_blocks):
     """Logits of about 1e4 whose dot products are exact: a rounded log-sum-exp would lose the gradients."""
     torch.manual_seed(3)
-    draws = [random_inputs(triton_device, 1, 2, 40, 16) for _ in range(10)]
+    draws = [random_inputs(triton_device, 1, 1, 40, 16) for _ in range(10)]
     draws = [((50 * q).round(), (50 * k).round(), v, grad_out) for q, k, v, grad_out in draws]
     check(draws, AttentionPattern(kind, 11, (5, 6), 3), 0.25)
 

@@ -61,6 +61,12 @@ SHAPES = [(5, (4, 6), 3), (0, (3, 5), 5), (1, (5, 3), 7), (3, (1, 7), 3), (2, (6
 def test_every_step(library, kind, shape):
     pattern = AttentionPattern(kind, *shape)
     check(library, pattern, 1, 1, 1, range(pattern.seq_len))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
+def test_every_step_of_samples(library, kind, shape):
+    pattern = AttentionPattern(kind, *shape)
     check(library, pattern, 1, 2, 1, range(pattern.text_len, pattern.seq_len), on_device=True)
 
 
@@ -85,7 +91,7 @@ def test_many_keys_heads_and_samples(library, prompts, samples, heads, text_len,
 @pytest.mark.parametrize("scale", [0.0, -0.3, 20.0])
 def test_scales(library, scale, samples):
     pattern = AttentionPattern("column", 40, (3, 4))
-    check(library, pattern, 2, samples, 2, range(45, 50), scale=scale)
+    check(library, pattern, 2, samples, 2, range(46, 49), scale=scale)
 
 
 def test_a_place_without_a_step_gives_nan_and_leaves_the_cache(library):

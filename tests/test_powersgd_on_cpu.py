@@ -40,7 +40,7 @@ def gaussian(rows: int, columns: int) -> torch.Tensor:
 
 
 # 4 blocks hold 16 rows a warp, that is 512 in all, and 32 rows a warp beyond; panels and tiles are of 32 and 64.
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (70, 1), (33, 33), (100, 66), (520, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (70, 1), (33, 33), (80, 66), (520, 33)], ids=str)
 def test_both_algorithms(shape):
     P = gaussian(*shape)
     Q, certified = ops.cholesky_qr(P[None], EPS)
@@ -53,21 +53,21 @@ def test_both_algorithms(shape):
 
 @pytest.mark.parametrize("condition", [1e4, 1e7])
 def test_any_condition(condition):
-    left, right = (torch.linalg.qr(gaussian(n, 40).double())[0] for n in (100, 40))
-    P = (left * torch.logspace(0, -math.log10(condition), 40, dtype=torch.float64) @ right.mT).float()
+    left, right = (torch.linalg.qr(gaussian(n, 34).double())[0] for n in (66, 34))
+    P = (left * torch.logspace(0, -math.log10(condition), 34, dtype=torch.float64) @ right.mT).float()
     Q, certified = ops.cholesky_qr(P[None], 0.0)
     assert certified.tolist() == [1] and max(errors(Q[0], P, 0.0)) < 1e-7
     assert max(errors(ops.householder(P[None], 0.0)[0], P, 0.0)) < 1.5e-6
 
 
 def test_a_batch_falls_back_matrix_by_matrix():
-    P = torch.stack([gaussian(70, 30), gaussian(70, 2) @ gaussian(2, 30), torch.zeros(70, 30), gaussian(70, 30)])
+    P = torch.stack([gaussian(70, 12), gaussian(70, 2) @ gaussian(2, 12), torch.zeros(70, 12), gaussian(70, 12)])
     P[3, 5, 6] = math.nan
     Q, certified = ops.cholesky_qr(P, 0.0)
     assert certified[0] == 1 and certified[2] == 0 and certified[3] == -1
     kept = Q[0].clone()
     ops.householder(P, 0.0, Q, certified)
-    assert torch.equal(Q[0], kept) and torch.equal(Q[2], torch.eye(70, 30)) and Q[3].isnan().any()
+    assert torch.equal(Q[0], kept) and torch.equal(Q[2], torch.eye(70, 12)) and Q[3].isnan().any()
     assert max(errors(Q[1], P[1], 0.0)) < 1.5e-6
 
 
