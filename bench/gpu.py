@@ -7,8 +7,8 @@
 The tests that need a GPU come first, Triton's and those of captured graphs among them, in one process fewer than there
 are cores, since most of their time is Triton's compiler's. Beside them, for the same reason, run NVIDIA's sanitizers,
 where they are installed, over short tests of the CUDA kernels, and one round of every benchmark, which leaves what it
-compiles in caches. Then the benchmarks run alone, one after another, until the time is over; the JSON is under
-``bench/results/``. The last lines are a table of what was measured.
+compiles in caches, but for those that take tens of gigabytes. Then the benchmarks run alone, one after another, until
+the time is over; the JSON is under ``bench/results/``. The last lines are a table of what was measured.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ FAMILIES = ("attention", "gumbel_softmax", "cross_entropy", "model", "adamw", "p
 """In the order in which their figures matter; any others follow."""
 PARTS_OF = {"attention": [("-k", kind) for kind in ("row", "column", "conv")]}
 """Of families that compile much: what to compile side by side."""
+ALONE = ("model",)
+"""Families that take so much of the GPU's memory that beside them tests would find none."""
 CPU_ONLY = ("linear", "mlp", "overhead")
 
 begin = time.perf_counter()
@@ -128,9 +130,10 @@ def sanitize(budget: Budget) -> list[str]:
 
 
 def warm_caches(budget: Budget, families: list[str]) -> None:
-    """One round of every family, for what Triton and torch compile; times and failures do not count."""
+    """One round of every family but those ALONE, for what Triton and torch compile; nothing else of it counts."""
     command = (sys.executable, "bench/compare.py", "--device=cuda", "--rounds=1", "--dry")
-    parts = [(family, *part) for family in families for part in PARTS_OF.get(family, [()])]
+    warmed = [family for family in families if family not in ALONE]
+    parts = [(family, *part) for family in warmed for part in PARTS_OF.get(family, [()])]
     side_by_side(lambda part: budget.run(*command, *part, seconds=budget.left / 2, quiet=True), parts)
 
 

@@ -28,6 +28,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker("gpu")
 
 
+@pytest.fixture(autouse=True)
+def no_memory_kept_on_the_gpu():
+    """What a test's tensors took goes back to the GPU, where the tests of other processes may need it."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 

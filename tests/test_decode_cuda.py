@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_decode import assert_no_step, draw
+from test_decode import assert_no_step
 from test_decode_layers import draw_layers
 
 import dalle_kernels
@@ -16,16 +16,23 @@ GPU = torch.cuda.is_available() and _native.unavailable("cuda") is None
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU and the compiled CUDA library")]
 
 
-def attend(provider, pattern, q, k, v, samples, given, on_device):
-    """Every token from ``given`` on, one by one."""
+def tokens(rows, heads, count, dtype):
+    """q, k and v ``[rows, heads, count, 64]`` on the GPU, strided as a model makes them."""
+    return torch.randn(rows, count, 3, heads, 64).to("cuda", dtype).permute(2, 0, 3, 1, 4).unbind()
+
+
+def attend(provider, pattern, given_tokens, own, samples, on_device):
+    """Each sample's ``own`` tokens, q, k and v, one by one, after the keys and values that its prompt was given."""
+    (k, v), (rows, heads, count, head_dim) = given_tokens, own[0].shape
+    given = k.shape[2]
     with poisoned_allocations():
-        cache = KVCache(pattern, len(q) // samples, q.shape[1], q.shape[3], q.dtype, "cuda", samples)
+        cache = KVCache(pattern, rows // samples, heads, head_dim, k.dtype, "cuda", samples)
         if given:
-            cache.prefill(k[::samples, :, :given], v[::samples, :, :given])
+            cache.prefill(k, v)
         steps, place = [], torch.full((1,), given, device="cuda", dtype=torch.int32 if given % 2 else torch.int64)
         with dalle_kernels.use(provider):
-            for i in range(given, q.shape[2]):
-                token = (x[:, :, i : i + 1] for x in (q, k, v))
+            for i in range(count):
+                token = (x[:, :, i : i + 1] for x in own)
                 steps.append(decode_attention(*token, cache, position=place if on_device else None))
                 place += 1
     return torch.cat(steps, dim=2)
@@ -36,12 +43,14 @@ def check(pattern, prompts, samples, heads, dtype=torch.bfloat16, given=None):
     results = []
     for seed in range(2):
         torch.manual_seed(seed)
-        q, k, v = (x.cuda() for x in draw(pattern, prompts, samples, heads, 64, dtype, given))
-        actual = attend("native", pattern, q, k, v, samples, given, on_device=seed % 2 == 1)
-        again = attend("native", pattern, q, k, v, samples, given, on_device=seed % 2 == 0)
+        _, *given_tokens = tokens(prompts, heads, given, dtype)
+        own = tokens(prompts * samples, heads, pattern.seq_len - given, dtype)
+        actual = attend("native", pattern, given_tokens, own, samples, on_device=seed % 2 == 1)
+        again = attend("native", pattern, given_tokens, own, samples, on_device=seed % 2 == 0)
         assert torch.equal(actual, again)
-        plain = attend("reference", pattern, q, k, v, samples, given, on_device=False)
-        exact = attend("reference", pattern, q.double(), k.double(), v.double(), samples, given, on_device=False)
+        plain = attend("reference", pattern, given_tokens, own, samples, on_device=False)
+        doubled = ([x.double() for x in part] for part in (given_tokens, own))
+        exact = attend("reference", pattern, *doubled, samples, on_device=False)
         results.append((actual, plain, exact))
     assert_accurate(*zip(*results), str(pattern))
 
