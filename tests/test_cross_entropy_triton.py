@@ -120,6 +120,22 @@ def test_a_loss_scale_saves_small_float16_gradients(small_chunks):
     torch.testing.assert_close(grad.double(), expected, rtol=1e-2, atol=1e-7)
 
 
+def test_sums_of_bfloat16_products_stay_in_float32(small_chunks, monkeypatch):
+    """While they are taken the library may not add up parts of them in 16 bits; before and afterwards it may."""
+    settings, product, allowed = torch.backends.cuda.matmul, torch.mm, []
+
+    def noted(*operands, out=None, **options):
+        if out is not None and out.dtype == torch.bfloat16:
+            allowed.append(settings.allow_bf16_reduced_precision_reduction)
+        return product(*operands, out=out, **options)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    for reduction in ("mean", "none"):
+        inputs = _on(small_chunks, _inputs(37, 129, 24, seed=13, dtype=torch.bfloat16))
+        _run(linear_cross_entropy, inputs, torch.bfloat16, reduction)
+    assert allowed and not any(allowed) and settings.allow_bf16_reduced_precision_reduction
+
+
 def test_layout_changes_no_more_than_rounding(triton_device):
     hidden, weight, bias, target = _on(triton_device, _inputs(13, 11, 7, seed=14, dtype=torch.float32))
     expected = _run(linear_cross_entropy, (hidden, weight, bias, target), torch.float32, "mean")

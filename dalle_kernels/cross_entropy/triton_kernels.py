@@ -10,8 +10,9 @@ panel of classes: ``[classes, width]`` holds as many rows as the width. At the e
 gradient written over it; the logits of later rows are computed again, panel by panel.
 
 Products of two tensors of one 16-bit dtype run on the tensor cores as they are, with the logits' gradient rounded to
-that dtype; any others are taken in float32. In float16 that gradient is kept relative to the largest incoming one, so
-that small ones do not vanish, and products are rounded after they were multiplied by it.
+that dtype; any others are taken in float32. Where the library cuts a product's sums into parts it might add these up in
+16 bits, and is told not to. In float16 the logits' gradient is kept relative to the largest incoming one, so that small
+ones do not vanish, and products are rounded after they were multiplied by it.
 
 Floor, 1024 rows of 3968 against 16384 classes and 4096 against 8192 on an H200 in bfloat16: three products are 1.20
 TFLOP or 1.52 ms at 790 TFLOP/s. Each logit is written and read in float32, its gradient written once for each of the
@@ -24,7 +25,10 @@ Reached there: 1.94 ms with that scaling, of which products take 1.58 (Liger-Ker
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 
 import torch
 import triton
@@ -39,6 +43,22 @@ _WORKSPACE = 48 << 20
 _LEAST_ROWS = 16  # of a chunk or a panel, whatever the workspace
 _FEW_ROWS = 256  # fewer make a product wait for its operands
 _TILE = 128
+
+_settings_of_products = Lock()
+
+
+@contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """Within, bfloat16 products are rounded once; torch's setting of that is the whole process's."""
+    of_products = torch.backends.cuda.matmul
+    with _settings_of_products:
+        splits = of_products.allow_bf16_reduced_precision_reduction_split_k
+        allowed = of_products.allow_bf16_reduced_precision_reduction
+        of_products.allow_bf16_reduced_precision_reduction = False, splits
+        try:
+            yield
+        finally:
+            of_products.allow_bf16_reduced_precision_reduction = allowed, splits
 
 
 def _product(left: Tensor, right: Tensor, output: Tensor | None = None) -> Tensor:
@@ -147,6 +167,7 @@ class _Problem:
             )  # fmt: skip
         return self.loss
 
+    @_sums_in_float32()
     def gradients(self, row_scale: Tensor, output_mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of hidden, weight and bias, empty where ``output_mask`` wants none; losses are found as well."""
         hidden, weight, bias = self.hidden, self.weight, self.weight if self.bias is None else self.bias
