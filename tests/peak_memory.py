@@ -1,13 +1,17 @@
-"""How much memory a call takes at most, by what the system counts for this process."""
+"""How much memory a call takes at most: by what the system counts for this process, or by the tensors it makes."""
 
 from __future__ import annotations
 
 import os
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 PEAK_RESET = Path("/proc/self/clear_refs")
 needs_peaks = pytest.mark.skipif(
@@ -30,3 +34,36 @@ def peak_growth(run: Callable[[], object]) -> int:
     grown = _memory("VmHWM") - before
     del kept
     return grown
+
+
+class PeakOfTensors(TorchDispatchMode):
+    """``peak``: the most bytes that tensors made within took at once, in a GPU's allocator's steps; not ``given`` ones.
+
+    It needs no such memory: tensors on the meta device count as any others do.
+    """
+
+    STEP = 512
+
+    def __init__(self, *given: torch.Tensor):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in given}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, results)
+        return results
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._known:
+            return
+        size = -(-storage.nbytes() // self.STEP) * self.STEP
+        self._known.add(storage._cdata)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, storage._cdata, size)
+
+    def _forget(self, known: int, size: int) -> None:
+        self._known.discard(known)
+        self.now -= size

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.nn.functional as F
+from peak_memory import PeakOfTensors
 from test_cross_entropy import IGNORE, _inputs, _plain, _run
 
 import dalle_kernels
@@ -220,6 +221,33 @@ def test_what_the_kernels_do_not_serve_goes_to_the_reference():
     with dalle_kernels.use("triton"):
         found = dalle_kernels.explain("linear_cross_entropy", *_inputs(4, 3, 2, seed=1)[:2], None, None, IGNORE)
     assert found.runs is None and "float64" in dict(found.rejected)["triton"]
+
+
+class NoKernel:
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, classes", [(1024, 16384), (2048, 16384), (4096, 8192), (8192, 16384)])
+def test_tensors_fit_the_workspace_at_the_largest_unembeddings(rows, classes, dtype, monkeypatch):
+    """All that a call makes on a GPU, as its allocator counts it, without what the library of products takes."""
+    pytest.importorskip("triton")
+    from dalle_kernels.cross_entropy import triton_kernels, triton_logits
+
+    def product(left, right, output=None):
+        return left.new_empty(len(left), right.shape[1], dtype=torch.float32) if output is None else output
+
+    monkeypatch.setattr(triton_kernels, "_product", product)
+    for kernel in ("losses", "losses_and_gradients", "gradients"):
+        monkeypatch.setattr(triton_logits, kernel, NoKernel())
+    hidden, weight = (torch.empty(count, 3968, dtype=dtype, device="meta") for count in (rows, classes))
+    target = torch.empty(rows, dtype=torch.int64, device="meta")
+    call = (hidden, weight, target, None, IGNORE, "mean", [True, True, False])
+    with _triton.assume(90, 132), PeakOfTensors(hidden, weight, target) as made:
+        triton_kernels.linear_cross_entropy_with_gradient(*call)
+    beyond_results = made.peak - hidden.nbytes - weight.nbytes
+    assert triton_kernels._WORKSPACE // 2 < beyond_results <= 1.01 * triton_kernels._WORKSPACE
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU's allocator tells its highest memory")
