@@ -49,6 +49,8 @@ FAMILIES = ("attention", "gumbel_softmax", "cross_entropy", "model", "adamw", "p
 """In the order in which their figures matter; any others follow."""
 PARTS_OF = {"attention": [("-k", kind) for kind in ("row", "column", "conv")]}
 """Of families that compile much: what to compile side by side."""
+WARMED_AT_ONCE = 4
+"""Parts of families; each takes some gigabytes of the GPU's memory, which the tests share."""
 ALONE = ("model",)
 """Families that take so much of the GPU's memory that beside them tests would find none."""
 CPU_ONLY = ("linear", "mlp", "overhead")
@@ -134,11 +136,12 @@ def warm_caches(budget: Budget, families: list[str]) -> None:
     command = (sys.executable, "bench/compare.py", "--device=cuda", "--rounds=1", "--dry")
     warmed = [family for family in families if family not in ALONE]
     parts = [(family, *part) for family in warmed for part in PARTS_OF.get(family, [()])]
-    side_by_side(lambda part: budget.run(*command, *part, seconds=budget.left / 2, quiet=True), parts)
+    side_by_side(lambda part: budget.run(*command, *part, seconds=budget.left / 2, quiet=True), parts, WARMED_AT_ONCE)
 
 
-def side_by_side(do: Callable[[Any], Any], things: Sequence[Any]) -> list[Any]:
-    with ThreadPoolExecutor(max(1, len(things))) as pool:
+def side_by_side(do: Callable[[Any], Any], things: Sequence[Any], most: int | None = None) -> list[Any]:
+    """What ``do`` gives for each of the things, all or ``most`` of them at once."""
+    with ThreadPoolExecutor(most or max(1, len(things))) as pool:
         return list(pool.map(do, things))
 
 
