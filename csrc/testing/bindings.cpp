@@ -2,12 +2,21 @@
 
 #include <array>
 
-#include "attention/hopper_plan.h"
+#include "attention/hopper_backward_plan.h"
 #include "common/hopper_layout.h"
 #include "common/module.h"
 
 using namespace dalle;
 using namespace pybind11::literals;
+
+namespace {
+
+std::array<int, 2> bounds_of(const Strips& strips) { return {strips.begin, strips.end}; }
+
+// The head, whether it is the image's, and the first place.
+std::array<int, 3> numbers_of(const PairOfTiles& pair) { return {pair.head, pair.image, pair.first}; }
+
+}  // namespace
 
 DALLE_BINDINGS(m) {
   m.def(
@@ -69,5 +78,36 @@ DALLE_BINDINGS(m) {
            "heads"_a, "share"_a, "shares"_a)
       .def("shared_bytes", [](const HopperPlan& plan, int head_dim, int groups) {
         return shared_layout(plan, head_dim, groups).end;
-      }, "head_dim"_a, "groups"_a);
+      }, "head_dim"_a, "groups"_a)
+      // Of the backward, whose plan comes from hopper_backward_plan.
+      .def_property_readonly("query_masks", &query_masks)
+      .def_property_readonly("key_masks", &key_masks)
+      .def("tiles_of", &tiles_of, "image"_a)
+      .def("keys_seen",
+           [](const HopperPlan& plan, bool image, int first) { return bounds_of(keys_seen(plan, image, first)); },
+           "image"_a, "first"_a)
+      .def("queries_seeing",
+           [](const HopperPlan& plan, bool image, int first) { return bounds_of(queries_seeing(plan, image, first)); },
+           "image"_a, "first"_a)
+      .def("query_mask", &query_mask, "image"_a, "first"_a, "strip"_a)
+      .def("key_mask", &key_mask, "image"_a, "first"_a, "strip"_a)
+      .def("query_mask_word", &query_mask_word, "mask"_a, "thread"_a)
+      .def("key_mask_word", &key_mask_word, "mask"_a, "thread"_a)
+      .def("pairs_of", &pairs_of, "image"_a)
+      .def("pair_of_queries",
+           [](const HopperPlan& plan, int block) { return numbers_of(pair_of_queries(plan, block)); }, "block"_a)
+      .def("pair_of_keys",
+           [](const HopperPlan& plan, int block, int heads) { return numbers_of(pair_of_keys(plan, block, heads)); },
+           "block"_a, "heads"_a);
+  m.def(
+      "hopper_backward_plan",
+      [](int kind, int64_t seq, int64_t text_len, int64_t height, int64_t width, int64_t kernel_size) {
+        HopperPlan plan;
+        const char* failed = plan_pattern({PatternKind{kind}, seq, text_len, height, width, kernel_size}, plan);
+        if (failed != nullptr) throw std::invalid_argument(failed);
+        plan_strips(plan);
+        return plan;
+      },
+      "kind"_a, "seq"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a);
+  m.def("columns_below", &columns_below, "columns"_a, "lane"_a);
 }
