@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -93,6 +95,20 @@ def test_no_openmp_runtime_is_linked():
     library = _native.library("cpu").__file__
     dynamic = subprocess.run([reader, "-d", library], check=True, capture_output=True, text=True).stdout
     assert "NEEDED" in dynamic and not re.search(r"NEEDED.*(omp|torch|c10)", dynamic)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("dalle_kernels._cuda") is None, reason="the CUDA library is not built")
+def test_the_cuda_library_loads_where_no_driver_is():
+    """It looks the driver's functions up when it needs them, and says what is missing."""
+    from dalle_kernels import _cuda
+
+    reader = shutil.which("readelf")
+    if reader is not None:
+        dynamic = subprocess.run([reader, "-d", _cuda.__file__], check=True, capture_output=True, text=True).stdout
+        assert "NEEDED" in dynamic and not re.search(r"NEEDED.*(libcuda\.|torch|c10|omp)", dynamic)
+    program = "from dalle_kernels import _cuda; assert _cuda.device_status()"
+    nowhere = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", program], check=True, env=nowhere, cwd=ROOT)
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
