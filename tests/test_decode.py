@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from peak_memory import needs_peaks, peak_growth
@@ -10,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import dalle_kernels
 from dalle_kernels import AttentionPattern, KVCache, _native, decode_attention, sparse_attention
 from dalle_kernels.attention.pattern import KINDS
+from dalle_kernels.attention.slots import slot_count, slot_table
 from dalle_kernels.testing import assert_accurate, poisoned_allocations
 
 HALF_AND_FULL = [torch.float32, torch.bfloat16, torch.float16]
@@ -283,3 +286,19 @@ for dtype in HALF_AND_FULL:
 @native_only
 def test_every_instruction_set_meets_the_error_rule(run_with_instruction_set):
     run_with_instruction_set(CHECK_ONE_INSTRUCTION_SET)
+
+
+@native_only
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_s_arithmetic_finds_the_slots_that_are_seen(kind):
+    """Of each token of many grids; what it sees is a run of slots or a list."""
+    slots_of = _native.library("cpu").decode_slots
+    for grid, kernel_size in itertools.product(
+        itertools.product((1, 2, 3, 5, 8, 13), (1, 2, 3, 4, 7, 11)), (1, 3, 5, 7, 11) if "conv" in kind else (3,)
+    ):
+        pattern = AttentionPattern(kind, 2, grid, kernel_size)
+        settings = 2, *grid, kernel_size
+        for token, slots in enumerate(slot_table(torch.device("cpu"), kind, *settings)):
+            seen = range(slots.first, slots.first + slots.count) if slots.listed is None else slots.listed.tolist()
+            own, *others = slots_of(KINDS.index(kind), *settings, slot_count(pattern), token)
+            assert own == slots.own_slot and sorted([own, *others]) == sorted(seen), (pattern, token)

@@ -1,7 +1,9 @@
 #include "testing/testing.h"
 
 #include <array>
+#include <vector>
 
+#include "attention/decode_slots.h"
 #include "attention/hopper_backward_plan.h"
 #include "common/hopper_layout.h"
 #include "common/module.h"
@@ -110,4 +112,20 @@ DALLE_BINDINGS(m) {
       },
       "kind"_a, "seq"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a);
   m.def("columns_below", &columns_below, "columns"_a, "lane"_a);
+
+  m.def(
+      "decode_slots",
+      [](int kind, int64_t text_len, int64_t height, int64_t width, int64_t kernel_size, int64_t slots, int token) {
+        const DecodePattern pattern =
+            decode_pattern({PatternKind{kind}, 0, text_len, height, width, kernel_size}, slots);
+        const DecodePlace place = decode_place(pattern, token);
+        std::vector<int> seen{place.own};
+        for (int number = 0; number < pattern.numbers + 8; ++number) {  // more are asked for than there are
+          const VisibleSlot slot = visible_slot(pattern, place, number);
+          if (slot.seen) seen.push_back(slot.slot);
+        }
+        return seen;
+      },
+      "kind"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a, "slots"_a, "token"_a,
+      "An image token's own slot, then the others that a decode step on a GPU takes.");
 }
