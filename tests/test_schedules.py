@@ -14,8 +14,10 @@ from dalle.train.averaging import IterateAverage
 from dalle.train.code_initialization import spread_codes
 from dalle.train.dalle import DALLETraining
 from dalle.train.dvae import DVAETraining
+from dalle.train.precision import make_optimizer
 from dalle.train.sampling import EpochOrder, derived_seed, generator
 from dalle.train.schedules import PlateauHalving, cosine, warm_up
+from dalle_kernels import AdamW16
 
 
 def test_cosine_is_half_a_cosine_then_constant():
@@ -37,6 +39,19 @@ def test_the_papers_schedules_at_full_length():
     assert dvae.scheduled("kl_weight", 0.0, 6.6, 5_000) == 6.6 > dvae.scheduled("kl_weight", 0.0, 6.6, 4_900)
     assert dvae.scheduled("learning_rate", 1e-4, 1.25e-6, 1_200_000) == 1.25e-6
     assert DALLETraining().warm_up_updates == 5_000
+
+
+def test_stage_2_trains_as_the_paper_did_by_default():
+    training, rule = DALLETraining(), PlateauHalving(window=1)
+    assert (training.updates, training.batch_size, training.bpe_dropout) == (430_000, 1024, 0.1)
+    assert (training.learning_rate, training.schedule, rule.most) == (4.5e-4, "plateau", 5)
+    assert (training.clip_norm, training.average_decay, training.average_every) == (4.0, 0.99, 25)
+    model = nn.Sequential(nn.Linear(2, 2))
+    optimizers = (AdamW16(model.parameters(), 1.0), make_optimizer(model, model, training))
+    sixteen_bit, plain = (optimizer.param_groups[0] for optimizer in optimizers)
+    for group in (sixteen_bit, plain):
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.96), 1e-8, 4.5e-2)
+    assert (sixteen_bit["moments"], sixteen_bit["max_variance"]) == ("float16", 5.0)
 
 
 def test_plateau_halves_at_most_five_times_and_resumes():
