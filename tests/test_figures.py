@@ -24,7 +24,18 @@ def test_a_figure_of_a_few_updates(name, pictures, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
 
 
-def test_a_mistake_gets_one_sentence(tmp_path, monkeypatch, capsys):
+def test_what_stops_a_figure_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dalle.figures", "adamw16", str(tmp_path / "none"), str(tmp_path / "figure.png")])
     assert command.main() == 2
     assert capsys.readouterr().err.startswith("dalle.figures: error: ")
+
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.FIGURES["adamw16"], "draw", interrupted)
+    assert command.main() == 130
+    assert capsys.readouterr().err == "dalle.figures: interrupted\n"
+    sys.argv[-1] = str(tmp_path / "none" / "figure.png")
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "expected a path in an existing folder, got" in capsys.readouterr().err

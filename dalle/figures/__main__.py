@@ -24,6 +24,8 @@ def main() -> int:
         figure.add_argument("--updates", type=int, default=module.UPDATES, help="of each run (default: %(default)s)")
         figure.add_argument("--cache", type=Path, help="folder that keeps the image tokens for the next figure")
     arguments = parser.parse_args()
+    if not arguments.out.parent.is_dir():  # told now, not after minutes of training
+        parser.error(f"expected a path in an existing folder, got {arguments.out}")
     with tempfile.TemporaryDirectory() as folder:
         try:
             cache = arguments.cache or Path(folder)
@@ -31,6 +33,9 @@ def main() -> int:
         except UserError as error:
             print(f"dalle.figures: error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("dalle.figures: interrupted", file=sys.stderr)
+            return 130
     print(arguments.out)
     return 0
 
