@@ -114,7 +114,7 @@ class Checkpoints:
 
 def clear_incomplete(out: Path) -> None:
     """Remove what processes that were killed left of the checkpoints that they wrote."""
-    for folder in out.glob("checkpoints/.update-*.saving"):
+    for folder in out.glob("checkpoints/.update-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
