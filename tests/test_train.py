@@ -362,6 +362,16 @@ def test_a_run_keeps_its_tokenizer_and_its_dvae(pictures, trained_dvae, tmp_path
     assert latest_checkpoint(tmp_path / "begun").name == "update-00000003"
 
 
+def test_processes_with_other_data_than_the_first_are_refused(pictures, trained_dvae, tmp_path):
+    class Second(Alone):
+        def from_leader(self, make):
+            return "the first one's"
+
+    images = open_dataset(pictures)
+    with pytest.raises(UserError, match="expected the same data in all processes, got other files or captions than"):
+        DALLEStage(DALLE_CONFIG, DALLETraining(updates=1), images, trained_dvae, tmp_path, team=Second())
+
+
 def test_too_few_images_for_the_codes_are_one_sentence(pictures):
     images = open_dataset(pictures)
     images.samples = images.samples[:3]

@@ -131,6 +131,10 @@ class DALLEStage(Stage):
         if len(images) == 0:
             raise UserError("no image to train on: the data set is empty")
         team.require_fitting(training.batch_size, training.compression_rank)
+        if team.from_leader(lambda: images.fingerprint) != images.fingerprint:
+            raise UserError(
+                "expected the same data in all processes, got other files or captions than the first process has"
+            )
         self.team = team
         self.config = config
         self.training = training
