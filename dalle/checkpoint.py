@@ -56,8 +56,9 @@ def to_safetensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | Non
     return safetensors.torch.save({name: stored(tensor) for name, tensor in tensors.items()})
 
 
-def _load_model(build: Callable[[], Model], weights: dict[str, torch.Tensor], path: Path) -> Model:
-    """The model that ``build`` makes, with ``weights`` in float32, in eval mode."""
+def load_weights(build: Callable[[], Model], weights: dict[str, torch.Tensor], path: Path) -> Model:
+    """The model that ``build`` makes, with ``weights`` in float32, in eval mode; UserError, which names ``path``, where
+    they do not fit it."""
     # First without storage: a config alone, whatever sizes it claims, allocates nothing.
     with torch.device("meta"):
         model = build()
@@ -128,7 +129,7 @@ def load_dvae(folder: str | Path) -> DVAE:
     path = folder / "dvae.safetensors"
     check_sha256(path, description.get("sha256"))
     config = DVAEConfig.from_dict(description["config"], str(folder / "dvae.json"))
-    return _load_model(lambda: DVAE(config), read_tensors(path, "dVAE weights"), path)
+    return load_weights(lambda: DVAE(config), read_tensors(path, "dVAE weights"), path)
 
 
 def dalle_files(
@@ -176,7 +177,7 @@ def load_dalle(folder: str | Path) -> tuple[DALLE, Tokenizer]:
     check_sha256(path, description.get("sha256"))
     check_sha256(folder / "tokenizer.json", description.get("tokenizer_sha256"))
     config = DALLEConfig.from_dict(description["config"], str(folder / "dalle.json"))
-    model = _load_model(lambda: DALLE(config), read_tensors(path, "transformer weights"), path)
+    model = load_weights(lambda: DALLE(config), read_tensors(path, "transformer weights"), path)
     return model, Tokenizer.load(folder / "tokenizer.json")
 
 

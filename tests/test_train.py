@@ -224,6 +224,35 @@ def test_a_damaged_checkpoint_is_refused(pictures, tmp_path):
         run(dvae_stage(pictures, updates=3), tmp_path, QUIET, resume=True)
 
 
+def test_a_checkpoint_is_exported_as_the_run_would_have_ended(trained_dvae, pictures, tmp_path, capsys):
+    def export(folder, *others):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        status = main(["export", str(folder), str(tmp_path / "model"), *map(str, others)])
+        return capsys.readouterr().err if status else ""
+
+    for folder in (trained_dvae.parent, latest_checkpoint(trained_dvae.parent)):
+        assert not export(folder)
+        exported, ended = ((path / "dvae.safetensors").read_bytes() for path in (tmp_path / "model", trained_dvae))
+        assert exported == ended and load_dvae(tmp_path / "model").config == DVAE_CONFIG
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt_after(dalle_stage(pictures, trained_dvae, tmp_path), 2), tmp_path / "begun", QUIET)
+    assert not export(tmp_path / "begun", "--dvae", trained_dvae)
+    model, average = load_dalle(tmp_path / "model")[0], final_tensors(tmp_path / "begun")
+    assert all(torch.equal(tensor, average[f"average.{name}"]) for name, tensor in model.state_dict().items())
+
+    assert "expected --dvae, the model folder that its run was given" in export(tmp_path / "begun")
+    other = run(dvae_stage(pictures, updates=1, seed=1), tmp_path / "other", QUIET)
+    assert "wrong dVAE for this transformer" in export(tmp_path / "begun", "--dvae", other)
+    assert "expected a run folder with a checkpoint, or a checkpoint, got" in export(tmp_path / "cache")
+    (latest_checkpoint(tmp_path / "begun") / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json is truncated or was changed" in export(tmp_path / "begun", "--dvae", trained_dvae)
+    path = latest_checkpoint(other.parent) / "checkpoint.json"
+    description = json.loads(path.read_text())
+    del description["identity"]["training"]
+    path.write_text(json.dumps(description))
+    assert "checkpoint.json is damaged: expected what it says of the run" in export(other.parent)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
     stage = dvae_stage(pictures)
     loss = stage.loss

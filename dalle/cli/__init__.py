@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from dalle.errors import UserError
 
-JOBS = ("demo", "data", "train_dvae", "train", "generate", "plan", "plot", "import_openai")
+JOBS = ("demo", "data", "train_dvae", "train", "export", "generate", "plan", "plot", "import_openai")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -118,16 +118,38 @@ def clear_incomplete(out: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def load(stage: Stage, folder: Path) -> tuple[int, float, Window]:
-    """Put the state of a checkpoint into ``stage``; returns its update, seconds and window.
-
-    Raises UserError when it is damaged or of another run.
-    """
+def read_description(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run; UserError where it is missing or damaged."""
     description = read_json(folder / DESCRIPTION, "training checkpoint")
     if description.get("format") != FORMAT or description.get("kind") != "training":
         raise UserError(f"{folder / DESCRIPTION}: expected a training checkpoint in format {FORMAT}")
     if not {"identity", "state", "update", "seconds"} <= description.keys():
         raise UserError(f"{folder / DESCRIPTION} is damaged: expected what it says of the run")
+    return description
+
+
+def averaged_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The averaged parameters in a checkpoint by their names, whole, however many processes wrote them."""
+    if (folder / SHARDS).exists():
+        from dalle.train import shard_files
+
+        def empty(_name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype)
+
+        tensors = shard_files.read(folder / SHARDS, empty, "average.")
+    else:
+        check_sha256(folder / TENSORS, read_description(folder).get("sha256"))
+        tensors = read_tensors(folder / TENSORS, "training checkpoint")
+    groups = ((name.partition("."), tensor) for name, tensor in tensors.items())
+    return {name: tensor for (group, _, name), tensor in groups if group == "average"}
+
+
+def load(stage: Stage, folder: Path) -> tuple[int, float, Window]:
+    """Put the state of a checkpoint into ``stage``; returns its update, seconds and window.
+
+    Raises UserError when it is damaged or of another run.
+    """
+    description = read_description(folder)
     identity = _with_later_settings(description["identity"], stage)
     _require_same(identity, json.loads(to_json(stage.identity())), folder)
     groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "error": {}}

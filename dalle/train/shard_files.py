@@ -27,8 +27,10 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGro
         raise UserError(f"cannot write {folder}: {reason}; nothing that was there before is lost") from error
 
 
-def read(folder: Path, empty: Callable[[str, torch.Size, torch.dtype], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Read this process's part of every tensor in ``folder``.
+def read(
+    folder: Path, empty: Callable[[str, torch.Size, torch.dtype], torch.Tensor], prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    """Read this process's part of every tensor in ``folder`` whose name begins with ``prefix``.
 
     ``empty(name, shape, dtype)``, given the whole shape, makes the tensor to read into: of that shape, or a DTensor of
     it, whose part is returned. Raises UserError when the folder is damaged.
@@ -36,7 +38,11 @@ def read(folder: Path, empty: Callable[[str, torch.Size, torch.dtype], torch.Ten
     reader = dcp.FileSystemReader(folder)
     try:
         stored = reader.read_metadata().state_dict_metadata
-        tensors = {name: empty(name, entry.size, entry.properties.dtype) for name, entry in stored.items()}
+        tensors = {
+            name: empty(name, entry.size, entry.properties.dtype)
+            for name, entry in stored.items()
+            if name.startswith(prefix)
+        }
         # Each process reads by itself: where to find its part it can tell without the others.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
