@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +25,12 @@ from safetensors.torch import load_file
 
 from dalle.checkpoint import load_dalle
 from dalle.cli import main
+from dalle.config import DALLEConfig
 from dalle.errors import UserError
+from dalle.plan import Job, plan_traffic
 from dalle.train import shard_files
+from dalle.train.checkpoints import latest_checkpoint
+from dalle.train.collectives import sent_bytes
 from dalle.train.sampling import EpochOrder
 from dalle.train.team import ALONE, Alone
 from dalle.train.torchrun import Team
@@ -106,7 +111,7 @@ def said(place):
     add("half alone", 0, *half, "--updates", "3")
     add("half 2x2", 4, *half, "--updates", "3", "--machines", "2")
     add("half stopped", 4, *half, *compressed, struck=[0, 3, signal.SIGINT], fails=True)
-    add("half", 2, *half, *compressed, "--resume", begun=str(place / "half stopped"))
+    add("half", 2, *half, *compressed, "--resume", begun=str(place / "half stopped"), told=True)
     add("three machines", 2, "--machines", "3", fails=True)
     add("no torchrun", 0, "--machines", "2", fails=True)
     stage_1 = ["train-dvae", "--data", str(place / "pictures"), "--out", str(place / "stage 1")]
@@ -174,6 +179,52 @@ def test_compressed_gradients_train_nearly_as_well(name, place, said):
     assert compressed[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-4)
     gained = exact[0]["loss"] - exact[-1]["loss"]
     assert 0 < abs(compressed[-1]["loss"] - exact[-1]["loss"]) < 0.1 * gained
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_errors_and_scales_are_taken_over(place, said):
+    """By 2x1 from 2x2: the sums of the buffers, but for their rounding to 1-6-9, and scales that grew by 2^(1/1000)."""
+    shards = latest_checkpoint(place / "half stopped") / "shards"
+    saved = shard_files.read(shards, lambda _name, shape, dtype: torch.empty(shape, dtype=dtype), "error.")
+    squares = {name.removeprefix("error."): total.square().sum().item() for name, total in saved.items()}
+    taken = [json.loads(line.removeprefix("errors: ")) for line in said["half"].splitlines() if "errors: " in line]
+    assert len(squares) == 8 and min(squares.values()) > 0
+    assert taken == [pytest.approx(squares, rel=2**-8)] * 2
+    entries = [json.loads(line) for line in (place / "half" / "log.jsonl").read_text().splitlines()]
+    for entry in entries:
+        assert entry["scales"] == pytest.approx([2 ** (13 + entry["update"] / 1000)] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "machines", "gpus", "rank", "precision"),
+    [
+        ("2x1", 2, 1, 0, "float32"),
+        ("1x2", 1, 2, 0, "float32"),
+        ("2x2", 2, 2, 0, "float32"),
+        ("compressed", 2, 2, 8, "float32"),
+        ("half 2x2", 2, 2, 0, "paper"),
+        ("half", 2, 1, 8, "paper"),
+    ],
+)
+def test_what_is_sent_is_what_the_plan_says(name, machines, gpus, rank, precision, place, said):
+    config = replace(DALLEConfig.preset("tiny"), layers=2)
+    job = Job(config, machines, gpus, 4, rank, precision)
+    planned = sum(item.sent(job.group_size(item.group)) for item in plan_traffic(job))
+    # Beside it, the figures of the log, and the squared norms: of all, or of each resblock and of what is outside.
+    figures = 4 * 8 + (8 if precision == "float32" else 4 * (2 * config.layers + 1))
+    sent = planned + sent_bytes("all_reduce", figures, machines * gpus)
+    *_, last = (place / name / "log.jsonl").read_text().splitlines()
+    assert json.loads(last)["bytes_sent"] == sent
+
+
+@pytest.mark.parametrize("name", ["alone", "2x2", "half"])
+def test_one_process_exports_what_many_have_saved(name, place, said, tmp_path):
+    command = ["export", str(place / name), str(tmp_path / "model"), "--dvae", str(place / "dvae" / "model")]
+    assert main(command) == 0
+    load_dalle(tmp_path / "model")
+    for path in (place / name / "model").iterdir():
+        if path.name != "dalle.json":  # which holds the time that it took
+            assert path.read_bytes() == (tmp_path / "model" / path.name).read_bytes()
 
 
 def test_a_signal_to_one_process_stops_all_after_its_update(place, said):

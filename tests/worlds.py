@@ -6,6 +6,7 @@ wrote to stderr, or ends with what the first that went wrong wrote. A job is an 
 without torchrun, the ``arguments`` of ``dalle`` and, where needed,
 - ``begun``: a run folder whose last checkpoint alone is copied to ``--out`` beforehand;
 - ``struck``: [rank, update, signal], what one process gets, and in the midst of which update;
+- ``told``: true to have each process write to stderr the squares of the error sums that it took from a checkpoint;
 - ``restarts``: how often torchrun would have started the processes before;
 - ``fails``: true where that is expected.
 """
@@ -25,13 +26,14 @@ from typing import Any
 
 # What the processes would each import, PIL and _dynamo first as they run; nothing may compute before they are forked.
 import PIL.Image  # noqa: F401
-import torch._dynamo  # noqa: F401
+import torch
+import torch._dynamo
 
-import dalle.train.shard_files
-import dalle.train.torchrun  # noqa: F401
+import dalle.train.shard_files  # noqa: F401
 from dalle.cli import main
 from dalle.train.dalle import DALLEStage
 from dalle.train.loop import latest_checkpoint
+from dalle.train.torchrun import Team
 
 
 def free_port() -> int:
@@ -59,6 +61,18 @@ def signal_in(rank: int, update: int, number: int) -> None:
     DALLEStage.loss = struck
 
 
+def tell_errors() -> None:
+    """Let a process say what its error buffers sum to once they have been loaded."""
+    take = Team.take_error_sums
+
+    def told(team: Team, sums: dict[str, torch.Tensor]) -> None:
+        take(team, sums)
+        taken = {name: total.square().sum().item() for name, total in team.error_sums().items()}
+        print(f"errors: {json.dumps(taken)}", file=sys.stderr)
+
+    Team.take_error_sums = told
+
+
 def start(variables: dict[str, str], job: dict[str, Any], said: int) -> int:
     """Fork a process that runs the job; returns its number."""
     child = os.fork()
@@ -70,6 +84,8 @@ def start(variables: dict[str, str], job: dict[str, Any], said: int) -> int:
         os.environ.update(variables)
         if "struck" in job:
             signal_in(*job["struck"])
+        if job.get("told"):
+            tell_errors()
         status = main(job["arguments"])
     except BaseException:
         traceback.print_exc()
