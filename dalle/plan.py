@@ -50,11 +50,11 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a GPU can do, in decimal units. The defaults are the paper's V100 of 16 GB by its data sheet (NVLink in one
+    """What a GPU can do, in decimal units. The defaults are the paper's V100 of 16 GiB by its data sheet (NVLink in one
     direction), and machines with 100 Gbit/s between them, which is an assumption: the paper does not say."""
 
     peak_tflops: float = 125.0
-    memory: float = 16.0
+    memory: float = 17.18
     memory_bandwidth: float = 900.0
     link: float = 150.0
     network: float = 12.5
@@ -243,6 +243,16 @@ class Plan:
         return compression_rate(self.job.config, self.job.gpus, self.job.rank) if self.job.rank else 0.0
 
     @property
+    def memory_at_once(self) -> int:
+        """Bytes of a GPU's memory that are in use at any time, at most. A backward frees the resblocks' inputs while it
+        makes their gradients, or the factors of these, so never are all of both there."""
+        inputs, *made = (
+            self.memory.get(part, 0)
+            for part in ("inputs of resblocks", "gradients of resblocks", "factors of gradients")
+        )
+        return sum(self.memory.values()) - min(inputs, sum(made))
+
+    @property
     def floor(self) -> float:
         """Seconds that an update takes at least, even if everything overlaps."""
         return max(self.seconds.values())
@@ -254,6 +264,7 @@ class Plan:
             "hardware": dataclasses.asdict(self.hardware),
             "parameters": parameter_count(self.job.config),
             "memory": self.memory,
+            "memory_at_once": self.memory_at_once,
             "traffic": [traffic._asdict() for traffic in self.traffic],
             "work": self.work._asdict(),
             "seconds": self.seconds,
@@ -288,8 +299,7 @@ def network_bytes(job: Job, traffic: list[Traffic]) -> float:
 
 
 def plan_memory(job: Job) -> dict[str, int]:
-    """Bytes of a GPU's memory by part: together a little more than ever is there at once, for a backward frees the
-    resblocks' inputs while it makes their gradients."""
+    """Bytes of a GPU's memory by part: together more than is ever there, see :attr:`Plan.memory_at_once`."""
     config, size = job.config, job.bytes
     blocks = resblocks(config)
     matrices = sum(block.size for block in blocks) // job.gpus

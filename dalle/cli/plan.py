@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-activations", action="store_true", help="of resblocks, instead of computing them again in the backward"
     )
-    hardware = parser.add_argument_group("hardware", "the defaults are a V100 of 16 GB and 100 Gbit/s between machines")
+    hardware = parser.add_argument_group(
+        "hardware", "the defaults are a V100 of 16 GiB and 100 Gbit/s between machines"
+    )
     for name, (unit, text) in HARDWARE.items():
         hardware.add_argument(f"--{name.replace('_', '-')}", type=float, metavar=unit, help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
@@ -90,10 +92,10 @@ def _summary(preset: str, found: Plan) -> str:
 
 
 def _memory(found: Plan) -> str:
-    total, most = sum(found.memory.values()), found.hardware.memory
+    total, most = found.memory_at_once, found.hardware.memory
     rows = [(part, _bytes(count)) for part, count in found.memory.items()]
     fits = "fits" if total <= most * 1e9 else "does not fit"
-    return _table(("Memory of a GPU", ""), [*rows, (f"all: {fits} in {most:g} GB", _bytes(total))])
+    return _table(("Memory of a GPU", ""), [*rows, (f"at once, at most: {fits} in {most:g} GB", _bytes(total))])
 
 
 def _traffic(found: Plan) -> str:
