@@ -30,6 +30,7 @@ from dalle.plan import (
     plan_traffic,
     resblocks,
 )
+from dalle.train.collectives import CollectiveCounter
 from dalle.transformer import DALLE, mask_schedule
 from dalle_kernels import AttentionPattern
 
@@ -199,6 +200,26 @@ def test_collectives_of_a_small_model_are_as_planned(machines, gpus, rank, preci
     assert bool(compared) == (machines * gpus > 1)
     for row in compared:
         assert row.planned == row.counted, row
+
+
+def test_the_next_resblock_is_gathered_before_one_has_computed():
+    """How many all-gathers have begun, the first of the embeddings, as each of four resblocks ends, there and back."""
+    begun = {"forward": [], "backward": []}
+
+    def watch(model):
+        counter = CollectiveCounter()
+
+        def note(direction):
+            begun[direction].append(sum(item.kind == "all_gather" for item in counter.collectives))
+
+        for block in model.resblocks():
+            block.register_forward_hook(lambda *_: note("forward"))
+            block.register_full_backward_hook(lambda *_: note("backward"))
+        return counter
+
+    config = dataclasses.replace(DALLEConfig.preset("tiny"), layers=2)
+    plan_check.step(Job(config, 1, 2, 2, checkpoint=False), watch)
+    assert begun == {"forward": [1 + 2, 1 + 3, 1 + 4, 1 + 4], "backward": [5 + 2, 5 + 3, 5 + 4, 5 + 4]}
 
 
 @pytest.mark.parametrize("rank", [0, 896])
