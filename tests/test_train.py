@@ -63,13 +63,13 @@ def dalle_stage(pictures, dvae, folder, **settings):
     return DALLEStage(DALLE_CONFIG, training, open_dataset(pictures), dvae, folder / "cache")
 
 
-def interrupt_after(stage, updates):
-    """Send this process SIGINT, as Ctrl-C does, from inside the given update."""
+def interrupt_after(stage, updates, number=signal.SIGINT):
+    """Send this process SIGINT, as Ctrl-C does, or another signal, from inside the given update."""
     loss = stage.loss
 
     def interrupting(update):
         if update == updates - 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return loss(update)
 
     stage.loss = interrupting
@@ -119,7 +119,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(which, pictures, trained_d
 
 def test_a_log_after_the_checkpoint_is_made_again_once(pictures, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(interrupt_after(dvae_stage(pictures), 4), tmp_path, QUIET)
+        run(interrupt_after(dvae_stage(pictures), 4, signal.SIGTERM), tmp_path, QUIET)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"update": 5, "loss": 0.0}\n')
     for killed in (".update-00000006.123.tmp", ".update-00000006.saving"):  # as a process or several leave them

@@ -145,10 +145,10 @@ class Stage(ABC):
 def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = False) -> Path:
     """Train ``stage`` to its last update in the run folder ``out`` and return its model folder.
 
-    Ctrl-C finishes the updates that have begun, writes a checkpoint and raises KeyboardInterrupt; ``resume=True`` goes
-    on from the last checkpoint to the same numbers, bit for bit on a CPU with the same thread count. Raises UserError
-    when the folder already holds a run and ``resume`` is false, when the run to resume was another one, or when the
-    loss is no longer finite.
+    Ctrl-C, or SIGTERM to a process alone, finishes the updates that have begun, writes a checkpoint and raises
+    KeyboardInterrupt; ``resume=True`` goes on from the last checkpoint to the same numbers, bit for bit on a CPU with
+    the same thread count. Raises UserError when the folder already holds a run and ``resume`` is false, when the run to
+    resume was another one, or when the loss is no longer finite.
     """
     out = Path(out)
     team = stage.team
@@ -160,7 +160,7 @@ def run(stage: Stage, out: str | Path, settings: RunSettings, resume: bool = Fal
     started = time.monotonic() - seconds
     telemetry = Telemetry(stage, settings.peak_tflops * 1e12)
     journal = Journal(stage, out, window, bar)
-    with bar, _interruptible() as interrupted, checkpoints:
+    with bar, _interruptible(team.size == 1) as interrupted, checkpoints:
         while update < stage.updates:
             logging, drawing, saving = settings.due(update + 1, stage.updates)
             with telemetry.update():
@@ -274,8 +274,13 @@ def _draw_loss(out: Path) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Any]:
-    """Ctrl-C sets a flag that the loop reads between updates; a second one interrupts at once."""
+def _interruptible(alone: bool) -> Iterator[Any]:
+    """Ctrl-C sets a flag that the loop reads between updates; a second one interrupts at once.
+
+    So does SIGTERM, by which clusters and ``kill`` end a process, where it is ``alone``: torchrun ends by it those that
+    wait for one which has died.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
     flag = []
 
     def handler(_signal: int, _frame: Any) -> None:
@@ -284,11 +289,12 @@ def _interruptible() -> Iterator[Any]:
         flag.append(True)
 
     try:
-        previous = signal.signal(signal.SIGINT, handler)
+        previous = {number: signal.signal(number, handler) for number in signals}
     except ValueError:  # Not in the main thread: whoever runs us there handles signals.
         yield lambda: False
         return
     try:
         yield lambda: bool(flag)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
