@@ -217,6 +217,8 @@ def test_16_bit_resblocks_need_adamw16():
         DALLETraining(precision="float16")
     with pytest.raises(UserError, match="precision: expected one of float32, float16, bfloat16, got 'int8'"):
         DALLETraining(precision="int8")
+    with pytest.raises(UserError, match=r"precision: expected one of float32, float16, bfloat16, got \['float16'\]"):
+        DALLETraining(precision=["float16"])
     with pytest.raises(UserError, match="optimizer: expected one of adamw, adamw16, got 'sgd'"):
         DALLETraining(optimizer="sgd")
     for value in (True, "no"):

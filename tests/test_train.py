@@ -501,3 +501,5 @@ def test_wrong_config_files_are_one_sentence(tmp_path, pictures, capsys):
         command = ["train-dvae", "--data", str(pictures), "--out", str(tmp_path / "run"), "--config", str(config)]
         assert main(command) == 2
         assert message in capsys.readouterr().err
+    assert main(["train-dvae", "--data", str(pictures), "--out", str(config)]) == 2
+    assert f"cannot use the run folder {config}: Not a directory" in capsys.readouterr().err

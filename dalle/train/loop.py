@@ -224,8 +224,11 @@ def require_startable(out: str | Path, resume: bool, team: Alone = ALONE) -> Non
     started = Path(out) / STARTED
     if team.resumes and started.exists():  # from whatever the start that failed has left
         return
-    if team.leads:
-        started.unlink(missing_ok=True)
+    try:
+        if team.leads:
+            started.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use the run folder {out}: {error.strerror}") from None
     checkpoint = latest_checkpoint(out)
     if checkpoint and not resume:
         raise UserError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")

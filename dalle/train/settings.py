@@ -23,5 +23,5 @@ def require_in_range(settings: Any, name: str, low: float, high: float, whole: b
 def require_choice(settings: Any, name: str, choices: Any) -> None:
     """Raise UserError unless the setting is one of ``choices``."""
     value = getattr(settings, name)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise UserError(f"{type(settings).__name__}.{name}: expected one of {', '.join(choices)}, got {value!r}")
