@@ -10,9 +10,11 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +29,10 @@ from dalle.checkpoint import load_dalle
 from dalle.cli import main
 from dalle.config import DALLEConfig
 from dalle.errors import UserError
+from dalle.files import sha256_of_file
 from dalle.plan import Job, plan_traffic
 from dalle.train import shard_files
-from dalle.train.checkpoints import latest_checkpoint
+from dalle.train.checkpoints import latest_checkpoint, read_description
 from dalle.train.collectives import sent_bytes
 from dalle.train.sampling import EpochOrder
 from dalle.train.team import ALONE, Alone
@@ -227,6 +230,27 @@ def test_one_process_exports_what_many_have_saved(name, place, said, tmp_path):
             assert path.read_bytes() == (tmp_path / "model" / path.name).read_bytes()
 
 
+def test_a_flipped_bit_in_the_shards_is_noticed(place, said, tmp_path, capsys):
+    folder = shutil.copytree(latest_checkpoint(place / "2x2"), tmp_path / "run" / "checkpoints" / "update-00000005")
+    files = sorted((folder / "shards").iterdir())
+    content = bytearray(files[2].read_bytes())
+    content[len(content) // 2] ^= 4
+    files[2].write_bytes(content)
+    message = f"{files[2].name} is truncated or was changed: its SHA-256 differs"
+    export = ["export", str(tmp_path / "run"), str(tmp_path / "model"), "--dvae", str(place / "dvae" / "model")]
+    for command in (export, arguments(place, str(tmp_path / "run"), "--resume")):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+    digests = read_description(folder)["sha256"]
+    assert sorted(digests) == [file.name for file in files] and len(files) == 5
+    # Four processes look after one or two each, and one of them finds it.
+    parts = [Team.divide(SimpleNamespace(rank=rank, size=4), sorted(digests.items())) for rank in range(4)]
+    assert sorted(item for part in parts for item in part) == sorted(digests.items())
+    for rank, part in enumerate(parts):
+        with pytest.raises(UserError, match="SHA-256 differs") if rank == 2 else nullcontext():
+            shard_files.check(folder / "shards", dict(part))
+
+
 def test_a_signal_to_one_process_stops_all_after_its_update(place, said):
     assert [folder.name for folder in (place / "stopped" / "checkpoints").iterdir()] == [
         "update-00000003",
@@ -312,7 +336,8 @@ def test_processes_share_out_every_sample_of_an_epoch_once(size):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_shards_that_cannot_be_written_or_read_are_one_sentence(tmp_path, monkeypatch):
-    shard_files.write(tmp_path / "good", {"a": torch.arange(5.0)}, None)
+    digests = shard_files.write(tmp_path / "good", {"a": torch.arange(5.0)}, None)
+    assert digests == {path.name: sha256_of_file(path) for path in (tmp_path / "good").iterdir()}
     read = shard_files.read(tmp_path / "good", lambda _name, shape, dtype: torch.empty(shape, dtype=dtype))
     assert torch.equal(read["a"], torch.arange(5.0))
 

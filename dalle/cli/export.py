@@ -10,7 +10,9 @@ HELP = "Make a model folder of a training's checkpoint, of one process or of man
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="a run folder, or one of its checkpoints")
+    parser.add_argument(
+        "run_folder", metavar="RUN", type=Path, help="a run folder of your own, or one of its checkpoints"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="the model folder to write")
     parser.add_argument("--dvae", type=Path, help="model folder of stage 1, which a run of stage 2 was given")
 

@@ -102,7 +102,7 @@ class Checkpoints:
         from dalle.train import shard_files  # torch takes long to import what that needs
 
         temporary = folder.with_name(f".{folder.name}.saving")
-        shard_files.write(temporary / SHARDS, tensors, self.stage.team.saving)
+        description = {**description, "sha256": shard_files.write(temporary / SHARDS, tensors, self.stage.team.saving)}
         if self.stage.team.leads:
             complete_folder(temporary, folder, {DESCRIPTION: to_json(description), **files})
             self._drop_old()
@@ -136,6 +136,7 @@ def averaged_weights(folder: Path) -> dict[str, torch.Tensor]:
         def empty(_name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype)
 
+        shard_files.check(folder / SHARDS, read_description(folder).get("sha256", {}))
         tensors = shard_files.read(folder / SHARDS, empty, "average.")
     else:
         check_sha256(folder / TENSORS, read_description(folder).get("sha256"))
@@ -182,8 +183,8 @@ def _parameter_name(name: str) -> str:
     return rest.rpartition(".")[0] if group == "optimizer" else rest
 
 
-def _read(stage: Stage, folder: Path, digest: str | None) -> dict[str, torch.Tensor]:
-    """This process's part of each tensor of a checkpoint."""
+def _read(stage: Stage, folder: Path, digests: str | dict[str, str] | None) -> dict[str, torch.Tensor]:
+    """This process's part of each tensor of a checkpoint, whose files have the SHA-256 ``digests``."""
     parameters = dict(stage.model.named_parameters())
 
     def parameter(name: str) -> torch.nn.Parameter | None:
@@ -191,11 +192,12 @@ def _read(stage: Stage, folder: Path, digest: str | None) -> dict[str, torch.Ten
 
     path = folder / TENSORS
     if path.exists() or not (folder / SHARDS).exists():
-        check_sha256(path, digest)
+        check_sha256(path, digests)
         tensors = read_tensors(path, "training checkpoint")
         return {name: stage.team.part(parameter(name), tensor) for name, tensor in tensors.items()}
     from dalle.train import shard_files
 
+    shard_files.check(folder / SHARDS, dict(stage.team.divide(sorted((digests or {}).items()))))
     return shard_files.read(folder / SHARDS, lambda name, *size: stage.team.empty(parameter(name), *size))
 
 

@@ -1,4 +1,7 @@
-"""Tensors of several processes in one folder, by torch.distributed.checkpoint: read by any number of them."""
+"""Tensors of several processes in one folder, by torch.distributed.checkpoint: read by any number of them.
+
+torch keeps the index of such a folder as a pickle: read none that a stranger made.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,40 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from dalle.checkpoint import check_sha256
 from dalle.errors import UserError
+from dalle.files import sha256_of_file
+
+INDEX = ".metadata"
+"""What torch calls the file that the first process writes last."""
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup) -> None:
+def write(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> dict[str, str]:
     """Write, in every process of ``group``, its parts of ``tensors``: DTensors, or tensors that all have whole.
 
-    Returns when all parts are written and synced; raises UserError in every process when that fails in one.
+    Returns, when all parts are written and synced, the SHA-256 of each file; raises UserError in every process when
+    that fails in one.
     """
+    rank = 0 if group is None else dist.get_rank(group)
     try:
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
-    except CheckpointException as error:
+        written = [*folder.glob(f"__{rank}_*.distcp"), *([folder / INDEX] if rank == 0 else [])]
+        own = {path.name: sha256_of_file(path) for path in written}
+    except (CheckpointException, OSError) as error:
         reason = _reason(error)
         raise UserError(f"cannot write {folder}: {reason}; nothing that was there before is lost") from error
+    if group is None:
+        return own
+    of_all: list[dict[str, str]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(of_all, own, group=group)
+    return {name: digest for digests in of_all for name, digest in digests.items()}
+
+
+def check(folder: Path, digests: dict[str, str]) -> None:
+    """Raise UserError unless each of these files in ``folder`` has the SHA-256 that :func:`write` told: torch's own
+    reading notices no flipped bit."""
+    for name, digest in digests.items():
+        check_sha256(folder / name, digest)
 
 
 def read(

@@ -67,6 +67,10 @@ class Alone:
         """This process's part of the batch of an update."""
         return batch
 
+    def divide(self, work: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of what some process is to do, if there is any for it."""
+        return work
+
     def combine(self, model: nn.Module, shards: nn.Module, figures: Figures) -> Figures:
         """After the backward: the gradients of the whole batch into ``shards``, save those that :meth:`step` makes.
 

@@ -119,6 +119,9 @@ class Team(Alone):
         part = len(batch) // self.size
         return batch[self.rank * part : (self.rank + 1) * part]
 
+    def divide(self, work: Sequence[Item]) -> Sequence[Item]:
+        return work[self.rank :: self.size]
+
     def combine(self, model: nn.Module, shards: nn.Module, figures: Figures) -> Figures:
         for parameter, local in self._locals.items():
             if parameter is not local and parameter.grad is not None:
