@@ -165,6 +165,9 @@ def _draw_scales(axes: Axes, records: Records) -> None:
     for block in range(count):
         axes.plot(updates, scales[:, block], color=colours.to_rgba(block + 1), linewidth=1.0, alpha=0.85)
     axes.set_yscale("log", base=2)
+    # Whole octaves, or a short run's axis had one tick or none.
+    lowest, highest = np.floor(np.log2(scales.min())), np.ceil(np.log2(scales.max()))
+    axes.set_ylim(2 ** (lowest - 0.1), 2 ** (max(highest, lowest + 1) + 0.1))
     axes.set_title("Loss scales of the resblocks")
     axes.figure.colorbar(colours, ax=axes, label="resblock", pad=0.01)
     tidy(axes)
