@@ -223,9 +223,17 @@ def losses(cases: list[dict]) -> str:
 
 
 def generic(cases: list[dict]) -> str:
-    """A row a case and a column a rival, for families without a table of their own."""
+    """For families without a table of their own: one for each work that has settings of its own."""
+    alike: dict[tuple, list[dict]] = {}
+    for case in cases:
+        alike.setdefault(tuple(case["settings"]), []).append(case)
+    return "\n\n".join(map(generic_table, alike.values()))
+
+
+def generic_table(cases: list[dict]) -> str:
+    """A row a case and a column a rival; all cases have the same settings."""
     names = list(dict.fromkeys(name for case in cases for name in case["candidates"] if name != case["ours"]))
-    shown = [key for key in cases[0]["settings"] if len({str(case["settings"].get(key)) for case in cases}) > 1]
+    shown = [key for key in cases[0]["settings"] if len({str(case["settings"][key]) for case in cases}) > 1]
     rows = [
         [
             case["work"],

@@ -219,6 +219,7 @@ def test_readme_tables_of_any_family(tmp_path, monkeypatch):
     found = report(
         measured({OURS: 10, "best": 21, "dense*": 15}, goals=[Goal("speed", 3, "best")], operations=5e6),
         measured({OURS: 0.5, "best": 1}, settings={"size": 4}),
+        measured({OURS: 2, "hook": 3}, settings={"gpus": 8}),
     )
     for family, content in compare.results([found]).items():
         compare.write(family, content, "some-cpu")
@@ -227,6 +228,7 @@ def test_readme_tables_of_any_family(tmp_path, monkeypatch):
     assert "| work | size | dtype | ours | of the floor | best | dense |" in text
     assert "| forward | 3 | fp32 | 10 | 50% | 21 · 2.10× (**missed** 3×) | 15 · 1.50× |" in text
     assert "| forward | 4 | fp32 | 0.5 | - | 1 · 2.00× | - |" in text
+    assert "| forward | fp32 | 2 | - | 3 · 1.50× |" in text  # other settings, another table
 
 
 def test_one_head_has_a_table_of_its_own():
