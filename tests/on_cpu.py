@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -24,24 +26,20 @@ COMMON = [ROOT / "csrc" / name for name in ("common/device.cu", "common/tensor.c
 def compiled(family: str, *more: str) -> ModuleType:
     """The CUDA library's module, with this family alone, that runs on CPU tensors; skips where nothing compiles it.
 
-    ``more`` are sources of other families that it needs. What was compiled from the same sources before, by another
-    test file say, serves again.
+    ``more`` are sources of other families that it needs.
     """
     pytest.importorskip("pybind11")
     if COMPILER is None:
         pytest.skip("needs a C++ compiler")
-    sources = [*sorted((ROOT / "csrc" / family).glob("*.cu")), ROOT / "csrc" / family / "bindings.cpp", *COMMON]
-    sources += [ROOT / "csrc" / name for name in more]
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    folder = FOLDER / f"{family}-{_digest(sources)}"
-    path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with open(FOLDER / f"{family}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    sources = [*sorted((ROOT / "csrc" / family).glob("*.cu")), ROOT / "csrc" / family / "bindings.cpp"]
+    objects = _objects(family, [*sources, *(ROOT / "csrc" / name for name in more)])
+    objects += _objects("common", COMMON)
+    path = objects[0].parent / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with _alone(family):
         if not path.exists():
-            for older in FOLDER.glob(f"{family}-*"):
-                shutil.rmtree(older)
-            folder.mkdir()
-            _compile(sources, folder, path)
+            whole = path.with_suffix(".part")
+            subprocess.run([COMPILER, "-shared", "-pthread", *map(str, objects), "-o", str(whole)], check=True)
+            whole.rename(path)
     spec = importlib.util.spec_from_file_location(f"{family}._cuda", path)  # pybind11 knows modules by their names
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,8 +47,31 @@ def compiled(family: str, *more: str) -> ModuleType:
     return module
 
 
+def _objects(name: str, sources: list[Path]) -> list[Path]:
+    """The sources, compiled; what was compiled of the same ones before, by another test file say, serves again."""
+    folder = FOLDER / f"{name}-{_digest(sources)}"
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    with _alone(name):
+        if not (folder / "complete").exists():
+            for older in FOLDER.glob(f"{name}-*"):
+                shutil.rmtree(older)
+            folder.mkdir()
+            _compile(sources, objects)
+            (folder / "complete").touch()
+    return objects
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """While other processes wait that would compile the same."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _digest(sources: list[Path]) -> str:
-    """Of all that may go into a library of these sources."""
+    """Of all that may go into what is compiled of these sources."""
     headers = [path for folder in ("csrc", "tests/cuda_on_cpu") for path in sorted((ROOT / folder).rglob("*.h"))]
     digest = hashlib.sha256(f"{sys.version} {COMPILER}".encode())
     for path in (*sources, *headers, Path(__file__)):
@@ -58,19 +79,15 @@ def _digest(sources: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(sources: list[Path], folder: Path, path: Path) -> None:
+def _compile(sources: list[Path], objects: list[Path]) -> None:
     import pybind11
 
     includes = [ROOT / "tests/cuda_on_cpu", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    options = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-DDALLE_MODULE_CUDA"]
+    options = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-DDALLE_MODULE_CUDA", "-w"]
     options += [f"-I{include}" for include in includes]
-    compiling, objects = [], []
-    for source in sources:
-        objects.append(folder / f"{source.stem}.o")
-        command = [COMPILER, *options, "-w", "-x", "c++", "-c", str(source), "-o", str(objects[-1])]
-        compiling.append(subprocess.Popen(command))
+    compiling = [
+        subprocess.Popen([COMPILER, *options, "-x", "c++", "-c", str(source), "-o", str(compiled)])
+        for source, compiled in zip(sources, objects, strict=True)
+    ]
     statuses = [process.wait() for process in compiling]
     assert not any(statuses)
-    whole = path.with_suffix(".part")
-    subprocess.run([COMPILER, "-shared", "-pthread", *map(str, objects), "-o", str(whole)], check=True)
-    whole.rename(path)
