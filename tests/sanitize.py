@@ -51,7 +51,7 @@ def build(folder: Path, instruction_sets: list[str]) -> None:
     options = {
         "CMAKE_BUILD_TYPE": "None",  # whose flags are those below and no others
         "CMAKE_CXX_COMPILER": shutil.which("g++"),
-        "CMAKE_CXX_FLAGS": "-Og -g1",
+        "CMAKE_CXX_FLAGS": "-O1 -g1",
         "DALLE_KERNELS_SANITIZE": "on",
         "DALLE_KERNELS_INSTRUCTION_SETS": ";".join(instruction_sets),
     }
