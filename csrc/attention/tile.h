@@ -85,7 +85,7 @@ DALLE_INLINE void exp2_of_difference(Vector (&x)[COUNT], Vector factor, Vector l
   Vector power[COUNT], y[COUNT];
   for (int i = 0; i < COUNT; ++i) x[i] = maximum(lowest, x[i] - largest[i]);
   for (int i = 0; i < COUNT; ++i) power[i] = multiply_add(x[i], factor, shift);
-  for (int i = 0; i < COUNT; ++i) x[i] = multiply_add(x[i], factor, shift - power[i]);
+  for (int i = 0; i < COUNT; ++i) x[i] = reduced_product(x[i], factor, shift - power[i]);
   for (int i = 0; i < COUNT; ++i) y[i] = broadcast(1.5353362e-4f);
   for (float c : COEFFICIENTS) {
     for (int i = 0; i < COUNT; ++i) y[i] = multiply_add(y[i], x[i], broadcast(c));

@@ -24,6 +24,9 @@ DALLE_INLINE Four maximum(const Four& a, const Four& b) { DALLE_FOUR(maximum(a.v
 DALLE_INLINE Four multiply_add(const Four& a, const Four& b, const Four& c) {
   DALLE_FOUR(multiply_add(a.v[i], b.v[i], c.v[i]));
 }
+DALLE_INLINE Four reduced_product(const Four& a, const Four& b, const Four& c) {
+  DALLE_FOUR(reduced_product(a.v[i], b.v[i], c.v[i]));
+}
 #undef DALLE_FOUR
 
 DALLE_INLINE Vector largest_of(const Four& x) { return maximum(maximum(x.v[0], x.v[1]), maximum(x.v[2], x.v[3])); }
@@ -75,7 +78,7 @@ DALLE_INLINE Four exponential(const Four& x, const Factor& factor) {
   // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits, from where it shifts into the exponent.
   const Vector shift = broadcast(12582912.0f);
   const Four shifted = multiply_add(x, four(factor.high), four(shift)), minus_whole = four(shift) - shifted;
-  const Four f = multiply_add(x, four(factor.low), multiply_add(x, four(factor.high), minus_whole));
+  const Four f = multiply_add(x, four(factor.low), reduced_product(x, four(factor.high), minus_whole));
   constexpr float COEFFICIENTS[] = {1.3398875e-3f, 9.61843692e-3f, 5.55033237e-2f, 0.240226477f, 0.693147182f, 1.0f};
   Four y = four(broadcast(1.5353362e-4f));
   for (const float c : COEFFICIENTS) {
