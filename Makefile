@@ -59,7 +59,7 @@ emulate: build
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python tests/emulate.py $(SIMDE)
 
 # The CUDA kernels are judged as they are built, wherever nvcc is.
-gates: export DALLE_KERNELS_CUDA := $(if $(filter auto,$(DALLE_KERNELS_CUDA)),$(if $(shell command -v nvcc),on,auto),$(DALLE_KERNELS_CUDA))
+gates: export DALLE_KERNELS_CUDA := $(patsubst auto,$(if $(shell command -v nvcc),on,auto),$(DALLE_KERNELS_CUDA))
 gates: build
 	@$(BIN)/python tests/gates.py $(if $(UPDATE),--update) $(if $(CANDIDATES),--candidates)
 	@$(BIN)/python tests/cuda_gates.py $(if $(UPDATE),--update)

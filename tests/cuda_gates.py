@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import re
 import subprocess
 import sys
@@ -21,12 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "tests" / "gates" / "cuda.json"
+import machine_code
+from machine_code import count
+
 COMPILER = "13.0"
 """The CUDA release whose machine code the checked-in table holds; of another release only spills count."""
-REGISTER_SLACK = 8
-PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Code:
         if known is None:
             yield "not in the checked-in table; make gates UPDATE=1 puts it there"
             return
-        if abs(self.registers - known.registers) > REGISTER_SLACK:
+        if abs(self.registers - known.registers) > machine_code.REGISTER_SLACK:
             yield f"{self.registers} registers instead of {known.registers}"
         if self.instructions != known.instructions:
             yield f"{self.instructions} instead of {known.instructions}"
@@ -67,12 +65,6 @@ def unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton, whose wheel carries the disassembler, is not installed"
     return None
-
-
-def tool(name: str, *arguments: str, folder: str | None = None) -> str:
-    """What one of the CUDA tools in Triton's wheel prints."""
-    path = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True, cwd=folder).stdout
 
 
 def readable(mangled: list[str]) -> list[str]:
@@ -88,35 +80,30 @@ def readable(mangled: list[str]) -> list[str]:
 
 def examine(cubin: Path) -> dict[str, Code]:
     """The kernels in a cubin by their mangled names."""
-    registers = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(cubin))))
-    codes = {}
-    for part in re.split(r"^\s*\.section\s+\.text\.", tool("nvdisasm", "-c", str(cubin)), flags=re.MULTILINE)[1:]:
-        lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z].*)", part, re.MULTILINE)
-        count = {
-            opcode: sum(line.startswith(opcode) for line in lines)
-            for opcode in ("HGMMA", "UTMALDG", "HMMA", "LDGSTS", "LDL", "STL")
-        }
-        mangled = re.match(r"[\w$]+", part).group()
-        codes[mangled] = Code(
-            registers=int(registers[mangled]),
-            hgmma=count["HGMMA"],
+    registers = machine_code.registers(str(cubin))
+    return {
+        mangled: Code(
+            registers=registers[mangled],
+            hgmma=count(lines, "HGMMA"),
             # The last product of a group signals the scoreboard that the group's wait reads.
             waits=sum(line.startswith("HGMMA") and "gsb0" in line for line in lines),
-            utmaldg=count["UTMALDG"],
-            hmma=count["HMMA"],
-            ldgsts=count["LDGSTS"],
-            spills=count["LDL"] + count["STL"],
+            utmaldg=count(lines, "UTMALDG"),
+            hmma=count(lines, "HMMA"),
+            ldgsts=count(lines, "LDGSTS"),
+            spills=machine_code.spills(lines),
         )
-    return codes
+        for mangled, lines in machine_code.instructions(str(cubin)).items()
+    }
 
 
 def library() -> tuple[dict[str, Code], set[str], str]:
     """The kernels of the built library by name and architecture, the architectures, and the CUDA release of it."""
     with tempfile.TemporaryDirectory() as folder:
-        tool("cuobjdump", "--extract-elf", "all", importlib.util.find_spec("dalle_kernels._cuda").origin, folder=folder)
+        built = importlib.util.find_spec("dalle_kernels._cuda").origin
+        machine_code.tool("cuobjdump", "--extract-elf", "all", built, folder=folder)
         cubins = sorted(Path(folder).glob("*.cubin"))
         release = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", cubins[0].read_bytes()).group(1).decode()
-        with ThreadPoolExecutor(PROCESSES) as pool:
+        with ThreadPoolExecutor(machine_code.PROCESSES) as pool:
             examined = list(pool.map(examine, cubins))
     codes: dict[str, Code] = {}
     for cubin, found in zip(cubins, examined, strict=True):
@@ -139,9 +126,8 @@ def main() -> None:
         return
     codes, architectures, release = library()
     if options.update:
-        rows = [f"  {json.dumps(name)}: {json.dumps(asdict(code))}" for name, code in sorted(codes.items())]
-        TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
-    known = {name: Code(**code) for name, code in json.loads(TABLE.read_text(encoding="utf-8")).items()}
+        machine_code.write_table("cuda", {name: asdict(code) for name, code in codes.items()})
+    known = {name: Code(**code) for name, code in machine_code.read_table("cuda").items()}
     known = {name: code for name, code in known.items() if name.rpartition(" ")[2] in architectures}
     if release != COMPILER:
         known = codes

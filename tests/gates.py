@@ -12,10 +12,7 @@ chip has. Compiled kernels are kept in Triton's own cache, so a second run takes
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,20 +26,19 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
+import machine_code
+from machine_code import count
 from triton_cases import cases, described, families
 
 from dalle_kernels import _triton
 from dalle_kernels._triton_configurations import use_configuration
 
-FOLDER = Path(__file__).resolve().parent / "gates"
 CHIPS = {80: 108, 90: 132}
 """Architectures, and how many multiprocessors the chip has that stands for each (A100, H100)."""
 MOST_SHARED = {80: 163 << 10, 90: 227 << 10}
 """The shared memory that a block may have on these architectures."""
-PROCESSES = 2
 TRITON = "3.6.0"
 """Whose machine code the checked-in tables hold; of another version only spills and tf32 count."""
-REGISTER_SLACK = 8
 SHARED_SLACK = 1024
 
 
@@ -69,7 +65,7 @@ class Code:
         if known is None:
             yield "not in the checked-in table; make gates UPDATE=1 puts it there"
             return
-        if abs(self.registers - known.registers) > REGISTER_SLACK:
+        if abs(self.registers - known.registers) > machine_code.REGISTER_SLACK:
             yield f"{self.registers} registers instead of {known.registers}"
         if abs(self.shared - known.shared) > SHARED_SLACK:
             yield f"{self.shared} bytes of shared memory instead of {known.shared}"
@@ -95,32 +91,20 @@ class Driver:
         return 0
 
 
-def disassembled(cubin: bytes) -> tuple[str, str]:
-    """The machine code and the resource usage."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        commands = [tools / "nvdisasm", "-c"], [tools / "cuobjdump", "--dump-resource-usage"]
-        return tuple(
-            subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
-            for command in commands
-        )
-
-
 def examine(kernel) -> Code:
     """The code of a compiled Triton kernel."""
-    code, usage = disassembled(kernel.asm["cubin"])
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code, re.MULTILINE)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        (registers,) = machine_code.registers(file.name).values()
+        (lines,) = machine_code.instructions(file.name).values()
     return Code(
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        registers=registers,
         shared=kernel.metadata.shared,
-        hmma=sum(opcode.startswith("HMMA") for opcode in opcodes),
-        hgmma=sum(opcode.startswith("HGMMA") for opcode in opcodes),
-        tf32=sum("TF32" in opcode for opcode in opcodes),
-        spills=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
+        hmma=count(lines, "HMMA"),
+        hgmma=count(lines, "HGMMA"),
+        tf32=sum("TF32" in line.split()[0] for line in lines),
+        spills=machine_code.spills(lines),
     )
 
 
@@ -172,25 +156,19 @@ def compile_case(family: str, number: int, architecture: int, choice: Choice | N
 
 
 def known_codes(family: str) -> dict[str, Code]:
-    path = FOLDER / f"{family}.json"
-    if not path.exists():
-        return {}
-    return {name: Code(**code, tf32=0, spills=0) for name, code in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {name: Code(**code, tf32=0, spills=0) for name, code in machine_code.read_table(family).items()}
 
 
 def write(family: str, codes: dict[str, Code]) -> None:
-    """One line a launch, so that a change shows as one."""
-    rows = []
-    for name in sorted(codes):
-        code = {key: value for key, value in asdict(codes[name]).items() if key not in ("tf32", "spills")}
-        rows.append(f"  {json.dumps(name)}: {json.dumps(code)}")
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"{family}.json").write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    kept = {name: asdict(code) for name, code in codes.items()}
+    for code in kept.values():
+        del code["tf32"], code["spills"]
+    machine_code.write_table(family, kept)
 
 
 def compile_families(families: list[str]) -> dict[str, dict[str, Code]]:
     codes: dict[str, dict[str, Code]] = {family: {} for family in families}
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(machine_code.PROCESSES, get_context("spawn")) as pool:
         jobs = [
             (family, pool.submit(compile_case, family, number, architecture))
             for architecture in CHIPS
@@ -218,7 +196,7 @@ def report(family: str, codes: dict[str, Code], update: bool) -> int:
 def check_candidates(families: list[str]) -> int:
     """Print what each candidate for a row of the table compiles to; how many faults there are."""
     faults = 0
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(machine_code.PROCESSES, get_context("spawn")) as pool:
         jobs = []
         for architecture in CHIPS:
             for family in families:
