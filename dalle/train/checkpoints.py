@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -24,6 +25,7 @@ import torch
 from dalle.checkpoint import FORMAT, check_sha256, read_tensors, to_safetensors
 from dalle.errors import UserError
 from dalle.files import atomic_write_folder, complete_folder, read_json, sha256, to_json
+from dalle.train.team import ALONE, Alone
 
 if TYPE_CHECKING:
     from dalle.train.journal import Window
@@ -128,21 +130,11 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def averaged_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The averaged parameters in a checkpoint by their names, whole, however many processes wrote them."""
-    if (folder / SHARDS).exists():
-        from dalle.train import shard_files
-
-        def empty(_name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype)
-
-        shard_files.check(folder / SHARDS, read_description(folder).get("sha256", {}))
-        tensors = shard_files.read(folder / SHARDS, empty, "average.")
-    else:
-        check_sha256(folder / TENSORS, read_description(folder).get("sha256"))
-        tensors = read_tensors(folder / TENSORS, "training checkpoint")
-    groups = ((name.partition("."), tensor) for name, tensor in tensors.items())
-    return {name: tensor for (group, _, name), tensor in groups if group == "average"}
+def averaged_weights(folder: Path, description: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The averaged parameters in a checkpoint, whose ``description`` was read, by their names: whole, however many
+    processes wrote them."""
+    tensors = _read(folder, description.get("sha256"), ALONE, {}, "average.")
+    return {name.removeprefix("average."): tensor for name, tensor in tensors.items()}
 
 
 def load(stage: Stage, folder: Path) -> tuple[int, float, Window]:
@@ -154,7 +146,8 @@ def load(stage: Stage, folder: Path) -> tuple[int, float, Window]:
     identity = _with_later_settings(description["identity"], stage)
     _require_same(identity, json.loads(to_json(stage.identity())), folder)
     groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "error": {}}
-    for name, tensor in _read(stage, folder, description.get("sha256")).items():
+    tensors = _read(folder, description.get("sha256"), stage.team, dict(stage.model.named_parameters()))
+    for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor
     stage.shards.load_state_dict(groups["model"])
@@ -183,9 +176,15 @@ def _parameter_name(name: str) -> str:
     return rest.rpartition(".")[0] if group == "optimizer" else rest
 
 
-def _read(stage: Stage, folder: Path, digests: str | dict[str, str] | None) -> dict[str, torch.Tensor]:
-    """This process's part of each tensor of a checkpoint, whose files have the SHA-256 ``digests``."""
-    parameters = dict(stage.model.named_parameters())
+def _read(
+    folder: Path,
+    digests: str | dict[str, str] | None,
+    team: Alone,
+    parameters: Mapping[str, torch.nn.Parameter],
+    prefix: str = "",
+) -> dict[str, torch.Tensor]:
+    """This process's part of each tensor of a checkpoint whose name begins with ``prefix``; the checkpoint's files have
+    the SHA-256 ``digests``."""
 
     def parameter(name: str) -> torch.nn.Parameter | None:
         return parameters.get(_parameter_name(name))
@@ -194,11 +193,11 @@ def _read(stage: Stage, folder: Path, digests: str | dict[str, str] | None) -> d
     if path.exists() or not (folder / SHARDS).exists():
         check_sha256(path, digests)
         tensors = read_tensors(path, "training checkpoint")
-        return {name: stage.team.part(parameter(name), tensor) for name, tensor in tensors.items()}
+        return {name: team.part(parameter(name), tensor) for name, tensor in tensors.items() if name.startswith(prefix)}
     from dalle.train import shard_files
 
-    shard_files.check(folder / SHARDS, dict(stage.team.divide(sorted((digests or {}).items()))))
-    return shard_files.read(folder / SHARDS, lambda name, *size: stage.team.empty(parameter(name), *size))
+    shard_files.check(folder / SHARDS, dict(team.divide(sorted((digests or {}).items()))))
+    return shard_files.read(folder / SHARDS, lambda name, *size: team.empty(parameter(name), *size), prefix)
 
 
 def _with_later_settings(identity: dict[str, Any], stage: Stage) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,10 @@ from dalle.config import DALLEConfig, DVAEConfig
 from dalle.errors import UserError
 from dalle.train.checkpoints import DESCRIPTION, averaged_weights, latest_checkpoint, read_description
 from dalle.train.settings import STORED_DTYPES
+
+if TYPE_CHECKING:
+    from dalle.dvae import DVAE
+    from dalle.transformer import DALLE
 
 TOKENIZER = "tokenizer.json"
 
@@ -40,30 +44,29 @@ def model_files(checkpoint: Path, dvae_folder: str | Path | None = None) -> dict
         stage, settings = identity["stage"], identity["config"]
     except (KeyError, TypeError):
         raise UserError(f"{checkpoint / DESCRIPTION} is damaged: expected what it says of the run") from None
+    if stage != "dvae":
+        _require_parts(checkpoint, identity, dvae_folder)
+    weights = averaged_weights(checkpoint, description)
     if stage == "dvae":
-        return _dvae_files(checkpoint, settings, dtype, note)
-    _require_parts(checkpoint, identity, dvae_folder)
-    return _dalle_files(checkpoint, settings, dvae_folder, dtype, note)
+        return dvae_files(_dvae(checkpoint, settings, weights), dtype, note)
+    from dalle.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(checkpoint / TOKENIZER)
+    return dalle_files(_dalle(checkpoint, settings, weights), tokenizer, dvae_folder, dtype, note)
 
 
-def _dvae_files(
-    checkpoint: Path, settings: dict[str, Any], dtype: torch.dtype, note: dict[str, Any]
-) -> dict[str, bytes]:
+def _dvae(checkpoint: Path, settings: dict[str, Any], weights: dict[str, torch.Tensor]) -> DVAE:
     from dalle.dvae import DVAE
 
     config = DVAEConfig.from_dict(settings, str(checkpoint / DESCRIPTION))
-    return dvae_files(load_weights(lambda: DVAE(config), averaged_weights(checkpoint), checkpoint), dtype, note)
+    return load_weights(lambda: DVAE(config), weights, checkpoint)
 
 
-def _dalle_files(
-    checkpoint: Path, settings: dict[str, Any], dvae_folder: str | Path, dtype: torch.dtype, note: dict[str, Any]
-) -> dict[str, bytes]:
-    from dalle.tokenizer import Tokenizer
+def _dalle(checkpoint: Path, settings: dict[str, Any], weights: dict[str, torch.Tensor]) -> DALLE:
     from dalle.transformer import DALLE
 
     config = DALLEConfig.from_dict(settings, str(checkpoint / DESCRIPTION))
-    model = load_weights(lambda: DALLE(config), averaged_weights(checkpoint), checkpoint)
-    return dalle_files(model, Tokenizer.load(checkpoint / TOKENIZER), dvae_folder, dtype, note)
+    return load_weights(lambda: DALLE(config), weights, checkpoint)
 
 
 def _require_parts(checkpoint: Path, identity: dict[str, Any], dvae_folder: str | Path | None) -> None:
