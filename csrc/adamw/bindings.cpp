@@ -4,7 +4,7 @@
 using namespace dalle;
 using namespace pybind11::literals;
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(adamw, m) {
   using Addresses = std::vector<uintptr_t>;
   m.def(
       "adamw16_step",

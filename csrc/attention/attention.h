@@ -18,8 +18,8 @@
 // and 32 x 32 image tokens, head_dim 64, float32: row forward in 10.1 ms, 67 GFLOP/s on visible pairs, and conv in
 // 12.2 ms. Of row's time the products take 75 %, at 90 GFLOP/s, the softmax 8 %, packing 6 %. On two threads, 4 x 8
 // heads (bench/bench_attention.py, on a slow host), the forward of row, column and conv reached 47 to 56 % of the
-// floor's rate in float32 and 50 to 56 % in bfloat16, the backward 43 to 55 % in both. Of a single head two threads make
-// the forward 1.6 to 1.9 times as fast as one does, forward and backward 1.5 to 2.1 times.
+// floor's rate in float32 and 50 to 56 % in bfloat16, the backward 43 to 55 % in both. Of a single head two threads
+// make the forward 1.6 to 1.9 times as fast as one does, forward and backward 1.5 to 2.1 times.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,8 @@ struct SparseAttention {
   float scale;
   Heads q, k, v;
   Heads out;   // written in full
-  float* lse;  // nullptr, or [batch, heads, seq], contiguous, written in full: natural log of the sum of exp(scale * q . k)
+  float* lse;  // nullptr, or the natural log of the sum of exp(scale * q . k), [batch, heads, seq], contiguous,
+               // written in full
   int threads;
   int64_t* workspace;  // if not nullptr: takes the bytes of scratch space of the call, which then computes nothing
 };
@@ -72,8 +73,8 @@ struct SparseAttentionBackward {
   void* scratch = nullptr;  // a multiple of 256 bytes
 };
 
-DALLE_DECLARE_CPU_KERNEL(sparse_attention, SparseAttention)
-DALLE_DECLARE_CPU_KERNEL(sparse_attention_backward, SparseAttentionBackward)
+DALLE_DECLARE_CPU_KERNEL_WITH_BF16(sparse_attention, SparseAttention)
+DALLE_DECLARE_CPU_KERNEL_WITH_BF16(sparse_attention_backward, SparseAttentionBackward)
 
 // On Hopper GPUs only, bfloat16 and float16, head_dim 64 and, of the forward, 128; `threads` is not read, nor is the
 // forward's `workspace`.

@@ -14,7 +14,7 @@ using Four = std::array<int64_t, 4>;
 
 Four sizes_of(const Tensor& t) { return {t.sizes[0], t.sizes[1], t.sizes[2], t.sizes[3]}; }
 Heads heads_of(const Tensor& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
-TokenHeads token_of(const Tensor& t) { return {t.data, t.strides[0], t.strides[1], t.strides[3]}; }
+TokenHeads token_heads(const Tensor& t) { return {t.data, t.strides[0], t.strides[1], t.strides[3]}; }
 
 // A decode step on a GPU but for the scale, the place and the output.
 [[maybe_unused]] DecodeStep step_of(const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& text,
@@ -23,7 +23,7 @@ TokenHeads token_of(const Tensor& t) { return {t.data, t.strides[0], t.strides[1
   step.dtype = q.dtype, step.pattern = pattern;
   step.prompts = image.sizes[1], step.heads = image.sizes[2], step.samples = image.sizes[3];
   step.image_capacity = image.sizes[4], step.head_dim = image.sizes[5];
-  step.q = token_of(q), step.k_new = token_of(k_new), step.v_new = token_of(v_new);
+  step.q = token_heads(q), step.k_new = token_heads(k_new), step.v_new = token_heads(v_new);
   step.text = text.data, step.image = image.data;
   return step;
 }
@@ -38,7 +38,7 @@ int team_of(uintptr_t executor, const Four& shape) {
 
 }  // namespace
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(attention, m) {
   m.def(
       "sparse_attention",
       [](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, int kind,
@@ -96,7 +96,8 @@ DALLE_BINDINGS(m) {
       [](const Tensor& q, const Tensor& k_new, const Tensor& v_new, const Tensor& text, const Tensor& image,
          const Tensor& out, int64_t position, uintptr_t place, bool wide_place, int kind, int64_t text_len,
          int64_t height, int64_t width, int64_t kernel_size, float scale, uintptr_t stream) {
-        DecodeStep step = step_of(q, k_new, v_new, text, image, {PatternKind{kind}, 0, text_len, height, width, kernel_size});
+        const Pattern pattern{PatternKind{kind}, 0, text_len, height, width, kernel_size};
+        DecodeStep step = step_of(q, k_new, v_new, text, image, pattern);
         step.scale = scale, step.out = out.data;
         step.position = position, step.place = pointer<void>(place), step.wide_place = wide_place;
         DALLE_RUN(decode_attention, step, stream);
@@ -151,10 +152,11 @@ DALLE_BINDINGS(m) {
          float scale, uintptr_t executor) {
         const int64_t prompts = image.sizes[1], heads = image.sizes[2], samples = image.sizes[3];
         const int64_t head_dim = image.sizes[5], bytes = q.dtype == Dtype::float32 ? 4 : 2;
-        const DecodeAttention params{q.dtype, prompts, samples, heads, head_dim, scale, token_of(q), token_of(k_new),
-                                     token_of(v_new), text.data, image.as<char>() + first * head_dim * bytes,
-                                     text.sizes[3], image.sizes[4], text_keys, count, slots.as<const int32_t>(),
-                                     new_key, out.data, threads_of(executor)};
+        const DecodeAttention params{q.dtype, prompts, samples, heads, head_dim, scale, token_heads(q),
+                                     token_heads(k_new), token_heads(v_new), text.data,
+                                     image.as<char>() + first * head_dim * bytes, text.sizes[3], image.sizes[4],
+                                     text_keys, count, slots.as<const int32_t>(), new_key, out.data,
+                                     threads_of(executor)};
         DALLE_RUN(decode_attention, params, executor);
       },
       "q"_a, "k_new"_a, "v_new"_a, "text"_a, "image"_a, "out"_a, "text_keys"_a, "first"_a, "count"_a, "slots"_a,

@@ -1,9 +1,9 @@
 // Decoding where samples share a prompt's text: a block takes one head of up to 16 samples of a prompt.
 //
 // Each of its 16 warps has a sample, whose image keys nobody else reads, and every 16th tile of 16 text keys, which it
-// multiplies with the queries of all 16 samples. What threads will need of the text they ask for first, each for itself,
-// into shared memory, where it takes no registers; then for the image keys. All of a text of up to 512 tokens, of heads
-// of 64, is on its way at once.
+// multiplies with the queries of all 16 samples. What threads will need of the text they ask for first, each for
+// itself, into shared memory, where it takes no registers; then for the image keys. All of a text of up to 512 tokens,
+// of heads of 64, is on its way at once.
 #pragma once
 
 #include "attention/decode_softmax.h"
@@ -130,7 +130,8 @@ struct TextTiles {
 #pragma unroll
       for (int i = 0; i < 8 * HALVES; ++i) {
         const int column = i / 8 * 64 + lane * 16 + i % 8;
-        partial[sample * SUMS + column] = sums[i][half * 2], partial[sample * SUMS + column + 8] = sums[i][half * 2 + 1];
+        float* const place = partial + sample * SUMS + column;
+        place[0] = sums[i][half * 2], place[8] = sums[i][half * 2 + 1];
       }
     }
   }

@@ -1,9 +1,9 @@
-// Where a decode step's image keys lie in a cache, as arithmetic: what dalle_kernels/attention/slots.py lists, for a token
-// that only the device knows. Plain functions, on host and device.
+// Where a decode step's image keys lie in a cache, as arithmetic: what dalle_kernels/attention/slots.py lists, for a
+// token that only the device knows. Plain functions, on host and device.
 //
-// Keys are numbered by how far back they lie. Number n has gone (n + middle) / span times around the edge of the window,
-// over the `skip` tokens that lie beyond it, so it is n + rows * skip slots back in the ring; where the pattern sees all
-// between its own key and the furthest, there is nothing to go around. Number 0 is the token's own.
+// Keys are numbered by how far back they lie. Number n has gone (n + middle) / span times around the edge of the
+// window, over the `skip` tokens that lie beyond it, so it is n + rows * skip slots back in the ring; where the pattern
+// sees all between its own key and the furthest, there is nothing to go around. Number 0 is the token's own.
 #pragma once
 
 #include "attention/attention.h"

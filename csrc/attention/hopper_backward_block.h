@@ -63,8 +63,8 @@ struct Course {
 };
 
 // The ring: STAGES places, a power of 2, for two operands' strips and, of queries, their statistics. Strip number n
-// goes to place n % STAGES. A thread asks for each one AHEAD strips before its own warpgroup takes it; threads that have
-// read a strip say so. The other warpgroup may be behind by STAGES - AHEAD before that thread has to wait for it.
+// goes to place n % STAGES. A thread asks for each one AHEAD strips before its own warpgroup takes it; threads that
+// have read a strip say so. The other warpgroup may be behind by STAGES - AHEAD before that thread has to wait for it.
 template <int STAGES, bool STATISTICS>
 struct RingOfStrips {
   static_assert((STAGES & (STAGES - 1)) == 0 && STAGES >= 4);

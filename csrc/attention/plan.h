@@ -46,8 +46,8 @@ struct Tile {
   int32_t first_image_key, end_image_key;  // all image keys that the tile sees lie between
 };
 
-// How the plan is cut: queries in a panel (at most 32) and at most in a group, panels in a tile, and what runs and spans
-// are a multiple of (1 or 2).
+// How the plan is cut: queries in a panel (at most 32) and at most in a group, panels in a tile, and what runs and
+// spans are a multiple of (1 or 2).
 struct PlanShape {
   int panel_queries, group_queries, tile_panels, key_step;
 };

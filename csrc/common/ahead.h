@@ -30,7 +30,8 @@ __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// Brings a run of bytes, whose address and number are multiples of 16, into the L2 cache: a hint, and none before sm_90.
+// Brings a run of bytes, whose address and number are multiples of 16, into the L2 cache: a hint, and none before
+// sm_90.
 __device__ __forceinline__ void bring_to_cache(const void* from, uint32_t bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

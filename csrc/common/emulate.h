@@ -1,4 +1,5 @@
-// AVX-512 and its BF16 dot products on a processor that has neither, by SIMDe (https://github.com/simd-everywhere/simde).
+// AVX-512 and its BF16 dot products on a processor that has neither, by SIMDe
+// (https://github.com/simd-everywhere/simde).
 //
 // Included ahead of a kernel source where CMake is told -DDALLE_KERNELS_EMULATE: every intrinsic of the AVX-512 builds
 // then becomes a function of SIMDe's, in AVX2, and the sources are compiled as they are.

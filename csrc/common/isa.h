@@ -27,8 +27,22 @@ Kernel* isa_choose(Kernel* const (&builds)[ISA_COUNT]) {
 }  // namespace dalle
 
 // In a family's header: declares the kernel `const char* name(const Params&)` of every build. A kernel returns nullptr,
-// or a sentence that says why it did nothing.
+// or a sentence that says why it did nothing. One that does not multiply BFloat16 itself would come out the same from
+// both builds for AVX-512, so it is built for the first of them alone.
 #define DALLE_DECLARE_CPU_KERNEL(name, Params)                  \
+  DALLE_DECLARE_SHARED_CPU_BUILDS(name, Params)                 \
+  namespace avx512_bf16 {                                       \
+  using avx512::name;                                           \
+  }
+
+// The same of a kernel with such products, whose source CMakeLists.txt names in BF16_SOURCES.
+#define DALLE_DECLARE_CPU_KERNEL_WITH_BF16(name, Params)        \
+  DALLE_DECLARE_SHARED_CPU_BUILDS(name, Params)                 \
+  namespace avx512_bf16 {                                       \
+  const char* name(const Params&);                              \
+  }
+
+#define DALLE_DECLARE_SHARED_CPU_BUILDS(name, Params)           \
   namespace portable {                                          \
   const char* name(const Params&);                              \
   }                                                             \
@@ -36,9 +50,6 @@ Kernel* isa_choose(Kernel* const (&builds)[ISA_COUNT]) {
   const char* name(const Params&);                              \
   }                                                             \
   namespace avx512 {                                            \
-  const char* name(const Params&);                              \
-  }                                                             \
-  namespace avx512_bf16 {                                       \
   const char* name(const Params&);                              \
   }
 

@@ -1,8 +1,8 @@
 // Products of one warp's registers (mma.sync, sm_80 and later).
 //
 // Thread t of a warp is (row, lane) = (t / 4, t % 4). It has of the left operand, [16, 16], the pairs of columns
-// 2 * lane and 2 * lane + 8 of rows `row` and `row` + 8, in the order of `left`; of the right one, [16, 8], the pairs of
-// rows 2 * lane and 2 * lane + 8 of column `row`; of the sums, [16, 8], columns 2 * lane and the next of rows `row`
+// 2 * lane and 2 * lane + 8 of rows `row` and `row` + 8, in the order of `left`; of the right one, [16, 8], the pairs
+// of rows 2 * lane and 2 * lane + 8 of column `row`; of the sums, [16, 8], columns 2 * lane and the next of rows `row`
 // (0 and 1) and `row` + 8 (2 and 3).
 //
 // A sum does not mind the order of its terms. So where both operands lie in memory row by row, 16 bytes of a row are a

@@ -1,5 +1,5 @@
-// What a family's bindings.cpp is made of: a place in the Python module, Python's arguments turned into parameter structs,
-// and statuses into exceptions.
+// What a family's bindings.cpp is made of: a place in the Python module, Python's arguments turned into parameter
+// structs, and statuses into exceptions.
 //
 // The same bindings.cpp is compiled into dalle_kernels._cpu and, where the family has a .cu file, into
 // dalle_kernels._cuda with DALLE_MODULE_CUDA defined. A function's last argument, `executor`, is the number of threads
@@ -35,11 +35,11 @@ struct Bindings {
   }
 };
 
-// DALLE_BINDINGS(m) { m.def(...); }
-#define DALLE_BINDINGS(m)                            \
-  static void define_bindings(::pybind11::module_&); \
-  static ::dalle::Bindings bindings(&define_bindings); \
-  static void define_bindings(::pybind11::module_& m)
+// DALLE_BINDINGS(family, m) { m.def(...); }
+#define DALLE_BINDINGS(family, m)                            \
+  static void define_##family(::pybind11::module_&);           \
+  static ::dalle::Bindings family##_bindings(&define_##family); \
+  static void define_##family(::pybind11::module_& m)
 
 // Addresses come as integers (torch's data_ptr()).
 template <class T>

@@ -1,4 +1,5 @@
-// Pairs of 16-bit numbers in a register, the first of each in the lower half: picked apart they cost an instruction more.
+// Pairs of 16-bit numbers in a register, the first of each in the lower half: picked apart they cost an instruction
+// more.
 #pragma once
 
 #include <cuda_runtime.h>

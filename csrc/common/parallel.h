@@ -44,8 +44,8 @@ inline void parallel_for(int64_t count, int64_t grain, int threads, const Body& 
 }
 
 // Calls body(next, thread) once on each thread. next() gives every item of [0, count) once, in order, to whoever asks
-// first, and -1 when none is left; 0 <= thread < threads tells scratch memory apart. For items of uneven cost: start the
-// dearest first.
+// first, and -1 when none is left; 0 <= thread < threads tells scratch memory apart. For items of uneven cost: start
+// the dearest first.
 template <class Body>
 inline void parallel_pull(int64_t count, int threads, const Body& body) {
   if (count <= 0) return;

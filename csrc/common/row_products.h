@@ -1,7 +1,8 @@
 // Products of rows with rows, sum_i x[r][i] w[c][i], where both lie along memory: linear layers and attention scores of
 // a few queries. Nothing is packed or transposed, so the larger side is read once, as it lies.
 //
-// Every product is summed in the same order whatever tile it is in: a row's result does not depend on the rows beside it.
+// Every product is summed in the same order whatever tile it is in: a row's result does not depend on the rows beside
+// it.
 #pragma once
 
 #include "common/vector.h"
@@ -23,7 +24,8 @@ DALLE_INLINE void store_lane_sums(const Vector* x, float* sums) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
   const auto half = [](Vector v) {  // the masks, which choose all, avoid a false warning of some releases of GCC
-    return _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, v.lanes, 0), _mm512_maskz_extractf32x8_ps(0xff, v.lanes, 1));
+    return _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, v.lanes, 0),
+                         _mm512_maskz_extractf32x8_ps(0xff, v.lanes, 1));
   };
 #else
   const auto half = [](Vector v) { return v.lanes; };

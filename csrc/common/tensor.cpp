@@ -115,7 +115,7 @@ bool read_tensor(py::handle source, Tensor& tensor) {
 
 }  // namespace dalle
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(tensor, m) {
   m.def("exchange_tensors", &dalle::exchange_tensors, "tensor"_a, "parameter"_a, "table"_a,
         "Take torch's classes and its table of DLPack functions; before any function that takes a tensor.");
   m.def("signature", &dalle::signature, "tensors"_a, "settings"_a,

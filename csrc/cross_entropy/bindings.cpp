@@ -50,7 +50,7 @@ double run_chunk(const Tensor& logits, const Tensor& target, const Tensor& bias,
 
 }  // namespace
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(cross_entropy, m) {
   m.def(
       "cross_entropy_targets",
       [](const Tensor& target, int64_t classes, int64_t ignore_index, uintptr_t) {

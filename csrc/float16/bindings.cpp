@@ -4,7 +4,7 @@
 using namespace dalle;
 using namespace pybind11::literals;
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(float16, m) {
   m.def(
       "float16_encode",
       [](uintptr_t input, int dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,

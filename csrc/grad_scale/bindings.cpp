@@ -20,7 +20,7 @@ std::vector<GradScaleTensor> listed(const Addresses& inputs, const Addresses& ou
 
 }  // namespace
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(grad_scale, m) {
   m.def(
       "scale_cast_filter",
       [](const Addresses& inputs, const Addresses& outputs, const std::vector<int64_t>& counts, int input_dtype,

@@ -35,7 +35,7 @@ Codebook codebook_of(const Tensor& t) { return {t.data, t.dtype, t.sizes[1], t.s
 
 }  // namespace
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(gumbel_softmax, m) {
   m.def(
       "gumbel_softmax",
       [](const Tensor& logits, const Tensor& y, const Tensor& kl, const Tensor& seed, const Tensor& offset,

@@ -163,9 +163,9 @@ class RunningSoftmax {
 
 constexpr int64_t tiles_of(int64_t columns) { return (columns + TILE_COLUMNS - 1) / TILE_COLUMNS; }
 
-// The soft sample of a block: `draw` every tile in order, and then take any tile of it. The first tiles' exponentials are
-// kept, as many as fit, and the others' computed again, to the same bits, from the maximum they had; or none are, and
-// the caller keeps all of them elsewhere.
+// The soft sample of a block: `draw` every tile in order, and then take any tile of it. The first tiles' exponentials
+// are kept, as many as fit, and the others' computed again, to the same bits, from the maximum they had; or none are,
+// and the caller keeps all of them elsewhere.
 class SoftSample {
  public:
   static constexpr int64_t MOST_KEPT_FLOATS = (896 << 10) / 4;

@@ -4,7 +4,7 @@
 using namespace dalle;
 using namespace pybind11::literals;
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(linear, m) {
   m.def(
       "linear",
       [](int dtype, int out_dtype, int64_t rows, int64_t inputs, int64_t outputs, uintptr_t x, int64_t x_stride,

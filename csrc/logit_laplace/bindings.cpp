@@ -11,7 +11,7 @@ LogitLaplaceTensor given(const Tensor& t) { return {t.data, t.dtype, t.shape()};
 
 }  // namespace
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(logit_laplace, m) {
   m.def(
       "logit_laplace_loss",
       [](const Tensor& x, const Tensor& mu, const Tensor& log_b, const Tensor& loss, const Tensor& partial,

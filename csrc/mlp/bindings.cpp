@@ -4,7 +4,7 @@
 using namespace dalle;
 using namespace pybind11::literals;
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(mlp, m) {
   m.def(
       "bias_gelu",
       [](int dtype, int64_t width, int64_t rows, uintptr_t hidden, uintptr_t bias, uintptr_t out, uintptr_t executor) {

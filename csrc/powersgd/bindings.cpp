@@ -4,7 +4,7 @@
 using namespace dalle;
 using namespace pybind11::literals;
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(powersgd, m) {
   m.def("gram_parts", &cuda::gram_parts, "matrices"_a, "rows"_a, "columns"_a);
   m.def("cholesky_workspace", &cuda::cholesky_workspace, "matrices"_a, "n"_a);
   m.def("householder_workspace", &cuda::householder_workspace, "matrices"_a, "rows"_a, "columns"_a);

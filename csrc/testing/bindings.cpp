@@ -20,7 +20,7 @@ std::array<int, 3> numbers_of(const PairOfTiles& pair) { return {pair.head, pair
 
 }  // namespace
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(testing, m) {
   m.def(
       "elementwise",
       [](int function, uintptr_t input, uintptr_t output, int64_t count, uintptr_t) {

@@ -55,7 +55,7 @@ std::vector<TransformerLayer> all_layers(const std::vector<uintptr_t>& weights, 
 
 }  // namespace
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(transformer, m) {
   // `place` is the address of a number of 8 bytes or 4, or 0.
   m.def(
       "decode_layers",
@@ -98,7 +98,7 @@ TransformerLayer layer_of(const uintptr_t* weights, const CacheTuple& cache) {
 
 }  // namespace
 
-DALLE_BINDINGS(m) {
+DALLE_BINDINGS(transformer, m) {
   m.def(
       "decode_layers",
       [](int dtype, const Sizes& sizes, float scale, float epsilon, const std::vector<uintptr_t>& weights,

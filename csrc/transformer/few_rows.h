@@ -1,11 +1,11 @@
 // Products of up to eight rows with a matrix, whose bytes are all there is to them, and what stands around them in a
 // layer.
 //
-// A block makes TILES times 16 outputs of all rows; its warps each take a run of the inputs, 32 at a time. A thread needs
-// 16 bytes of each of two rows of weights, and 16 of a row of x (common/mma.h says why these do), and copies them for
-// itself into a ring in shared memory: so there is no barrier but at the end, where the warps' sums meet. The weights
-// are asked for before the kernels before this one have ended: as many as the ring holds into it, all into the L2 cache.
-// Two blocks fit a multiprocessor, this kernel's and the next one's, so that memory is never idle.
+// A block makes TILES times 16 outputs of all rows; its warps each take a run of the inputs, 32 at a time. A thread
+// needs 16 bytes of each of two rows of weights, and 16 of a row of x (common/mma.h says why these do), and copies them
+// for itself into a ring in shared memory: so there is no barrier but at the end, where the warps' sums meet. The
+// weights are asked for before the kernels before this one have ended: as many as the ring holds into it, all into the
+// L2 cache. Two blocks fit a multiprocessor, this kernel's and the next one's, so that memory is never idle.
 #pragma once
 
 #include "common/ahead.h"
@@ -185,7 +185,8 @@ struct FewRowsBlock {
     for (int i = 0; i < TURNS; ++i) {
       const int value = i * THREADS + threadIdx.x;
       const bool adds = p.residual != nullptr && is_value(value);
-      residuals[i] = adds ? plain::to_float(load_written(static_cast<const Element*>(p.residual) + place_of(value))) : 0;
+      const Element* const residual = static_cast<const Element*>(p.residual);
+      residuals[i] = adds ? plain::to_float(load_written(residual + place_of(value))) : 0;
     }
     if constexpr (NORM) normalize();
 

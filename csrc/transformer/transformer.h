@@ -1,12 +1,13 @@
-// Family transformer: one decode step through a stack of transformer layers, each an attention resblock and an MLP resblock.
+// Family transformer: one decode step through a stack of transformer layers, each an attention resblock and an MLP
+// resblock.
 //
 // x += W_o attention(W_qkv norm(x)), then x += W_2 gelu(W_1 norm(x)); biases everywhere. The attention is the step of
 // attention/decode.h, the matrices are those of linear/linear.h, one call for all of them because the way through
 // Python and torch between them takes longer than the arithmetic of a small layer.
 //
 // Floor: that of its parts, the weights read once and the visible keys and values read once.
-// Reached on two Zen 3 threads (AVX2), float32: dim 512, 8 layers, 1 row, with embedding and logits: 118 MB of weights in
-// 4.7 ms at best, 25 GB/s of about 30; dim 256, 6 layers, 8 rows: 80 million operations in 1.4 ms at best.
+// Reached on two Zen 3 threads (AVX2), float32: dim 512, 8 layers, 1 row, with embedding and logits: 118 MB of weights
+// in 4.7 ms at best, 25 GB/s of about 30; dim 256, 6 layers, 8 rows: 80 million operations in 1.4 ms at best.
 #pragma once
 
 #include <cstdint>
@@ -44,12 +45,14 @@ struct DecodeLayers {
   int64_t position;    // on CUDA, as in DecodeStep
   const void* place;
   bool wide_place;
-  void* scratch;       // on CUDA: prompts * samples * (4 * heads * head_dim + hidden) numbers, at a multiple of 16 bytes
+  void* scratch;       // on CUDA: prompts * samples * (4 * heads * head_dim + hidden) numbers, at a multiple of 16
+                       // bytes
 };
 
 DALLE_DECLARE_CPU_KERNEL(decode_layers, DecodeLayers)
 
-// bfloat16 and float16, up to 8 rows, head_dim 64, dim and hidden multiples of 32; all tensors at multiples of 16 bytes.
+// bfloat16 and float16, up to 8 rows, head_dim 64, dim and hidden multiples of 32; all tensors at multiples of 16
+// bytes.
 namespace cuda {
 const char* decode_layers(const DecodeLayers&, void* stream);
 const char* decode_layers_refusal(const DecodeLayers&);  // why it would do nothing, or nullptr; takes no x and scratch

@@ -64,7 +64,8 @@ struct Stack {
   T *normed, *wide, *attended;  // [rows, dim], [rows, the widest], [rows, heads_width]
 
   const char* multiply(const AffineWeights& layer, const T* x, int64_t inputs, int64_t outputs, T* out) const {
-    return linear({p.dtype, p.dtype, rows, inputs, outputs, x, inputs, layer.weight, inputs, layer.bias, out, p.threads});
+    return linear(
+        {p.dtype, p.dtype, rows, inputs, outputs, x, inputs, layer.weight, inputs, layer.bias, out, p.threads});
   }
 
   const char* attend(const TransformerLayer& layer) const {

@@ -23,7 +23,8 @@ void multiply_add(float (&sums)[4], uint32_t left0, uint32_t left1, uint32_t lef
     for (int k = 0; k < 16; k += 2) {
       const Operands& left = warp[row * 4 + k % 8 / 2];
       const Operands& right = warp[(2 * lane + i % 2) * 4 + k % 8 / 2];
-      const float2 a = numbers_of(left.left[k / 8 * 2 + i / 2], Element{}), b = numbers_of(right.right[k / 8], Element{});
+      const float2 a = numbers_of(left.left[k / 8 * 2 + i / 2], Element{});
+      const float2 b = numbers_of(right.right[k / 8], Element{});
       sums[i] += a.x * b.x;
       sums[i] += a.y * b.y;
     }
