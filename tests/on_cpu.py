@@ -17,6 +17,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from dalle_kernels import _native
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "on_cpu"
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -45,6 +47,20 @@ def compiled(family: str, *more: str) -> ModuleType:
     spec.loader.exec_module(module)
     module.exchange_tensors(torch.Tensor, torch.nn.Parameter, torch.Tensor.__dlpack_c_exchange_api__)
     return module
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, library: ModuleType) -> None:
+    """Have ``library`` run those compiled kernels that it holds, called by operators on CPU tensors."""
+    otherwise = _native.call
+
+    def call(name: str, device: torch.device, *arguments, **named):
+        if not hasattr(library, name):
+            return otherwise(name, device, *arguments, **named)
+        kernel = getattr(library, name)
+        return kernel(*arguments, **named, executor=0) if named else kernel(*arguments, 0)
+
+    monkeypatch.setattr(_native, "call", call)
+    monkeypatch.setattr(_native, "query", lambda name, _device, *arguments: getattr(library, name)(*arguments))
 
 
 def _objects(name: str, sources: list[Path]) -> list[Path]:

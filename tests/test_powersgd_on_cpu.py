@@ -22,8 +22,7 @@ def library():
 
 @pytest.fixture(autouse=True)
 def kernels(library, monkeypatch):
-    monkeypatch.setattr(ops._native, "call", lambda name, _device, *args: getattr(library, name)(*args, 0))
-    monkeypatch.setattr(ops._native, "query", lambda name, _device, *args: getattr(library, name)(*args))
+    on_cpu.serve(monkeypatch, library)
 
 
 def errors(Q: torch.Tensor, P: torch.Tensor, eps: float) -> tuple[float, float]:

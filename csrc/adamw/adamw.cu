@@ -72,16 +72,12 @@ struct Usual {
 
   __device__ __forceinline__ float root(float x) {
     usual &= __float_as_uint(x) - 1u >= __float_as_uint(0x1p-100f) - 1u;
-    float inverse;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fmaxf(x, 0x1p-100f)));
-    const float root = __fmul_rn(x, inverse);
+    const float inverse = fast_reciprocal_root(fmaxf(x, 0x1p-100f)), root = __fmul_rn(x, inverse);
     return __fmaf_rn(__fmaf_rn(-root, root, x), __fmul_rn(inverse, 0.5f), root);
   }
   __device__ __forceinline__ float quotient(float x, float y) {
     usual &= 2u * __float_as_uint(x) - 1u >= 2u * __float_as_uint(0x1p-60f) - 1u;
-    float inverse;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
-    inverse = __fmaf_rn(inverse, __fmaf_rn(-y, inverse, 1.0f), inverse);
+    const float rough = fast_reciprocal(y), inverse = __fmaf_rn(rough, __fmaf_rn(-y, rough, 1.0f), rough);
     const float near = __fmul_rn(x, inverse), quotient = __fmaf_rn(inverse, __fmaf_rn(-y, near, x), near);
     usual &= fabsf(quotient) < INFINITY;
     return quotient;
@@ -256,10 +252,10 @@ const char* count_all(const AdamW16Step& p, cudaStream_t stream) {
       p.tensor_count, 1,
       [&](int64_t t) { return Counted{p.tensors[t].step, 1, p.tensors[t].number}; },
       [&](const TensorTable<Counted>& table, unsigned tensors) {
-        count_steps<<<(tensors + COUNT_THREADS - 1) / COUNT_THREADS, COUNT_THREADS, 0, stream>>>(
-            table, factors, p.lr, p.beta1, p.beta2, p.grad_scale, p.found_nonfinite);
+        const char* error = launch(count_steps, (tensors + COUNT_THREADS - 1) / COUNT_THREADS, COUNT_THREADS, stream,
+                                   table, factors, p.lr, p.beta1, p.beta2, p.grad_scale, p.found_nonfinite);
         factors += tensors;
-        return launch_status();
+        return error;
       });
 }
 
@@ -280,9 +276,8 @@ const char* update_all(const AdamW16Step& p, cudaStream_t stream) {
                        tensor.second_moment, factors + t,     tensor.count};
       },
       [&](const TensorTable<Updated>& table, unsigned tiles) {
-        update<Rounding, Parameter, Gradient, Mean, Variance>
-            <<<tiles, TILE_THREADS, 0, stream>>>(table, settings, p.found_nonfinite);
-        return launch_status();
+        return launch(update<Rounding, Parameter, Gradient, Mean, Variance>, tiles, TILE_THREADS, stream, table,
+                      settings, p.found_nonfinite);
       });
 }
 

@@ -8,11 +8,7 @@ namespace dalle::cuda {
 
 // The neighbour of x towards 0. No finite number becomes infinite, none that is not becomes finite.
 __device__ __forceinline__ uint32_t bits_towards(float x, BFloat16) { return __float_as_uint(x) >> 16; }
-__device__ __forceinline__ uint32_t bits_towards(float x, Half) {
-  uint16_t bits;
-  asm("cvt.rz.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-  return bits;
-}
+__device__ __forceinline__ uint32_t bits_towards(float x, Half) { return half_towards_zero(x); }
 
 // How far x lies from there to its neighbour away from 0, in 2^-32 of that distance, rounded up: as whole numbers are
 // below a number where they are below the next whole one, words below this, and no others, round x away from 0. What is

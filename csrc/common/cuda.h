@@ -1,19 +1,28 @@
-// Helpers of the CUDA kernels: launch geometry and errors.
+// Helpers of the CUDA kernels: launches, their geometry and errors.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace dalle::cuda {
 
-// nullptr, or CUDA's sentence about the launch that came before.
-inline const char* launch_status() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+// nullptr, or CUDA's sentence about the error, which no later call shall find.
+inline const char* status(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
 }
 
-inline const char* status(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+// Launches a kernel that needs no more shared memory than it declares. Unlike <<< >>> this is C++, which the tests'
+// compiler for the CPU reads too.
+template <class... Params>
+const char* launch(void (*kernel)(Params...), dim3 blocks, int threads, cudaStream_t stream,
+                   const std::common_type_t<Params>&... params) {
+  void* arguments[] = {const_cast<std::remove_const_t<Params>*>(&params)...};
+  return status(cudaLaunchKernel(kernel, blocks, dim3(threads), arguments, 0, stream));
+}
 
 // Why the current device cannot run this library's kernels (there is no device, or it is none of those that the library
 // was compiled for), or nullptr.

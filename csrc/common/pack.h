@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/instructions.h"
 #include "common/pairs.h"
 
 namespace dalle::cuda {
@@ -44,11 +45,7 @@ __device__ __forceinline__ bool are_aligned(const T*... arrays) {
 // Elements of 16 bits are taken and made by twos (pairs.h).
 __device__ __forceinline__ float number_of(float x) { return x; }
 __device__ __forceinline__ float number_of(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
-__device__ __forceinline__ float number_of(Half x) {
-  float number;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(x.bits));
-  return number;
-}
+__device__ __forceinline__ float number_of(Half x) { return float_of_half(x.bits); }
 
 template <class T, int COUNT>
 __device__ __forceinline__ void numbers_of(const Pack<T, COUNT>& pack, float (&numbers)[COUNT]) {

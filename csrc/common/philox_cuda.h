@@ -7,17 +7,12 @@
 
 #include <cstdint>
 
+#include "common/instructions.h"
+
 namespace dalle::cuda {
 
 constexpr int PHILOX_WORDS = 4;
 constexpr uint32_t PHILOX_USE_GUMBEL = 0, PHILOX_USE_ROUNDING = 1;
-
-// Both words of a product, by one instruction, which the compiler makes into two of a product of 64 bits.
-__device__ __forceinline__ void multiply_wide(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
-  asm("{ .reg .u64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }"
-      : "=r"(low), "=r"(high)
-      : "r"(a), "r"(b));
-}
 
 // The noise of one row.
 class PhiloxRow {

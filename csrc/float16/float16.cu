@@ -108,13 +108,11 @@ const char* encode_all(const Float16Encode& p, cudaStream_t stream) {
   if (cleared != nullptr || count == 0) return cleared;
   const Element* input = static_cast<const Element*>(p.input);
   if (is_contiguous(m)) {
-    encode_contiguous<format>
-        <<<tiles_of<Element>(count), TILE_THREADS, 0, stream>>>(input, p.codes, p.nonfinite, count);
-  } else {
-    encode_strided<format><<<grid_size(count, STRIDED_THREADS), STRIDED_THREADS, 0, stream>>>(input, m, p.codes,
-                                                                                              p.nonfinite, count);
+    return launch(encode_contiguous<format, Element>, tiles_of<Element>(count), TILE_THREADS, stream, input, p.codes,
+                  p.nonfinite, count);
   }
-  return launch_status();
+  return launch(encode_strided<format, Element>, grid_size(count, STRIDED_THREADS), STRIDED_THREADS, stream, input, m,
+                p.codes, p.nonfinite, count);
 }
 
 template <Float16Format format, class Element>
@@ -124,12 +122,11 @@ const char* decode_all(const Float16Decode& p, cudaStream_t stream) {
   if (count == 0) return nullptr;
   Element* output = static_cast<Element*>(p.output);
   if (is_contiguous(m)) {
-    decode_contiguous<format><<<tiles_of<Element>(count), TILE_THREADS, 0, stream>>>(p.codes, output, count);
-  } else {
-    decode_strided<format>
-        <<<grid_size(count, STRIDED_THREADS), STRIDED_THREADS, 0, stream>>>(p.codes, m, output, count);
+    return launch(decode_contiguous<format, Element>, tiles_of<Element>(count), TILE_THREADS, stream, p.codes, output,
+                  count);
   }
-  return launch_status();
+  return launch(decode_strided<format, Element>, grid_size(count, STRIDED_THREADS), STRIDED_THREADS, stream, p.codes, m,
+                output, count);
 }
 
 template <Float16Format format>

@@ -71,8 +71,7 @@ const char* run(const Params& p, cudaStream_t stream) {
   return for_each_table<GradScaleTensor>(
       p.tensor_count, Tiles<PACKS, Input, Output>::ELEMENTS, [&](int64_t t) { return p.tensors[t]; },
       [&](const TensorTable<GradScaleTensor>& table, unsigned tiles) {
-        cast<Job, Input, Output><<<tiles, TILE_THREADS, 0, stream>>>(table, p.scale, p.nonfinite);
-        return launch_status();
+        return launch(cast<Job, Input, Output>, tiles, TILE_THREADS, stream, table, p.scale, p.nonfinite);
       });
 }
 

@@ -187,8 +187,8 @@ RowTensor with_merged_rows(const RowTensor& tensor) {
 }
 
 template <class Params>
-const char* launch(void (*kernel)(Params, uint32_t), const TeamShape& shape, const Params& p, uint32_t rows,
-                   cudaStream_t stream) {
+const char* launch_teams(void (*kernel)(Params, uint32_t), const TeamShape& shape, const Params& p, uint32_t rows,
+                         cudaStream_t stream) {
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {shape.cluster, 1, 1};
@@ -204,12 +204,12 @@ const char* launch(void (*kernel)(Params, uint32_t), const TeamShape& shape, con
 template <class Team, bool HARD>
 const char* run_kind(const GumbelSoftmax& p, const TeamShape& shape, uint32_t rows, cudaStream_t stream) {
   const bool with_kl = p.kl != nullptr;
-  return launch(with_kl ? forward<Team, true, HARD> : forward<Team, false, HARD>, shape, p, rows, stream);
+  return launch_teams(with_kl ? forward<Team, true, HARD> : forward<Team, false, HARD>, shape, p, rows, stream);
 }
 template <class Team, bool HARD>
 const char* run_kind(const GumbelSoftmaxBackward& p, const TeamShape& shape, uint32_t rows, cudaStream_t stream) {
   const bool with_kl = p.grad_kl.data != nullptr;
-  return launch(with_kl ? backward<Team, true, HARD> : backward<Team, false, HARD>, shape, p, rows, stream);
+  return launch_teams(with_kl ? backward<Team, true, HARD> : backward<Team, false, HARD>, shape, p, rows, stream);
 }
 
 template <class Team, class Params>

@@ -15,17 +15,6 @@ namespace dalle::cuda {
 
 constexpr float LN_2 = 0.693147181f, LOG2_E = 1.44269504f;
 
-__device__ __forceinline__ float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float fast_log2(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // The noise of one row.
 class RowNoise {
  public:

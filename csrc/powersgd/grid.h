@@ -66,10 +66,4 @@ const char* launch_cooperatively(void (*kernel)(Params), Params params, int most
   return status(error);
 }
 
-template <class Params>
-const char* launch(void (*kernel)(Params), Params params, dim3 blocks, int threads, cudaStream_t stream) {
-  void* arguments[] = {&params};
-  return status(cudaLaunchKernel(kernel, blocks, dim3(threads), arguments, 0, stream));
-}
-
 }  // namespace dalle::cuda

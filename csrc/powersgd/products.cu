@@ -192,12 +192,12 @@ int gram_parts(int matrices, int rows, int columns) {
 const char* gram(const Gram& p, void* stream) {
   const int tiles = tiles_of(p.columns);
   const dim3 blocks(tiles * (tiles + 1) / 2, p.parts, p.matrices);
-  return launch(gram_kernel, p, blocks, THREADS, static_cast<cudaStream_t>(stream));
+  return launch(gram_kernel, blocks, THREADS, static_cast<cudaStream_t>(stream), p);
 }
 
 const char* apply(const Apply& p, void* stream) {
   const dim3 blocks(tiles_of(p.rows), p.input == p.out ? 1 : tiles_of(p.columns), p.matrices);
-  return launch(apply_kernel, p, blocks, THREADS, static_cast<cudaStream_t>(stream));
+  return launch(apply_kernel, blocks, THREADS, static_cast<cudaStream_t>(stream), p);
 }
 
 }  // namespace dalle::cuda

@@ -1,19 +1,23 @@
 // Stands for CUDA's own header, so that a C++ compiler makes of kernels what runs on a CPU: for tests, and slowly.
 //
 // A block is a thread of the system, its threads are fibers that take turns at barriers, shuffles and naps. The blocks
-// of a cooperative launch run at once, those of another one after the other. So a schedule that deadlocks does so here
-// as well, and a barrier too few is found where the turns that fibers take, each to its next barrier, lay the mistake
-// open. There is what the kernels under test need, and no more.
+// of a cooperative launch or of a cluster run at once, those of another launch one after the other. So a schedule that
+// deadlocks does so here as well, and a barrier too few is found where the turns that fibers take, each to its next
+// barrier, lay the mistake open. There is what the kernels under test need, and no more.
 #pragma once
 
 #include <sched.h>
 #include <ucontext.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <thread>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -27,6 +31,7 @@
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchTimeout = 702;
+constexpr cudaError_t cudaErrorLaunchFailure = 719;
 
 struct dim3 {
   unsigned x, y, z;
@@ -55,22 +60,36 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[STACK]};
   bool ended = false;
-  uint64_t shown = 0;  // in a shuffle
+  uint64_t shown = 0;        // in a shuffle
+  unsigned awaited = 0;      // the generation of the cluster's barrier that it arrived in
+  std::vector<std::pair<float*, float>> late;  // what it has stored in other blocks and they do not see yet
+};
+
+// Blocks that run at once. The threads of each run as far as they get alone before the next one begins.
+struct Cluster {
+  static constexpr int MOST = 8;
+  int blocks = 1, threads = 0;  // threads of all blocks
+  std::atomic<int> begun{0}, arrived{0};
+  std::atomic<unsigned> generation{0};
+  std::atomic<char*> shared[MOST] = {};  // where each block's memory is; nullptr before it begins, after it has ended
+  std::atomic<bool> strayed{false};      // somebody wrote into a block that was not there
 };
 
 struct Block {
   dim3 index;
+  Cluster* cluster;
+  int rank;
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
   Meeting all;
   std::vector<uint8_t> shared;  // the memory asked for at the launch, filled with NaN
   ucontext_t caller;
-  int running = 0, left = 0;
-  void (*kernel)(void*) = nullptr;
-  void* argument = nullptr;
+  int running = 0;
+  const std::function<void()>* kernel = nullptr;
 };
 
 inline thread_local Block* block = nullptr;
+inline thread_local char shared_memory;  // which all __shared__ variables are at the same distances from in each block
 
 // The next fiber's turn; back in the caller when none is left.
 inline void yield() {
@@ -79,7 +98,10 @@ inline void yield() {
   for (int step = 1; step <= count; ++step) {
     const int next = (from + step) % count;
     if (b.fibers[next].ended) continue;
-    if (next <= from) sched_yield();
+    if (next <= from) {
+      b.cluster->begun = b.cluster->begun > b.rank + 1 ? b.cluster->begun.load() : b.rank + 1;
+      sched_yield();
+    }
     b.running = next;
     if (next != from) swapcontext(&b.fibers[from].context, &b.fibers[next].context);
     return;
@@ -123,29 +145,23 @@ inline void give_up() {
 
 inline void run_fiber() {
   Block& b = *block;
-  b.kernel(b.argument);
+  (*b.kernel)();
   b.fibers[b.running].ended = true;
   yield();
 }
 
-template <class Params>
-void run_block(void (*kernel)(Params), const Params& params, dim3 index, int threads, size_t shared = 0) {
-  struct Call {
-    void (*kernel)(Params);
-    const Params* params;
-  } call{kernel, &params};
+inline void run_block(const std::function<void()>& kernel, dim3 index, int threads, size_t shared, Cluster& cluster,
+                      int rank) {
   Block b;
   b.index = index;
+  b.cluster = &cluster;
+  b.rank = rank;
   b.fibers.resize(threads);
   b.warps.resize(threads / WARP);
   for (Meeting& warp : b.warps) warp.size = WARP;
   b.all.size = threads;
   b.shared.assign(shared, 0xff);
-  b.argument = &call;
-  b.kernel = [](void* argument) {
-    const Call& made = *static_cast<const Call*>(argument);
-    made.kernel(*made.params);
-  };
+  b.kernel = &kernel;
   block = &b;
   for (Fiber& fiber : b.fibers) {
     getcontext(&fiber.context);
@@ -153,27 +169,61 @@ void run_block(void (*kernel)(Params), const Params& params, dim3 index, int thr
     fiber.context.uc_stack.ss_size = STACK;
     makecontext(&fiber.context, run_fiber, 0);
   }
+  while (cluster.begun < rank) sched_yield();
+  cluster.shared[rank] = &shared_memory;
   swapcontext(&b.caller, &b.fibers[0].context);
+  cluster.shared[rank] = nullptr;
+  if (cluster.begun == rank) cluster.begun = rank + 1;
+}
+inline void run_block(const std::function<void()>& kernel, dim3 index, int threads, size_t shared) {
+  Cluster alone;
+  alone.threads = threads;
+  run_block(kernel, index, threads, shared, alone, 0);
 }
 
-struct ThreadIndex {
-  struct {
-    operator unsigned() const { return block->running; }
-  } x;
-};
+// What a launch with these arguments calls in each thread.
+template <class... Params, size_t... I>
+std::function<void()> call_of(void (*kernel)(Params...), void** arguments, std::index_sequence<I...>) {
+  const std::tuple<Params...> params{*static_cast<Params*>(arguments[I])...};
+  return [=] { std::apply(kernel, params); };
+}
+template <class... Params>
+std::function<void()> call_of(void (*kernel)(Params...), void** arguments) {
+  return call_of(kernel, arguments, std::index_sequence_for<Params...>());
+}
 
-struct BlockSize {
-  struct {
-    operator unsigned() const { return static_cast<unsigned>(block->fibers.size()); }
-  } x;
+// A variable of CUDA's, whose members are read of the block that asks.
+template <unsigned (*X)(), unsigned (*Y)() = X, unsigned (*Z)() = X>
+struct Variable {
+  template <unsigned (*READ)()>
+  struct Member {
+    operator unsigned() const { return READ(); }
+  };
+  Member<X> x;
+  Member<Y> y;
+  Member<Z> z;
 };
+inline unsigned running_thread() { return block->running; }
+inline unsigned threads_of_block() { return static_cast<unsigned>(block->fibers.size()); }
+template <unsigned dim3::*MEMBER>
+unsigned block_index() {
+  return block->index.*MEMBER;
+}
+template <unsigned dim3::*MEMBER>
+unsigned blocks_of_grid() {
+  return grid.*MEMBER;
+}
 
 }  // namespace on_cpu
 
-static constexpr on_cpu::ThreadIndex threadIdx{};
-static constexpr on_cpu::BlockSize blockDim{};
-#define blockIdx on_cpu::block->index
-#define gridDim on_cpu::grid
+static constexpr on_cpu::Variable<on_cpu::running_thread> threadIdx{};
+static constexpr on_cpu::Variable<on_cpu::threads_of_block> blockDim{};
+static constexpr on_cpu::Variable<on_cpu::block_index<&dim3::x>, on_cpu::block_index<&dim3::y>,
+                                  on_cpu::block_index<&dim3::z>>
+    blockIdx{};
+static constexpr on_cpu::Variable<on_cpu::blocks_of_grid<&dim3::x>, on_cpu::blocks_of_grid<&dim3::y>,
+                                  on_cpu::blocks_of_grid<&dim3::z>>
+    gridDim{};
 
 // ---- Within a kernel
 inline void __syncthreads() { on_cpu::meet(on_cpu::block->all, 0); }
@@ -202,6 +252,15 @@ T __ldg(const T* at) {
 }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __log2f(float x) { return std::log2(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
+inline unsigned __float2uint_ru(float x) {  // saturates, as the instruction does; NaN gives 0
+  const float up = std::ceil(x);
+  return up > 0 ? up < 0x1p32f ? static_cast<unsigned>(up) : ~0u : 0;
+}
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -214,6 +273,7 @@ inline float __uint_as_float(uint32_t bits) {
 }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 // ---- The host's side
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
@@ -221,8 +281,9 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {};
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorLaunchTimeout ? "the kernel waits for what never comes"
-                                         : "an error of the CPU that stands for a GPU";
+  return error == cudaErrorLaunchTimeout   ? "the kernel waits for what never comes"
+         : error == cudaErrorLaunchFailure ? "a block wrote into one that had not begun or had ended"
+                                           : "an error of the CPU that stands for a GPU";
 }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return cudaSuccess; }
@@ -242,15 +303,16 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t count, cudaStream
   return std::memset(at, value, count), cudaSuccess;
 }
 
-template <class Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t shared,
+template <class... Params>
+cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 blocks, dim3 threads, void** arguments, size_t shared,
                              cudaStream_t) {
+  const std::function<void()> call = on_cpu::call_of(kernel, arguments);
   on_cpu::grid = blocks;
   on_cpu::deadlocked = false;
   for (unsigned z = 0; z < blocks.z; ++z) {
     for (unsigned y = 0; y < blocks.y; ++y) {
       for (unsigned x = 0; x < blocks.x; ++x) {
-        on_cpu::run_block(kernel, *static_cast<Params*>(arguments[0]), dim3(x, y, z), threads.x, shared);
+        on_cpu::run_block(call, dim3(x, y, z), threads.x, shared);
         if (on_cpu::deadlocked) return cudaErrorLaunchTimeout;
       }
     }
@@ -262,13 +324,51 @@ template <class Params>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t,
                                         cudaStream_t) {
   if (static_cast<int>(blocks.x * blocks.y) > on_cpu::processors) return cudaErrorInvalidValue;
+  const std::function<void()> call = on_cpu::call_of(kernel, arguments);
   on_cpu::grid = blocks;
   std::vector<std::thread> running;
   for (unsigned i = 0; i < blocks.x * blocks.y; ++i) {
     const dim3 index(i % blocks.x, i / blocks.x);
-    running.emplace_back(
-        [=] { on_cpu::run_block(kernel, *static_cast<Params*>(arguments[0]), index, threads.x); });
+    running.emplace_back([&, index] { on_cpu::run_block(call, index, threads.x, 0); });
   }
   for (std::thread& thread : running) thread.join();
+  return cudaSuccess;
+}
+
+// Launches of one dimension, in clusters or one block after the other.
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+template <class... Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Params... params) {
+  void* arguments[] = {&params...};
+  const std::function<void()> call = on_cpu::call_of(kernel, arguments);
+  const unsigned size = config->numAttrs != 0 ? config->attrs->val.clusterDim.x : 1, threads = config->blockDim.x;
+  if (size > on_cpu::Cluster::MOST || config->gridDim.x % size != 0) return cudaErrorInvalidValue;
+  on_cpu::grid = config->gridDim;
+  for (unsigned first = 0; first < config->gridDim.x; first += size) {
+    on_cpu::Cluster cluster;
+    cluster.blocks = static_cast<int>(size), cluster.threads = static_cast<int>(size * threads);
+    std::vector<std::thread> running;
+    for (unsigned rank = 0; rank < size; ++rank) {
+      running.emplace_back([&, rank] {
+        on_cpu::run_block(call, dim3(first + rank), static_cast<int>(threads), 0, cluster, static_cast<int>(rank));
+      });
+    }
+    for (std::thread& thread : running) thread.join();
+    if (cluster.strayed) return cudaErrorLaunchFailure;
+  }
   return cudaSuccess;
 }
