@@ -246,7 +246,8 @@ def test_counted_collectives_have_the_papers_compression():
 
 @pytest.mark.slow
 def test_collectives_of_the_12b_model_are_as_planned():
-    for row in plan_check.compare(Job(PAPER, 128, 8, 1024)):
+    # The other 58 repeat these; `dalle plan --preset 12b --verify` takes all of them, and a minute and a half.
+    for row in plan_check.compare(Job(dataclasses.replace(PAPER, layers=6), 128, 8, 1024)):
         assert row.planned == row.counted, row
 
 

@@ -25,7 +25,7 @@ from dalle.train.precision import OUTSIDE, make_optimizer, parameter_groups, pre
 from dalle.train.team import ALONE
 from dalle.transformer import DALLE
 from dalle_kernels import AdamW16, GradScales, mlp
-from dalle_kernels.testing import assert_accurate
+from dalle_kernels.testing import assert_accurate, measure_errors
 
 HALVES = (torch.float16, torch.bfloat16)
 __all__ = ["pictures", "trained_dvae"]  # fixtures
@@ -64,15 +64,24 @@ def plainly_narrow(model: DALLE, dtype: torch.dtype) -> DALLE:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_loss_and_gradients_follow_float64(dtype):
-    (model, _), batch = lowered(dtype), draw()
+    model, _ = lowered(dtype)
     exact = build()
     exact.load_state_dict(model.state_dict())
-    plain = plainly_narrow(model, dtype)
+    models = model, plainly_narrow(model, dtype), exact
+    batches = [draw(seed=seed) for seed in range(30)]
     with torch.no_grad():
-        assert_accurate(model(*batch).loss, plain(*batch).loss, exact(*batch).loss, "loss")
-    results = [gradients(each, *batch) for each in (model, plain, exact)]
-    for (name, _), *tensors in zip(model.named_parameters(), *results, strict=True):
-        assert_accurate(*tensors, name)
+        assert_accurate(*([each(*batch).loss for batch in batches] for each in models), "loss")
+    results = [[gradients(each, *batch) for batch in batches[:12]] for each in models]
+    # A rounding that goes the other way early on shows in all of a batch's gradients: what is largest is a matter of
+    # luck in each parameter, but not in all of them together, each brought to the same size.
+    together: tuple[list, list, list] = [], [], []
+    for place, (name, _) in enumerate(model.named_parameters()):
+        drawn = [torch.stack([of_batch[place] for of_batch in of_model]) for of_model in results]
+        report = measure_errors(*drawn, name)
+        assert report.errors[1] <= report.limits[1], str(report)
+        for pooled, tensor in zip(together, drawn, strict=True):
+            pooled.append(tensor / drawn[-1].abs().max())
+    assert_accurate(*together, "gradients")
 
 
 def test_names_stay_and_only_the_resblocks_matrices_are_narrow():
