@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -22,27 +25,27 @@ from dalle_kernels import _native
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "on_cpu"
 COMPILER = shutil.which("c++") or shutil.which("g++")
-COMMON = [ROOT / "csrc" / name for name in ("common/device.cu", "common/tensor.cpp", "module_cuda.cpp")]
 
 
-def compiled(family: str, *more: str) -> ModuleType:
-    """The CUDA library's module, with this family alone, that runs on CPU tensors; skips where nothing compiles it.
-
-    ``more`` are sources of other families that it needs.
-    """
+@cache
+def library() -> ModuleType:
+    """The CUDA library's module with all of its kernels, which run on CPU tensors; skips where nothing compiles it."""
     pytest.importorskip("pybind11")
     if COMPILER is None:
         pytest.skip("needs a C++ compiler")
-    sources = [*sorted((ROOT / "csrc" / family).glob("*.cu")), ROOT / "csrc" / family / "bindings.cpp"]
-    objects = _objects(family, [*sources, *(ROOT / "csrc" / name for name in more)])
-    objects += _objects("common", COMMON)
-    path = objects[0].parent / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with _alone(family):
+    kernels = sorted((ROOT / "csrc").glob("*/*.cu"))
+    bindings = [ROOT / "csrc/module_cuda.cpp", ROOT / "csrc/common/tensor.cpp"]
+    bindings += sorted({kernel.parent / "bindings.cpp" for kernel in kernels} - {ROOT / "csrc/common/bindings.cpp"})
+    with _alone():
+        objects = _compiled([[kernel] for kernel in kernels if kernel.name != "hopper.cu"] + [bindings])
+        linked = hashlib.sha256("".join(path.stem for path in objects).encode()).hexdigest()[:16]
+        path = FOLDER / linked / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
         if not path.exists():
+            path.parent.mkdir(exist_ok=True)
             whole = path.with_suffix(".part")
             subprocess.run([COMPILER, "-shared", "-pthread", *map(str, objects), "-o", str(whole)], check=True)
             whole.rename(path)
-    spec = importlib.util.spec_from_file_location(f"{family}._cuda", path)  # pybind11 knows modules by their names
+    spec = importlib.util.spec_from_file_location("on_cpu._cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.exchange_tensors(torch.Tensor, torch.nn.Parameter, torch.Tensor.__dlpack_c_exchange_api__)
@@ -63,47 +66,44 @@ def serve(monkeypatch: pytest.MonkeyPatch, library: ModuleType) -> None:
     monkeypatch.setattr(_native, "query", lambda name, _device, *arguments: getattr(library, name)(*arguments))
 
 
-def _objects(name: str, sources: list[Path]) -> list[Path]:
-    """The sources, compiled; what was compiled of the same ones before, by another test file say, serves again."""
-    folder = FOLDER / f"{name}-{_digest(sources)}"
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    with _alone(name):
-        if not (folder / "complete").exists():
-            for older in FOLDER.glob(f"{name}-*"):
-                shutil.rmtree(older)
-            folder.mkdir()
-            _compile(sources, objects)
-            (folder / "complete").touch()
-    return objects
-
-
 @contextmanager
-def _alone(name: str) -> Iterator[None]:
+def _alone() -> Iterator[None]:
     """While other processes wait that would compile the same."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with open(FOLDER / f"{name}.lock", "w") as lock:
+    with open(FOLDER / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _digest(sources: list[Path]) -> str:
-    """Of all that may go into what is compiled of these sources."""
+def _compiled(units: list[list[Path]]) -> list[Path]:
+    """An object of each unit's sources together; what was compiled of the same ones before serves again."""
     headers = [path for folder in ("csrc", "tests/cuda_on_cpu") for path in sorted((ROOT / folder).rglob("*.h"))]
-    digest = hashlib.sha256(f"{sys.version} {COMPILER}".encode())
-    for path in (*sources, *headers, Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    common = hashlib.sha256(f"{sys.version} {COMPILER} {_OPTIONS}".encode())
+    for header in headers:
+        common.update(header.read_bytes())
+    objects = []
+    for sources in units:
+        digest = common.copy()
+        for source in sources:
+            digest.update(str(source).encode() + source.read_bytes())
+        objects.append(FOLDER / f"{sources[0].stem}-{digest.hexdigest()[:16]}.o")
+    missing = [(unit, path) for unit, path in zip(units, objects, strict=True) if not path.exists()]
+    for older in set(FOLDER.glob("*.o")) - set(objects):
+        older.unlink()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda item: _compile(*item), missing))
+    return objects
 
 
-def _compile(sources: list[Path], objects: list[Path]) -> None:
+_OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-DDALLE_MODULE_CUDA", "-w"]
+
+
+def _compile(sources: list[Path], to: Path) -> None:
     import pybind11
 
     includes = [ROOT / "tests/cuda_on_cpu", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    options = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-DDALLE_MODULE_CUDA", "-w"]
-    options += [f"-I{include}" for include in includes]
-    compiling = [
-        subprocess.Popen([COMPILER, *options, "-x", "c++", "-c", str(source), "-o", str(compiled)])
-        for source, compiled in zip(sources, objects, strict=True)
-    ]
-    statuses = [process.wait() for process in compiling]
-    assert not any(statuses)
+    unit = "".join(f'#include "{source}"\n' for source in sources)
+    part = to.with_suffix(".part")
+    command = [COMPILER, *_OPTIONS, *(f"-I{include}" for include in includes), "-x", "c++", "-c", "-", "-o", str(part)]
+    subprocess.run(command, input=unit, text=True, check=True)
+    part.rename(to)

@@ -16,7 +16,7 @@ from dalle_kernels.testing import assert_accurate
 
 @pytest.fixture(scope="module")
 def library():
-    return on_cpu.compiled("attention")
+    return on_cpu.library()
 
 
 def gradients_of(library, grad_out, q, k, v, out, lse, pattern, scale):

@@ -17,7 +17,7 @@ from dalle_kernels.testing import assert_accurate
 
 @pytest.fixture(scope="module")
 def library():
-    return on_cpu.compiled("attention")
+    return on_cpu.library()
 
 
 def check(library, pattern, seq, batch=1, heads=2, head_dim=64, dtype=torch.bfloat16, scale=0.125, growth=1):

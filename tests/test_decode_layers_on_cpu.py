@@ -17,7 +17,7 @@ HEAD_DIM = 64
 
 @pytest.fixture(scope="module")
 def library():
-    return on_cpu.compiled("transformer", "attention/decode.cu")
+    return on_cpu.library()
 
 
 def filled_caches(prompts, heads, dtype, samples, count):

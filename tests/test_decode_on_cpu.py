@@ -17,7 +17,7 @@ HEAD_DIM = 64
 
 @pytest.fixture(scope="module")
 def library():
-    return on_cpu.compiled("attention")
+    return on_cpu.library()
 
 
 def decode(library, pattern, q, k, v, samples, positions, scale, on_device):

@@ -16,7 +16,7 @@ from dalle_kernels.testing import assert_accurate, poisoned_allocations
 
 @pytest.fixture(scope="module")
 def library():
-    return on_cpu.compiled("gumbel_softmax")
+    return on_cpu.library()
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ EPS = 1e-6
 @pytest.fixture(scope="module")
 def library():
     """The CUDA library's module, with this family alone, that runs on CPU tensors."""
-    return on_cpu.compiled("powersgd")
+    return on_cpu.library()
 
 
 @pytest.fixture(autouse=True)
