@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import importlib.util
@@ -34,10 +35,11 @@ def library() -> ModuleType:
     if COMPILER is None:
         pytest.skip("needs a C++ compiler")
     kernels = sorted((ROOT / "csrc").glob("*/*.cu"))
+    settings = ROOT / "tests/cuda_on_cpu/settings.cpp"
     bindings = [ROOT / "csrc/module_cuda.cpp", ROOT / "csrc/common/tensor.cpp"]
     bindings += sorted({kernel.parent / "bindings.cpp" for kernel in kernels} - {ROOT / "csrc/common/bindings.cpp"})
     with _alone():
-        objects = _compiled([[kernel] for kernel in kernels if kernel.name != "hopper.cu"] + [bindings])
+        objects = _compiled([*([kernel] for kernel in kernels), bindings, [settings]])
         linked = hashlib.sha256("".join(path.stem for path in objects).encode()).hexdigest()[:16]
         path = FOLDER / linked / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
         if not path.exists():
@@ -64,6 +66,29 @@ def serve(monkeypatch: pytest.MonkeyPatch, library: ModuleType) -> None:
 
     monkeypatch.setattr(_native, "call", call)
     monkeypatch.setattr(_native, "query", lambda name, _device, *arguments: getattr(library, name)(*arguments))
+
+
+@contextmanager
+def device(library: ModuleType, capability: int = 90, code: int = 90, shared: int = 227 << 10) -> Iterator[None]:
+    """Within the block ``library`` finds a GPU of this compute capability, running kernels compiled for ``code``,
+    whose blocks may have ``shared`` bytes of shared memory."""
+    set_device = ctypes.CDLL(library.__file__).set_device
+    set_device(*divmod(capability, 10), code, shared)
+    try:
+        yield
+    finally:
+        set_device(9, 0, 90, 227 << 10)
+
+
+@contextmanager
+def overtaking(library: ModuleType, which: int) -> Iterator[None]:
+    """Within the block launches of even numbers, or by 1 odd ones, end only when the next one awaits them."""
+    hold_back = ctypes.CDLL(library.__file__).hold_back
+    hold_back(which)
+    try:
+        yield
+    finally:
+        hold_back(-1)
 
 
 @contextmanager
@@ -95,7 +120,8 @@ def _compiled(units: list[list[Path]]) -> list[Path]:
     return objects
 
 
-_OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-DDALLE_MODULE_CUDA", "-w"]
+_OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-w"]
+_OPTIONS += ["-DDALLE_MODULE_CUDA", "-DDALLE_BUILT_90A"]
 
 
 def _compile(sources: list[Path], to: Path) -> None:

@@ -74,3 +74,11 @@ def test_any_scale(library, scale):
 @pytest.mark.parametrize("growth", [20, 200])
 def test_scores_may_outgrow_those_of_the_first_keys(library, growth):
     check(library, AttentionPattern("row", 80, (16, 16)), 336, growth=growth)
+
+
+@pytest.mark.parametrize(("capability", "serves"), [(80, False), (90, True), (100, False)])
+def test_only_hopper_is_served(library, capability, serves):
+    q = torch.zeros(1, 1, 5, 64, dtype=torch.float16)
+    with on_cpu.device(library, capability, min(capability, 90)):
+        refusal = library.sparse_attention_refusal(q, q, q, KINDS.index("causal"), 1, 2, 2, 3)
+    assert refusal is None if serves else "compute capability 9.0" in refusal

@@ -69,7 +69,8 @@ def test_a_step_meets_the_error_rule(library, sizes, dtype):
         x = (torch.randn(rows, dim) + 1).to(dtype)
         place = None if seed else torch.tensor(TEXT_LEN, dtype=torch.int64 if rows % 2 else torch.int32)
         caches = [filled_caches(rows // samples, heads, of, samples, 2) for of in (dtype, dtype, torch.float64)]
-        actual = compiled_step(library, x, layers, caches[0], place)
+        with on_cpu.overtaking(library, seed):
+            actual = compiled_step(library, x, layers, caches[0], place)
         with dalle_kernels.use("reference"):
             results.append((actual, decode_layers(x, layers, caches[1]), decode_layers(x.double(), double, caches[2])))
     assert_accurate(*zip(*results))
@@ -87,6 +88,11 @@ def test_what_it_refuses(library):
         ({"sizes": (9, *described["sizes"][1:])}, "8 rows"),
         ({"sizes": (1, 1, 2, 32, *described["sizes"][4:])}, "head_dim of 64"),
         ({"sizes": (*described["sizes"][:4], 40, 64, TEXT_LEN)}, "multiples of 32"),
+        ({"sizes": (*described["sizes"][:4], 8032, 64, TEXT_LEN)}, "shared memory"),
         ({"weights": [address + 2 for address in described["weights"]]}, "multiples of 16"),
     ):
         assert message in library.decode_layers_refusal(**{**described, **change})
+    wide = {"sizes": (*described["sizes"][:4], 1920, 64, TEXT_LEN)}
+    assert library.decode_layers_refusal(**{**described, **wide}) is None
+    with on_cpu.device(library, 86, 80, shared=99 << 10):
+        assert "shared memory" in library.decode_layers_refusal(**{**described, **wide})

@@ -109,3 +109,18 @@ def test_a_place_without_a_step_gives_nan_and_leaves_the_cache(library):
             library.decode_attention(token, token, token, cache.text, cache.image, out, *settings)
             assert out.isnan().all()
             assert torch.equal(cache.text, before[0]) and torch.equal(cache.image, before[1])
+
+
+@pytest.mark.parametrize(("samples", "text_len"), [(1, 5), (2, 0), (2, 5)])
+def test_shared_text_is_refused_where_its_memory_does_not_fit(library, samples, text_len):
+    """As on the smaller GPUs of compute capability 8.6 and 8.9; 8.0 gives a block 163 KiB."""
+    pattern = AttentionPattern("row", text_len, (4, 4))
+    cache = KVCache(pattern, 1, 1, HEAD_DIM, torch.float16, samples_per_prompt=samples)
+    token = torch.zeros(samples, 1, 1, HEAD_DIM, dtype=torch.float16)
+    kind, *numbers = cache.pattern_arguments
+    call = token, token, token, cache.text, cache.image, KINDS.index(kind), *numbers
+    with on_cpu.device(library, 80, 80, shared=163 << 10):
+        assert library.decode_attention_refusal(*call) is None
+    with on_cpu.device(library, 86, 80, shared=99 << 10):
+        refusal = library.decode_attention_refusal(*call)
+    assert "shared memory" in refusal if samples > 1 and text_len else refusal is None

@@ -87,3 +87,9 @@ def test_bad_rows_stay_alone(shape):
     assert y.isnan().all(1).tolist() == kl.flatten().isnan().tolist() == [True] * 3 + [False] * (len(rows) - 3)
     torch.testing.assert_close(y[3], torch.eye(shape[1])[0], rtol=1e-6, atol=0)
     assert y[4:].sum(1).sub(1).abs().max() < 1e-5
+
+
+def test_code_for_older_gpus_makes_no_clusters(library):
+    """Not on newer ones either, which run it translated."""
+    with on_cpu.device(library, 100, 80):
+        test_sample_kl_and_gradient_meet_the_error_rule((1, 600, 2, 3), torch.contiguous_format, torch.float32)

@@ -118,11 +118,9 @@ const char* launch_forward(const SparseAttention& p, const HopperPlan& plan, cud
   if (failed != nullptr) return failed;
 
   const auto kernel = forward<Element, HEAD_DIM, STEP, GROUPS>;
-  int device = 0, processors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   failed = status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_SHARED));
   if (failed != nullptr) return failed;
+  const int processors = max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
   const int blocks = min(divided_up(launch.all_heads * plan.tiles, GROUPS), processors);
   void* arguments[] = {&launch};
   return status(cudaLaunchKernel(kernel, dim3(blocks), dim3(THREADS<GROUPS>), arguments, launch.layout.end, stream));

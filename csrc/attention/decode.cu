@@ -14,24 +14,32 @@ namespace {
 // bits of a result do not depend on it.
 constexpr int64_t MANY_HEADS = 133;
 
+bool share_text(const DecodeStep& step) { return step.samples > 1 && step.pattern.text_len > 0; }
+
+// What decode_samples asks for at its launch.
+template <int HEAD_DIM>
+constexpr int samples_bytes() {
+  using Text = TextTiles<BFloat16, HEAD_DIM>;
+  return Text::BYTES > Text::SUMS_BYTES ? Text::BYTES : Text::SUMS_BYTES;
+}
+
 template <class Element, int HEAD_DIM>
 const char* launch(const DecodeStep& step, const DecodeLaunch& p, cudaStream_t stream) {
   const int64_t heads = step.prompts * step.samples * step.heads;
-  if (step.samples > 1 && step.pattern.text_len > 0) {
-    using Text = TextTiles<Element, HEAD_DIM>;
-    constexpr int SHARED = Text::BYTES > Text::SUMS_BYTES ? Text::BYTES : Text::SUMS_BYTES;
+  if (share_text(step)) {
+    constexpr int SHARED = samples_bytes<HEAD_DIM>(), THREADS = TextTiles<Element, HEAD_DIM>::THREADS;
     const auto kernel = decode_samples<Element, HEAD_DIM, 8>;
     const char* failed = status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
     if (failed != nullptr) return failed;
     const unsigned tiles = static_cast<unsigned>((step.samples + SAMPLES_OF_BLOCK - 1) / SAMPLES_OF_BLOCK);
     const dim3 blocks(static_cast<unsigned>(step.prompts * step.heads), tiles);
-    return status(launch_chained(kernel, p, blocks, Text::THREADS, SHARED, step.chained, stream));
+    return launch_chained(kernel, p, blocks, THREADS, SHARED, step.chained, stream);
   }
   const dim3 blocks(static_cast<unsigned>(heads));
   if (heads < MANY_HEADS) {
-    return status(launch_chained(decode_rows<Element, HEAD_DIM, 16, 5>, p, blocks, 512, 0, step.chained, stream));
+    return launch_chained(decode_rows<Element, HEAD_DIM, 16, 5>, p, blocks, 512, 0, step.chained, stream);
   }
-  return status(launch_chained(decode_rows<Element, HEAD_DIM, 4, 10>, p, blocks, 128, 0, step.chained, stream));
+  return launch_chained(decode_rows<Element, HEAD_DIM, 4, 10>, p, blocks, 128, 0, step.chained, stream);
 }
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -53,6 +61,10 @@ const char* decode_attention_refusal(const DecodeStep& step) {
   if (step.prompts * step.samples * step.heads > MOST || step.samples > MOST / 16 || pattern.kernel_size > 1 << 10 ||
       pattern.text_len + pattern.height * pattern.width > MOST / step.head_dim) {
     return "the kernel takes up to 2^24 heads of all rows, and 2^24 / head_dim tokens";
+  }
+  constexpr int NEEDED = samples_bytes<64>() + static_cast<int>(sizeof(SamplesShared<64>));
+  if (share_text(step) && NEEDED > most_shared()) {
+    return "where samples share a text the kernel takes more shared memory than this GPU gives a block";
   }
   return nullptr;
 }

@@ -38,7 +38,7 @@ __device__ __forceinline__ void bring_to_cache(const void* from, uint32_t bytes)
 #endif
 }
 
-// ---- Kernels launched by launch_chained: what comes before await_last_kernel may read only what no kernel shortly
+// ---- Kernels launched by launch_chained (common/cuda.h): what comes before await_last_kernel may read only what no kernel shortly
 // before this one writes. Nothing happens in other launches, and before sm_90.
 //
 // Until the kernels before this one have ended and what they wrote is seen; then the next one may start. So what that
@@ -66,20 +66,4 @@ __device__ __forceinline__ Element load_written(const Element* from) {
   return number;
 }
 
-// Launches a kernel that may start, where `chained` and the GPU can, once all blocks of the kernel before have started.
-template <class Params>
-cudaError_t launch_chained(void (*kernel)(Params), const Params& params, dim3 blocks, int threads, size_t shared,
-                           bool chained, cudaStream_t stream) {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = blocks, launch.blockDim = dim3(threads), launch.dynamicSmemBytes = shared, launch.stream = stream;
-  launch.attrs = &attribute, launch.numAttrs = chained && major >= 9;
-  void* arguments[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernelExC(&launch, reinterpret_cast<const void*>(kernel), arguments);
-}
 }  // namespace dalle::cuda

@@ -1,22 +1,19 @@
-// Clusters: blocks that run together and write into each other's shared memory. CUDA only; before sm_90 a cluster is
-// one block.
+// Clusters: blocks that run together and write into each other's shared memory. CUDA only; in code for
+// less than sm_90 a cluster is one block.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "common/cuda.h"
+
 namespace dalle::cuda {
 
 constexpr unsigned MOST_CLUSTER = 8;  // blocks, on every GPU that has clusters
 
 // How many blocks a cluster may have on the current device.
-inline unsigned most_cluster() {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9 ? MOST_CLUSTER : 1;
-}
+inline unsigned most_cluster() { return code_architecture() >= 90 ? MOST_CLUSTER : 1; }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 

@@ -1,12 +1,12 @@
 #include "common/hopper.h"
 
+#include "common/cuda.h"
+
 namespace dalle::cuda {
 
 const char* hopper_status() {
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
   if (major != 9 || minor != 0) return "the kernel is made for Hopper GPUs, compute capability 9.0";
   return nullptr;
 }

@@ -5,6 +5,8 @@
 // rows of 30 heads 4 us more. Between the end of one kernel and the next one's first product lies at least a
 // microsecond, in which nothing is read that depends on either; so weights, keys and values are asked for beforehand.
 // No run has timed these kernels.
+#include <algorithm>
+
 #include "attention/decode.h"
 #include "common/cuda.h"
 #include "transformer/few_rows.h"
@@ -13,7 +15,6 @@
 namespace dalle::cuda {
 namespace {
 
-constexpr int MOST_SHARED = 227 << 10;
 // As many blocks as a large GPU has multiprocessors, if the outputs are enough. How they are cut changes no bit.
 constexpr int ENOUGH_BLOCKS = 132;
 
@@ -25,7 +26,7 @@ const char* launch_tiles(const FewRows& p, bool chained, cudaStream_t stream) {
   const char* failed = status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   if (failed != nullptr) return failed;
   const unsigned blocks = static_cast<unsigned>((p.outputs + TILES * 16 - 1) / (TILES * 16));
-  return status(launch_chained(kernel, p, dim3(blocks), Block::THREADS, shared, chained, stream));
+  return launch_chained(kernel, p, dim3(blocks), Block::THREADS, shared, chained, stream);
 }
 
 template <class Element, bool NORM, bool GELU>
@@ -100,11 +101,13 @@ const char* run(const DecodeLayers& p, cudaStream_t stream) {
 const char* decode_layers_refusal(const DecodeLayers& p) {
   if (p.dtype != Dtype::bfloat16 && p.dtype != Dtype::float16) return "the kernel takes bfloat16 and float16";
   if (p.prompts * p.samples > MOST_ROWS) return "the kernel takes up to 8 rows";
-  if (p.head_dim != 64) return "the kernel takes a head_dim of 64";
   if (p.dim % 32 != 0 || p.hidden % 32 != 0 || p.hidden > 1 << 24 || p.heads > 1 << 18 ||
-      FewRowsBlock<BFloat16, true, true, 4>::shared_bytes(number(p.dim)) > MOST_SHARED) {
-    return "the kernel takes widths that are multiples of 32, and so far that the rows fit into shared memory";
+      p.dim > 1 << 24) {
+    return "the kernel takes widths that are multiples of 32, up to 2^24";
   }
+  const int needed = std::max(FewRowsBlock<BFloat16, true, true, 4>::shared_bytes(number(p.dim)),
+                              FewRowsBlock<BFloat16, false, false, 4>::shared_bytes(number(p.hidden)));
+  if (needed > most_shared()) return "the rows do not fit into the shared memory that this GPU gives a block";
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   for (int64_t i = 0; i < p.count; ++i) {
     const TransformerLayer& layer = p.layers[i];
@@ -113,7 +116,8 @@ const char* decode_layers_refusal(const DecodeLayers& p) {
       const bool both = aligned(weights.weight) && aligned(weights.bias);
       if (!both) return "the kernel takes weights at multiples of 16 bytes";
     }
-    if (!aligned(layer.text) || !aligned(layer.image)) return "the kernel takes caches at multiples of 16 bytes";
+    const char* failed = decode_attention_refusal(step_of(p, layer, nullptr, nullptr));
+    if (failed != nullptr) return failed;
   }
   return nullptr;
 }

@@ -78,8 +78,9 @@ def cuda_unsupported(q, k_new, v_new, text, image, kind, *pattern) -> str | None
     fewest = DECODE_AHEAD.get((q.dtype, q.shape[-1], image.shape[3] > 1 and text.shape[3] > 0), math.inf)
     if q.shape[0] * q.shape[1] < fewest and forced_provider() != "native":
         return "no run on a GPU has shown it ahead of Triton for such a call; dalle_kernels.use('native') takes it"
-    refusal = _native.library("cuda").decode_attention_refusal
-    return refusal(q, k_new, v_new, text, image, KINDS.index(kind), *pattern[:4])
+    with torch.cuda.device(q.device):
+        refusal = _native.library("cuda").decode_attention_refusal
+        return refusal(q, k_new, v_new, text, image, KINDS.index(kind), *pattern[:4])
 
 
 def _triton_at_unsupported(q, k_new, v_new, text, image, *_arguments) -> str | None:

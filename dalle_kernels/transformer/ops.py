@@ -126,11 +126,14 @@ def _native_at_unsupported(x, weights, caches, *settings) -> str | None:
 def _cuda_unsupported(x, weights, caches, position, kinds, *settings) -> str | None:
     if x.dtype not in _triton.DTYPES:
         return f"the compiled kernel takes float16 and bfloat16, got {x.dtype}"
-    if len(x) == 0 or not all(tensor.is_contiguous() and tensor.numel() for tensor in (*weights, *caches[1::2])):
-        return "the compiled kernel takes contiguous weights and caches, none of them empty"
+    if not all(tensor.is_contiguous() for tensor in (*weights, *caches)):
+        return "the compiled kernel takes contiguous weights and caches"
+    if len(x) == 0 or not all(tensor.numel() for tensor in (*weights, *caches[1::2])):
+        return "the compiled kernel takes no empty weights, nor empty caches of the image"
     if x.shape[1] < DECODE_AHEAD.get(x.dtype, math.inf) and forced_provider() != "native":
         return "no run on a GPU has shown it ahead of Triton for such layers; dalle_kernels.use('native') takes it"
-    return _native.library("cuda").decode_layers_refusal(**_cuda_layers(x, weights, caches, kinds, *settings[:4]))
+    with torch.cuda.device(x.device):
+        return _native.library("cuda").decode_layers_refusal(**_cuda_layers(x, weights, caches, kinds, *settings[:4]))
 
 
 def _cpu_unsupported(x, weights, caches) -> str | None:

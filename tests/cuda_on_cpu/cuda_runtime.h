@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <thread>
 #include <tuple>
@@ -47,8 +48,16 @@ struct float4 {
 namespace on_cpu {
 
 constexpr int WARP = 32, STACK = 1 << 16;
-inline int processors = 4;  // how many blocks of a cooperative launch the device holds
 inline dim3 grid;
+
+// The GPU that the CPU stands for, with the code for it, as tests set it.
+struct Device {
+  int number = 0, major = 9, minor = 0;
+  int code = 90;         // the architecture that kernels were compiled for
+  int shared = 227 << 10;
+  int processors = 4;    // how many blocks of a cooperative launch it holds
+};
+inline Device device;
 
 // A meeting point of `size` fibers, which gathers a value on the way.
 struct Meeting {
@@ -276,9 +285,16 @@ inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
 // ---- The host's side
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchTimeout   ? "the kernel waits for what never comes"
@@ -286,13 +302,31 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                            : "an error of the CPU that stands for a GPU";
 }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = on_cpu::processors, cudaSuccess;
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)()) {
+  return attributes->ptxVersion = on_cpu::device.code, cudaSuccess;
 }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+inline cudaError_t cudaGetDevice(int* device) { return *device = on_cpu::device.number, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const on_cpu::Device& device = on_cpu::device;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? device.processors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? device.major
+           : attribute == cudaDevAttrComputeCapabilityMinor ? device.minor
+                                                            : device.shared;
+  return cudaSuccess;
+}
+
+namespace on_cpu {
+// How much shared memory a kernel may be launched with, beyond what it declares.
+template <class... Params>
+int& allowed_shared(void (*kernel)(Params...)) {
+  static std::map<void (*)(Params...), int> allowed;
+  return allowed.emplace(kernel, 48 << 10).first->second;
+}
+}  // namespace on_cpu
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
+  if (bytes > on_cpu::device.shared) return cudaErrorInvalidValue;
+  on_cpu::allowed_shared(kernel) = bytes;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -303,27 +337,63 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t count, cudaStream
   return std::memset(at, value, count), cudaSuccess;
 }
 
+namespace on_cpu {
+
+// One block after the other.
+inline cudaError_t run_blocks(const std::function<void()>& call, dim3 blocks, unsigned threads, size_t shared) {
+  const dim3 outer = grid;
+  grid = blocks;
+  deadlocked = false;
+  for (unsigned i = 0; i < blocks.x * blocks.y * blocks.z && !deadlocked; ++i) {
+    const dim3 index(i % blocks.x, i / blocks.x % blocks.y, i / blocks.x / blocks.y);
+    run_block(call, index, static_cast<int>(threads), shared);
+  }
+  grid = outer;
+  return deadlocked ? cudaErrorLaunchTimeout : cudaSuccess;
+}
+
+inline cudaError_t run_clusters(const std::function<void()>& call, unsigned blocks, unsigned threads, unsigned size) {
+  if (size > Cluster::MOST || blocks % size != 0) return cudaErrorInvalidValue;
+  grid = dim3(blocks);
+  for (unsigned first = 0; first < blocks; first += size) {
+    Cluster cluster;
+    cluster.blocks = static_cast<int>(size), cluster.threads = static_cast<int>(size * threads);
+    std::vector<std::thread> running;
+    for (unsigned rank = 0; rank < size; ++rank) {
+      running.emplace_back([&, rank] {
+        run_block(call, dim3(first + rank), static_cast<int>(threads), 0, cluster, static_cast<int>(rank));
+      });
+    }
+    for (std::thread& thread : running) thread.join();
+    if (cluster.strayed) return cudaErrorLaunchFailure;
+  }
+  return cudaSuccess;
+}
+
+// Of launches that the next one may overtake every second one, if a test asks for it, runs only once that one awaits
+// it, or the test ends them: so what it reads ahead is old.
+inline int held_back = -1;  // 0 or 1: which ones
+inline unsigned launches = 0;
+inline std::function<void()> pending;
+inline void end_pending() {
+  if (pending) std::thread(std::exchange(pending, {})).join();
+}
+
+}  // namespace on_cpu
+
 template <class... Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 blocks, dim3 threads, void** arguments, size_t shared,
                              cudaStream_t) {
-  const std::function<void()> call = on_cpu::call_of(kernel, arguments);
-  on_cpu::grid = blocks;
-  on_cpu::deadlocked = false;
-  for (unsigned z = 0; z < blocks.z; ++z) {
-    for (unsigned y = 0; y < blocks.y; ++y) {
-      for (unsigned x = 0; x < blocks.x; ++x) {
-        on_cpu::run_block(call, dim3(x, y, z), threads.x, shared);
-        if (on_cpu::deadlocked) return cudaErrorLaunchTimeout;
-      }
-    }
-  }
-  return cudaSuccess;
+  if (shared > static_cast<size_t>(on_cpu::allowed_shared(kernel))) return cudaErrorInvalidValue;
+  on_cpu::end_pending();
+  return on_cpu::run_blocks(on_cpu::call_of(kernel, arguments), blocks, threads.x, shared);
 }
 
 template <class Params>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t,
                                         cudaStream_t) {
-  if (static_cast<int>(blocks.x * blocks.y) > on_cpu::processors) return cudaErrorInvalidValue;
+  if (static_cast<int>(blocks.x * blocks.y) > on_cpu::device.processors) return cudaErrorInvalidValue;
+  on_cpu::end_pending();
   const std::function<void()> call = on_cpu::call_of(kernel, arguments);
   on_cpu::grid = blocks;
   std::vector<std::thread> running;
@@ -335,12 +405,12 @@ cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Params), dim3 blocks, dim
   return cudaSuccess;
 }
 
-// Launches of one dimension, in clusters or one block after the other.
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -355,20 +425,19 @@ template <class... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Params... params) {
   void* arguments[] = {&params...};
   const std::function<void()> call = on_cpu::call_of(kernel, arguments);
-  const unsigned size = config->numAttrs != 0 ? config->attrs->val.clusterDim.x : 1, threads = config->blockDim.x;
-  if (size > on_cpu::Cluster::MOST || config->gridDim.x % size != 0) return cudaErrorInvalidValue;
-  on_cpu::grid = config->gridDim;
-  for (unsigned first = 0; first < config->gridDim.x; first += size) {
-    on_cpu::Cluster cluster;
-    cluster.blocks = static_cast<int>(size), cluster.threads = static_cast<int>(size * threads);
-    std::vector<std::thread> running;
-    for (unsigned rank = 0; rank < size; ++rank) {
-      running.emplace_back([&, rank] {
-        on_cpu::run_block(call, dim3(first + rank), static_cast<int>(threads), 0, cluster, static_cast<int>(rank));
-      });
-    }
-    for (std::thread& thread : running) thread.join();
-    if (cluster.strayed) return cudaErrorLaunchFailure;
+  const unsigned threads = config->blockDim.x;
+  if (config->numAttrs != 0 && config->attrs->id == cudaLaunchAttributeClusterDimension) {
+    return on_cpu::run_clusters(call, config->gridDim.x, threads, config->attrs->val.clusterDim.x);
   }
-  return cudaSuccess;
+  const size_t shared = config->dynamicSmemBytes;
+  if (shared > static_cast<size_t>(on_cpu::allowed_shared(kernel))) return cudaErrorInvalidValue;
+  if (config->numAttrs == 0) on_cpu::end_pending();
+  if (static_cast<int>(on_cpu::launches++ % 2) == on_cpu::held_back) {
+    on_cpu::end_pending();
+    on_cpu::pending = [=, blocks = config->gridDim] { on_cpu::run_blocks(call, blocks, threads, shared); };
+    return cudaSuccess;
+  }
+  const cudaError_t error = on_cpu::run_blocks(call, config->gridDim, threads, shared);
+  on_cpu::end_pending();
+  return error;
 }

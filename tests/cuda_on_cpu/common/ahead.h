@@ -29,17 +29,12 @@ void copies_wait() {
 }
 
 inline void bring_to_cache(const void*, uint32_t) {}
-inline void await_last_kernel() {}
+inline void await_last_kernel() {
+  if (on_cpu::device.code >= 90) on_cpu::end_pending();
+}
 template <class T>
 T load_written(const T* from) {
   return *from;
-}
-
-template <class Params>
-cudaError_t launch_chained(void (*kernel)(Params), const Params& params, dim3 blocks, int threads, size_t shared, bool,
-                           cudaStream_t stream) {
-  void* arguments[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernel(kernel, blocks, dim3(threads), arguments, shared, stream);
 }
 
 }  // namespace dalle::cuda

@@ -4,12 +4,14 @@
 
 #include <cuda_runtime.h>
 
+#include "common/cuda.h"
+
 namespace dalle::cuda {
 
 constexpr unsigned MOST_CLUSTER = on_cpu::Cluster::MOST;
-inline unsigned most_cluster() { return MOST_CLUSTER; }
-inline int cluster_blocks() { return on_cpu::block->cluster->blocks; }
-inline int cluster_rank() { return on_cpu::block->rank; }
+inline unsigned most_cluster() { return code_architecture() >= 90 ? MOST_CLUSTER : 1; }
+inline int cluster_blocks() { return on_cpu::device.code >= 90 ? on_cpu::block->cluster->blocks : 1; }
+inline int cluster_rank() { return on_cpu::device.code >= 90 ? on_cpu::block->rank : 0; }
 
 inline void cluster_arrive() {
   on_cpu::Cluster& cluster = *on_cpu::block->cluster;

@@ -261,6 +261,6 @@ void transpose_pieces(uint32_t (&rows)[ROWS][4]) {
 inline void store_16_bytes(void* to, const uint32_t (&words)[4]) { std::memcpy(to, words, sizeof words); }
 inline float exp2_approximate(float x) { return std::exp2(x); }
 
-inline const char* hopper_status() { return nullptr; }
+const char* hopper_status();
 
 }  // namespace dalle::cuda
