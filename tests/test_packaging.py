@@ -86,6 +86,21 @@ def test_wrong_build_options_get_one_clear_sentence(options, sentence, tmp_path)
     assert sentence in " ".join(result.stderr.split())
 
 
+@pytest.mark.skipif(CMAKE is None, reason="needs cmake")
+@pytest.mark.parametrize(
+    ("architectures", "has"),
+    [("80;90a", True), ("80,90a-real", True), ("80;90;90a", False), ("90-virtual;90a", True), ("80;90", False)],
+)
+def test_the_kernels_for_hopper_are_there_where_they_are_compiled(architectures, has, tmp_path):
+    """Elsewhere their bodies are empty, and they are refused. No compiler is needed to tell."""
+    nobody = shutil.which("false")
+    options = [f"DALLE_KERNELS_CUDA_ARCHITECTURES={architectures}", "DALLE_KERNELS_CUDA=on"]
+    options += [f"NVCC={nobody}", f"CMAKE_CXX_COMPILER={nobody}"]
+    command = [CMAKE, "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), *(f"-D{option}" for option in options)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"kernels for Hopper GPUs: {'ON' if has else 'OFF'}" in result.stdout
+
+
 @pytest.mark.skipif(_native.unavailable("cpu") is not None, reason="the compiled library is not built")
 def test_no_openmp_runtime_is_linked():
     """It must come from torch: see csrc/common/parallel.cpp."""

@@ -1,7 +1,7 @@
 // What Hopper's own instructions (compute capability 9.0, architecture sm_90a) need, each in a few lines.
 //
 // A kernel whose body is under `#if defined(DALLE_HOPPER)` compiles for every architecture and is empty on the others;
-// its host code asks hopper_status() first.
+// its host code asks hopper_status() first, which knows whether CMakeLists.txt was told to compile for sm_90a.
 #pragma once
 
 #include <cuda_runtime.h>
