@@ -154,6 +154,8 @@ def test_a_step_is_chosen_that_leaves_room_for_two_stages():
         (("column", 3, (4, 8), 3, 28), "incomplete grids only after a longer text"),
         (("axial_row", 8, (4, 24), 3, 104), "widths that divide 64"),
         (("row", 900, (32, 32), 3, 1924), "does not fit into shared memory"),
+        (("conv_corner", 0, (1, 64), 4097, 64), "kernel sizes of up to 2"),
+        (("conv", 0, (1, 1 << 24), 4095, 99), "windows of up to 2"),
     ],
 )
 def test_what_the_kernel_does_not_serve_is_told(case, sentence):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dalle_kernels
-from dalle_kernels import _native, orthogonalize
+from dalle_kernels import _native, _triton, orthogonalize
 from dalle_kernels.powersgd import models, ops
 from dalle_kernels.powersgd.reference import compute_dtype
 from dalle_kernels.testing import assert_accurate, poisoned_allocations, strided_views
@@ -210,6 +210,17 @@ def test_which_provider_runs_and_why():
     assert dalle_kernels.explain("orthogonalize", P, EPS).runs == "native"
     found = dalle_kernels.explain("orthogonalize", P.to("meta"), EPS)
     assert found.runs == "reference" and "got device type 'meta'" in str(found)
+
+
+def test_which_matrices_its_own_kernels_take(monkeypatch):
+    """On Hopper those that fit, as many as a launch has blocks along a side."""
+    monkeypatch.setattr(_native, "unavailable", lambda _device_type: None)
+    monkeypatch.setattr(_native, "query", lambda _name, _device: 16384)
+    shapes = {(65535, 2, 1): True, (256, 256, 2, 1): False, (16384, 2): True, (16385, 2): False, (0, 2, 2): False}
+    with _triton.assume(90, 132):
+        assert {shape: ops._own_kernels_serve(torch.empty(shape, device="meta")) for shape in shapes} == shapes
+    with _triton.assume(100, 132):
+        assert not ops._own_kernels_serve(torch.empty(16384, 2, device="meta"))
 
 
 def test_opcheck_and_one_graph():

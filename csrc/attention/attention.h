@@ -77,7 +77,8 @@ DALLE_DECLARE_CPU_KERNEL_WITH_BF16(sparse_attention, SparseAttention)
 DALLE_DECLARE_CPU_KERNEL_WITH_BF16(sparse_attention_backward, SparseAttentionBackward)
 
 // On Hopper GPUs only, bfloat16 and float16, head_dim 64 and, of the forward, 128; `threads` is not read, nor is the
-// forward's `workspace`.
+// forward's `workspace`. Heads are read and written 16 bytes at once: their addresses and strides are multiples of
+// that.
 namespace cuda {
 const char* sparse_attention(const SparseAttention&, void* stream);
 const char* sparse_attention_refusal(const SparseAttention&);  // why it would do nothing, or nullptr; takes no out

@@ -33,8 +33,8 @@ inline BoxedTensor boxed_image(const Heads& tensor, const OperandShape& shape, c
   const int part = plan.segment < rows ? plan.segment : rows;
   BoxedTensor columns = boxed(tensor, shape, plan.text_len - plan.missing, plan.rows, part);
   columns.sizes[2] = static_cast<uint64_t>(plan.width);
-  columns.strides[0] = static_cast<uint64_t>(plan.width * tensor.token_stride) * 2;
-  columns.strides[1] = static_cast<uint64_t>(tensor.token_stride) * 2;
+  if (plan.rows > 1) columns.strides[0] = static_cast<uint64_t>(plan.width * tensor.token_stride) * 2;
+  if (plan.width > 1) columns.strides[1] = static_cast<uint64_t>(tensor.token_stride) * 2;
   columns.box[2] = static_cast<uint32_t>(rows / part);
   return columns;
 }

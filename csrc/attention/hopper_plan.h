@@ -209,6 +209,9 @@ inline const char* plan_pattern(const Pattern& pattern, HopperPlan& plan) {
   if (pattern.seq > 1 << 24 || pattern.width > 1 << 24 || pattern.kernel_size > 1 << 12) {
     return "the Hopper kernel takes sequences of up to 2^24 tokens and kernel sizes of up to 2^12";
   }
+  if (pattern.kernel_size * (pattern.width + 1) > 1 << 28) {
+    return "the Hopper kernel takes windows of up to 2^28 tokens";
+  }
   plan = {};
   plan.kind = pattern.kind;
   plan.text_len = static_cast<int>(pattern.text_len);

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dalle_kernels import _native
+from dalle_kernels import _native, _triton
 from dalle_kernels._dispatch import Op
 from dalle_kernels.powersgd import reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MOST_MATRICES = 65535
 
 
 def _fake(P: Tensor, eps: float) -> Tensor:
@@ -35,11 +36,12 @@ def _by_lapack(P: Tensor, eps: float) -> Tensor:
 def _own_kernels_serve(P: Tensor) -> bool:
     """Whether the compiled library for CUDA is there, takes such matrices, and was measured to be faster on this GPU.
 
-    That is on Hopper, whose float64 products are as fast as its float32 ones; elsewhere cuSOLVER stays.
+    That is on Hopper, whose float64 products are as fast as its float32 ones; elsewhere cuSOLVER stays, which also
+    takes more matrices than a launch has blocks along a side.
     """
     if P.dtype == torch.float64 or not P.numel() or _native.unavailable("cuda") is not None:
         return False
-    if torch.cuda.get_device_capability(P.device)[0] != 9:
+    if _triton.architecture(P.device) != 90 or P.shape[:-2].numel() > _MOST_MATRICES:
         return False
     return P.shape[-2] <= _native.query("householder_most_rows", P.device)
 
