@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import attention_rivals as rivals
 import dalle_pytorch_rival
 import pytest
 import torch
-from harness import BEST_RIVAL, OURS, Candidate, Case, Goal, Unavailable, by_provider, compiles, runs
+from harness import BEST_RIVAL, OURS, Candidate, Case, Goal, Unavailable, by_provider, by_triton, compiles, runs
 
 import dalle_kernels
 from dalle_kernels import AttentionPattern, KVCache, decode_attention, sparse_attention
@@ -74,6 +75,13 @@ class Problem:
 
     def ours(self) -> Candidate:
         return self.candidate(OURS, lambda q, k, v: sparse_attention(q, k, v, self.pattern))
+
+    def by_triton(self) -> list[Candidate]:
+        """Ours by Triton on a GPU, where it may not be the default: ``_AHEAD`` in the ops rests on these figures."""
+        ours = self.ours()
+        found = [replace(way, before=ours.before) for way in by_triton(self.device, ours.run)]
+        self._checks += [(OURS, way.run, self.pattern) for way in found]
+        return found
 
     def candidate(
         self, name: str, attend: rivals.Attention, *, order: torch.Tensor | None = None, **options
@@ -262,6 +270,7 @@ def test_main_shape(side_by_side, device, kind, dtype, layout, work):
         *dense_rivals(problem),
         problem.candidate(rivals.MASKED, rivals.masked(pattern, problem.seq, device)),
         *flex_rivals(problem),
+        *problem.by_triton(),
     ]
     if device == "cpu":
         gathered = problem.candidate("SDPA on gathered windows", rivals.gathered(pattern, device))
@@ -275,7 +284,7 @@ def test_backward_alone(side_by_side, device, kind, dtype, layout):
     problem = Problem(pattern, pattern.seq_len, 64, dtype, BACKWARD, device, layout)
     others = dense_rivals(problem)
     if device == "cuda":
-        others += flex_rivals(problem)
+        others += [*flex_rivals(problem), *problem.by_triton()]
     # What backward computes is checked with the forward before it, in one go.
     ours = problem.ours()
     attend = partial(sparse_attention, pattern=pattern)
@@ -320,7 +329,7 @@ def test_other_shapes(side_by_side, device, shape, kind, dtype):
     row, seq, head_dim = OTHER_SHAPES[shape]
     pattern = AttentionPattern(kind, row.text_len, row.grid)
     problem = Problem(pattern, seq, head_dim, dtype, FORWARD, device, LAYOUTS[device][0])
-    others = [problem.candidate(rivals.MASKED, rivals.masked(pattern, seq, device))]
+    others = [problem.candidate(rivals.MASKED, rivals.masked(pattern, seq, device)), *problem.by_triton()]
     side_by_side(problem.case(problem.ours(), others, seconds=1, memory=False))
 
 
@@ -351,7 +360,8 @@ def test_decode_at_the_last_token(side_by_side, device, kind, dtype, step):
         cache.length = last
         return decode_attention(*token, cache)
 
-    compiled = [runs(by_provider("native", ours))] if device == "cuda" else []  # where it may not be the default
+    # Of these two the call above takes one.
+    compiled = [runs(by_provider("native", ours)), *by_triton(device, ours)] if device == "cuda" else []
 
     def full_cache(mask: torch.Tensor | None) -> torch.Tensor:
         whole_k[:, :, last:], whole_v[:, :, last:] = token[1:]

@@ -21,12 +21,16 @@ from functools import cache
 
 import torch
 
+from dalle_kernels._dispatch import forced_provider
+
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What numbers most kernels take."""
 
 _LEAST_CAPABILITY = (8, 0)
+MEASURED_ON = 90
+"""The architecture of the GPU, an H200, on which compiled CUDA kernels were timed beside Triton's."""
 
 
 def interprets() -> bool:
@@ -134,6 +138,22 @@ def architecture(device: torch.device) -> int:
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has; 1 for what is no GPU."""
     return (_assumed or _chip(device))[1]
+
+
+_unavailable = cache(unavailable)
+
+
+def left_to_triton(device: torch.device, ahead: bool) -> str | None:
+    """Why Triton's kernel serves a call that the compiled CUDA kernel could serve too, or None where that one does.
+
+    It does where a provider is forced, where there is no Triton, and where figures in ``bench/results`` have shown it
+    ``ahead`` on such a GPU; a test holds what the ops take for that to the figures.
+    """
+    if forced_provider() is not None or (ahead and architecture(device) == MEASURED_ON):
+        return None
+    if _unavailable(device.type) is not None:
+        return None
+    return "no run on such a GPU has shown it ahead of Triton for such a call; dalle_kernels.use('native') takes it"
 
 
 def dependent_launch(device: torch.device) -> dict[str, bool]:

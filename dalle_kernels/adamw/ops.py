@@ -12,6 +12,10 @@ from dalle_kernels.adamw import reference
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FACTORS = 7  # AdamW16Step::FACTORS in csrc/adamw/adamw.h
 
+AHEAD = {torch.float32, torch.bfloat16}
+"""Of which parameters a run on an H200 has shown the compiled CUDA kernel ahead of Triton's. Of others, and on other
+GPUs, it is opt-in."""
+
 adamw16_step_op = Op(
     "adamw16_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
     "Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, float max_variance, "
@@ -118,7 +122,14 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-adamw16_step_op.provide("native", _native_step, unavailable=_native.unavailable, unsupported=_unsupported)
+def _native_unsupported(params: list[Tensor], *others) -> str | None:
+    reason = _unsupported(params, *others)
+    if reason is not None or not params or not params[0].is_cuda:
+        return reason
+    return _triton.left_to_triton(params[0].device, params[0].dtype in AHEAD)
+
+
+adamw16_step_op.provide("native", _native_step, unavailable=_native.unavailable, unsupported=_native_unsupported)
 adamw16_step_op.provide(
     "triton",
     _triton.launcher("adamw", "adamw16_step"),

@@ -11,16 +11,20 @@ import math
 import torch
 
 from .. import _native, _triton
-from .._dispatch import Op, forced_provider
+from .._dispatch import Op
 from . import reference
 from .cache import KVCache
 from .ops import PATTERN_SCHEMA, check_heads, checked_scale
 from .pattern import KINDS
 from .slots import visible_keys
 
-DECODE_AHEAD = {(torch.bfloat16, 64, False): 496, (torch.bfloat16, 64, True): 1984}
-"""By dtype, head_dim and whether samples share a text: from how many heads on, of all samples together, a run on a GPU
-has shown the compiled kernel ahead of Triton's. Of anything else it is opt-in."""
+DECODE_AHEAD = {
+    (kind, torch.bfloat16, 64, shared): 1984 if shared else 496
+    for kind in ("row", "column", "conv")
+    for shared in (False, True)
+}
+"""By pattern, dtype, head_dim and whether samples share a text: from how many heads on, of all samples together, a run
+on an H200 has shown the compiled kernel ahead of Triton's. Of anything else, and on other GPUs, it is opt-in."""
 
 
 def _fake(q, k_new, v_new, text, image, position, *pattern):
@@ -75,9 +79,11 @@ def _native_unsupported(q, k_new, v_new, text, image, position, kind, *pattern) 
 
 def cuda_unsupported(q, k_new, v_new, text, image, kind, *pattern) -> str | None:
     """Why the compiled kernel for GPUs cannot, or should not, serve a step of these tensors and settings."""
-    fewest = DECODE_AHEAD.get((q.dtype, q.shape[-1], image.shape[3] > 1 and text.shape[3] > 0), math.inf)
-    if q.shape[0] * q.shape[1] < fewest and forced_provider() != "native":
-        return "no run on a GPU has shown it ahead of Triton for such a call; dalle_kernels.use('native') takes it"
+    shared = image.shape[3] > 1 and text.shape[3] > 0
+    fewest = DECODE_AHEAD.get((kind, q.dtype, q.shape[-1], shared), math.inf)
+    left = _triton.left_to_triton(q.device, q.shape[0] * q.shape[1] >= fewest)
+    if left is not None:
+        return left
     with torch.cuda.device(q.device):
         refusal = _native.library("cuda").decode_attention_refusal
         return refusal(q, k_new, v_new, text, image, KINDS.index(kind), *pattern[:4])

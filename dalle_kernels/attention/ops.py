@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .. import _native, _triton
-from .._dispatch import Op, forced_provider
+from .._dispatch import Op
 from .._prepared import Prepared
 from . import reference
 from .pattern import KINDS, AttentionPattern
@@ -17,13 +17,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
 
 FORWARD_AHEAD = {
-    **{(kind, torch.bfloat16, 64): 64 for kind in ("row", "column", "conv")},
-    **{(kind, torch.bfloat16, 64): 496 for kind in ("axial_row", "conv_corner")},
-    **{(kind, torch.float16, 64): 496 for kind in ("row", "column", "conv")},
+    ("row", torch.bfloat16, 64): 64,
+    ("conv", torch.bfloat16, 64): 128,
+    **{(kind, torch.bfloat16, 64): 496 for kind in ("column", "axial_row", "conv_corner")},
+    **{(kind, torch.float16, 64): 496 for kind in ("row", "conv")},
     **{(kind, torch.bfloat16, 128): 248 for kind in ("row", "column")},
 }
-"""By pattern, dtype and head_dim: from how many heads on, of all samples together, a run on a Hopper GPU has shown the
-compiled forward ahead of Triton's. Of anything else it is opt-in."""
+"""By pattern, dtype and head_dim: from how many heads on, of all samples together, a run on an H200 has shown the
+compiled forward ahead of Triton's. Of anything else, and on other GPUs, it is opt-in."""
 BACKWARD_AHEAD = {(kind, torch.bfloat16, 64): 496 for kind in ("row", "column", "conv")}
 """The same of the backward."""
 
@@ -65,8 +66,9 @@ def _backward_native(grad_out, q, k, v, out, lse, kind, *pattern):
 
 def _cuda_unsupported(q, kind, ahead: dict, refusal: str, tensors, pattern) -> str | None:
     fewest = ahead.get((kind, q.dtype, q.shape[-1]), math.inf)
-    if q.shape[0] * q.shape[1] < fewest and forced_provider() != "native":
-        return "no run on a GPU has shown it ahead of Triton for such a call; dalle_kernels.use('native') takes it"
+    left = _triton.left_to_triton(q.device, q.shape[0] * q.shape[1] >= fewest)
+    if left is not None:
+        return left
     with torch.cuda.device(q.device):
         return getattr(_native.library("cuda"), refusal)(*tensors, KINDS.index(kind), *pattern[:4])
 

@@ -17,6 +17,10 @@ from dalle_kernels.grad_scale import reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+AHEAD = {(torch.float32, torch.float16), (torch.bfloat16, torch.float32)}
+"""From which dtype to which a run on an H200 has shown the compiled CUDA kernels ahead of Triton's. Of others, and on
+other GPUs, they are opt-in."""
+
 
 def _fake(tensors: list[Tensor], scale: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     return [torch.empty_like(t, dtype=dtype) for t in tensors], torch.empty((), dtype=torch.bool, device=scale.device)
@@ -66,12 +70,19 @@ def _unsupported(tensors: list[Tensor], scale: Tensor, dtype: torch.dtype = torc
     return None
 
 
+def _native_unsupported(tensors: list[Tensor], scale: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
+    reason = _unsupported(tensors, scale, dtype)
+    if reason is not None or not scale.is_cuda:
+        return reason
+    return _triton.left_to_triton(scale.device, not tensors or (tensors[0].dtype, dtype) in AHEAD)
+
+
 for _op, _run, _plain in (
     (scale_cast_filter_op, _native_scale, reference.scale_cast_filter),
     (filter_cast_unscale_op, _native_unscale, reference.filter_cast_unscale),
 ):
     _launch = _triton.launcher("grad_scale", _op.name)
-    _op.provide("native", _run, unavailable=_native.unavailable, unsupported=_unsupported)
+    _op.provide("native", _run, unavailable=_native.unavailable, unsupported=_native_unsupported)
     _op.provide("triton", _launch, unavailable=_triton.unavailable, unsupported=_unsupported)
     _op.provide("reference", _plain)
 

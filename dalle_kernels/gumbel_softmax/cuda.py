@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from dalle_kernels import _triton
-from dalle_kernels._dispatch import forced_provider
 
 _MOST_COLUMNS = {"gumbel_softmax": 16384, "gumbel_softmax_backward": 8192}
-_MOST_COLUMNS_APART = 8192
-_LEAST_COLUMNS_SHOWN = 4096
-_triton_unavailable = cache(_triton.unavailable)
+
+AHEAD = {
+    **{("gumbel_softmax", dtype, False): (8192, 16384) for dtype in (torch.float32, torch.bfloat16)},
+    **{
+        (op, dtype, True): (8192, 8192)
+        for op in ("gumbel_softmax_kl", "gumbel_softmax_kl_backward")
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+}
+"""By op, dtype and whether codes lie apart in memory: from how many codes on, and up to how many, a run on an H200 has
+shown the CUDA kernel ahead of Triton's for soft samples. Of anything else, and on other GPUs, it is opt-in."""
 
 
 def _unsupported_on_cuda(kernel: str, first: Tensor, dim: int) -> str | None:
@@ -29,24 +35,11 @@ def _unsupported_on_cuda(kernel: str, first: Tensor, dim: int) -> str | None:
 
 
 def _left_to_triton(op: str, logits: Tensor, hard: bool, dim: int) -> str | None:
-    """Why Triton's kernel serves a call that the CUDA kernel could serve too, unless that one is forced.
-
-    Soft samples of long rows on an H200 are what the CUDA kernels have been measured with.
-    """
-    if forced_provider() is not None or _triton_unavailable("cuda") is not None:
-        return None
-    columns, apart = logits.shape[dim], logits.stride(dim) != 1
-    if hard or columns < _LEAST_COLUMNS_SHOWN or _triton.architecture(logits.device) < 90:
-        return f"only shown to be faster for soft samples, {_LEAST_COLUMNS_SHOWN} codes and more, and sm_90"
-    if apart and columns > _MOST_COLUMNS_APART:
-        return f"slower than Triton's where more than {_MOST_COLUMNS_APART} codes lie apart from each other"
+    """Why Triton's kernel serves a call that the CUDA kernel could serve too, unless that one is forced."""
     # Results are contiguous, and of channels-last logits too their codes lie apart.
-    apart |= math.prod(logits.shape[dim % logits.dim() + 1 :]) > 1
-    if not apart and op == "gumbel_softmax_backward":
-        return "no faster than Triton's where codes lie next to each other"
-    if not apart and op == "gumbel_softmax_kl_backward" and logits.dtype != torch.float32:
-        return "slower than Triton's for 16-bit codes that lie next to each other"
-    return None
+    apart = logits.stride(dim) != 1 or math.prod(logits.shape[dim % logits.dim() + 1 :]) > 1
+    columns, (least, most) = logits.shape[dim], AHEAD.get((op, logits.dtype, apart), (1, 0))
+    return _triton.left_to_triton(logits.device, not hard and least <= columns <= most)
 
 
 def on_cuda_too(op: str, unsupported: Callable[..., str | None]) -> Callable[..., str | None]:

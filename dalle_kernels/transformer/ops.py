@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
-from dalle_kernels._dispatch import Op, forced_provider
+from dalle_kernels._dispatch import Op
 from dalle_kernels.attention.cache import KVCache
 from dalle_kernels.attention.decode import check_position, device_place
 from dalle_kernels.attention.ops import checked_scale
@@ -27,7 +27,7 @@ def _fake(x, weights, caches, position, *settings):
 
 
 DECODE_AHEAD: dict[torch.dtype, int] = {}
-"""By dtype: from what dim on a run on a Hopper GPU has shown the compiled kernels ahead of Triton's, in heads of 64. Of
+"""By dtype: from what dim on a run on an H200 has shown the compiled kernels ahead of Triton's, in heads of 64. Of
 anything else they are opt-in."""
 
 
@@ -130,8 +130,9 @@ def _cuda_unsupported(x, weights, caches, position, kinds, *settings) -> str | N
         return "the compiled kernel takes contiguous weights and caches"
     if len(x) == 0 or not all(tensor.numel() for tensor in (*weights, *caches[1::2])):
         return "the compiled kernel takes no empty weights, nor empty caches of the image"
-    if x.shape[1] < DECODE_AHEAD.get(x.dtype, math.inf) and forced_provider() != "native":
-        return "no run on a GPU has shown it ahead of Triton for such layers; dalle_kernels.use('native') takes it"
+    left = _triton.left_to_triton(x.device, x.shape[1] >= DECODE_AHEAD.get(x.dtype, math.inf))
+    if left is not None:
+        return left
     with torch.cuda.device(x.device):
         return _native.library("cuda").decode_layers_refusal(**_cuda_layers(x, weights, caches, kinds, *settings[:4]))
 
