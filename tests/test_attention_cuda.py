@@ -63,6 +63,7 @@ CASES = [
     ("row", 256, (32, 32), 257),
     ("column", 13, (3, 5), 20),
     ("conv", 130, (16, 16), 386),
+    ("row", 13, (16, 16), 269),
     ("row", 1, (1, 1), 1),
 ]
 
@@ -125,6 +126,12 @@ def test_gradients_of_slices_of_one_tensor():
 def test_matches_float64_in_wide_heads(kind, dtype):
     torch.manual_seed(0)
     check(*draw(2, 5, 1280, 128, dtype), AttentionPattern(kind, 256, (32, 32)))
+
+
+@pytest.mark.parametrize("kind", ["row", "conv"])
+def test_short_sequences_of_wide_heads(kind):
+    torch.manual_seed(0)
+    check(*draw(1, 2, 269, 128, torch.bfloat16), AttentionPattern(kind, 13, (16, 16), 3))
 
 
 def test_more_heads_than_multiprocessors():

@@ -14,6 +14,7 @@ from pathlib import Path
 import attention_rivals
 import compare
 import dalle_pytorch_rival
+import gpu
 import harness
 import machine
 import pytest
@@ -328,3 +329,29 @@ def test_a_benchmark_runs_under_pytest_and_wrong_work_has_no_time(tmp_path):
     assert "1 failed, 1 passed" in done.stdout and "wrong work" in done.stdout, done.stdout + done.stderr
     (toy,) = compare.results([json.loads(output.read_text())])["toy"]["cases"]
     assert {found["rounds"] for found in toy["candidates"].values()} == {3} and list(toy["candidates"]) == [OURS, "a"]
+
+
+def test_the_sanitizers_see_every_family_of_cuda_kernels():
+    """And of attention's each kernel that is launched in a way of its own."""
+    words = {
+        "adamw": ["adamw_counts_steps"],
+        "attention": ["matches_float64", "gradients_match_float64", "short_sequences_of_wide_heads", "short_caches"],
+        "float16": ["codes_of_whole"],
+        "grad_scale": ["casts_of_many"],
+        "gumbel_softmax": ["bad_rows_stay_alone"],
+        "powersgd": ["any_scale[Householder on CUDA", "any_scale[op on CUDA"],
+        "transformer": ["short_layers"],
+    }
+    assert {path.parent.name for path in (BENCH.parent / "csrc").glob("*/*.cu")} - {"common"} == set(words)
+
+    class Names:
+        def pytest_collection_finish(self, session):
+            self.found = " ".join(item.nodeid for item in session.items)
+
+    names = Names()
+    options = ["--collect-only", "-qq", "-m", "gpu", "-p", "no:cacheprovider", "--rootdir", str(BENCH.parent)]
+    paths = [str(BENCH.parent / word) if word.endswith(".py") else word for word in gpu.SANITIZED]
+    assert pytest.main([*options, *paths], plugins=[names]) == 0
+    missing = [word for wanted in words.values() for word in wanted if word not in names.found]
+    assert not missing
+    assert all(f"'{kind}'" in names.found for kind in ("row", "column", "conv"))

@@ -74,6 +74,13 @@ def test_many_keys_heads_and_samples(kind):
         check(pattern, 1, samples, 1, given=pattern.seq_len - 2)
 
 
+@pytest.mark.parametrize(("samples", "heads"), [(1, 1), (1, 134), (3, 1)])
+def test_short_caches(samples, heads):
+    """By 16 warps a head, by 4, and by blocks of samples."""
+    pattern = AttentionPattern("row", 20, (4, 4))
+    check(pattern, 1, samples, heads, given=pattern.seq_len - 1)
+
+
 def test_a_place_without_a_step_gives_nan_and_leaves_the_cache():
     assert_no_step("cuda", "native", torch.bfloat16, 64)
 
@@ -92,6 +99,17 @@ def step(provider, x, layers, heads, samples, pattern, on_device):
     place = torch.full((1,), caches[0].length, device="cuda") if on_device else None
     with dalle_kernels.use(provider):
         return decode_layers(x, layers, caches, position=place)
+
+
+def test_short_layers():
+    layers = [LayerWeights(*(tensor.cuda() for tensor in draw_layers(32, 1, 64, 64, torch.bfloat16, 1)[0]))] * 3
+    x = torch.ones(3, 32, device="cuda", dtype=torch.bfloat16)
+    settings = 1, 3, (20, (4, 4))
+    assert_accurate(
+        step("native", x, layers, *settings, on_device=True),
+        step("reference", x, layers, *settings, on_device=False),
+        step("reference", x.double(), [LayerWeights(*map(torch.Tensor.double, layers[0]))] * 3, *settings, False),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
