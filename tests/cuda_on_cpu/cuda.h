@@ -1,11 +1,11 @@
-// Stands for the driver's header: tensor maps, as they are asked for.
+// Stands for the driver's header: tensor maps, as they are asked for, and refused where the driver would.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 using CUresult = int;
-constexpr CUresult CUDA_SUCCESS = 0;
+constexpr CUresult CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1;
 enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16 };
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
 enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_128B };
@@ -22,6 +22,10 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, ui
                                        const uint64_t* sizes, const uint64_t* strides, const uint32_t* box,
                                        const uint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  bool good = reinterpret_cast<uintptr_t>(data) % 16 == 0 && 2 * box[0] <= 128 && 2 * box[0] % 16 == 0;
+  for (int i = 0; i < 5; ++i) good = good && sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256;
+  for (int i = 0; i < 4; ++i) good = good && strides[i] > 0 && strides[i] % 16 == 0 && strides[i] < uint64_t{1} << 40;
+  if (!good) return CUDA_ERROR_INVALID_VALUE;
   map->data = static_cast<const uint8_t*>(data);
   map->strides[0] = 2;
   std::memcpy(map->sizes, sizes, sizeof map->sizes);

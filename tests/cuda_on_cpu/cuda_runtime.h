@@ -31,8 +31,7 @@
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchTimeout = 702;
-constexpr cudaError_t cudaErrorLaunchFailure = 719;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719;
 
 struct dim3 {
   unsigned x, y, z;
@@ -145,10 +144,11 @@ T shuffle(T value, int lane) {
   return found;
 }
 
-// Ends the launch with an error: threads wait for what never comes.
-inline bool deadlocked = false;
-inline void give_up() {
-  deadlocked = true;
+// Ends the launch with an error, because of what a kernel does.
+inline const char* mistake = nullptr;
+inline unsigned launch = 0;  // its number
+inline void give_up(const char* what) {
+  mistake = what;
   setcontext(&block->caller);
 }
 
@@ -297,9 +297,7 @@ struct cudaFuncAttributes {
 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorLaunchTimeout   ? "the kernel waits for what never comes"
-         : error == cudaErrorLaunchFailure ? "a block wrote into one that had not begun or had ended"
-                                           : "an error of the CPU that stands for a GPU";
+  return error == cudaErrorLaunchFailure ? on_cpu::mistake : "an error of the CPU that stands for a GPU";
 }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)()) {
@@ -343,13 +341,14 @@ namespace on_cpu {
 inline cudaError_t run_blocks(const std::function<void()>& call, dim3 blocks, unsigned threads, size_t shared) {
   const dim3 outer = grid;
   grid = blocks;
-  deadlocked = false;
-  for (unsigned i = 0; i < blocks.x * blocks.y * blocks.z && !deadlocked; ++i) {
+  mistake = nullptr;
+  ++launch;
+  for (unsigned i = 0; i < blocks.x * blocks.y * blocks.z && mistake == nullptr; ++i) {
     const dim3 index(i % blocks.x, i / blocks.x % blocks.y, i / blocks.x / blocks.y);
     run_block(call, index, static_cast<int>(threads), shared);
   }
   grid = outer;
-  return deadlocked ? cudaErrorLaunchTimeout : cudaSuccess;
+  return mistake == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 inline cudaError_t run_clusters(const std::function<void()>& call, unsigned blocks, unsigned threads, unsigned size) {
@@ -365,7 +364,9 @@ inline cudaError_t run_clusters(const std::function<void()>& call, unsigned bloc
       });
     }
     for (std::thread& thread : running) thread.join();
-    if (cluster.strayed) return cudaErrorLaunchFailure;
+    if (!cluster.strayed) continue;
+    mistake = "a block wrote into one that had not begun or had ended";
+    return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
 }
@@ -373,7 +374,7 @@ inline cudaError_t run_clusters(const std::function<void()>& call, unsigned bloc
 // Of launches that the next one may overtake every second one, if a test asks for it, runs only once that one awaits
 // it, or the test ends them: so what it reads ahead is old.
 inline int held_back = -1;  // 0 or 1: which ones
-inline unsigned launches = 0;
+inline unsigned chained = 0;
 inline std::function<void()> pending;
 inline void end_pending() {
   if (pending) std::thread(std::exchange(pending, {})).join();
@@ -432,7 +433,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const size_t shared = config->dynamicSmemBytes;
   if (shared > static_cast<size_t>(on_cpu::allowed_shared(kernel))) return cudaErrorInvalidValue;
   if (config->numAttrs == 0) on_cpu::end_pending();
-  if (static_cast<int>(on_cpu::launches++ % 2) == on_cpu::held_back) {
+  if (static_cast<int>(on_cpu::chained++ % 2) == on_cpu::held_back) {
     on_cpu::end_pending();
     on_cpu::pending = [=, blocks = config->gridDim] { on_cpu::run_blocks(call, blocks, threads, shared); };
     return cudaSuccess;

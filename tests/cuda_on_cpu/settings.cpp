@@ -14,5 +14,5 @@ DALLE_SETTING set_device(int major, int minor, int code, int shared) {
 // Which launches are held back, of all from now on: those of even numbers, of odd ones, or, by -1, none.
 DALLE_SETTING hold_back(int which) {
   on_cpu::end_pending();
-  on_cpu::held_back = which, on_cpu::launches = 0;
+  on_cpu::held_back = which, on_cpu::chained = 0;
 }

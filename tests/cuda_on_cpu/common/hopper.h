@@ -41,6 +41,12 @@ static_assert(sizeof(Barrier) == 8);
 
 inline int idle = 0;  // turns of fibers in vain since anything last happened
 
+// Memory is NaN before a barrier is made in it.
+inline Barrier& barrier_at(uint32_t at) {
+  Barrier& barrier = shared_at<Barrier>(at);
+  if (barrier.arrivals == 0xffff) on_cpu::give_up("a barrier is used before it is made");
+  return barrier;
+}
 inline void finish_phase(Barrier& barrier) {
   idle = 0;
   if (barrier.missing != 0 || barrier.bytes != 0) return;
@@ -51,7 +57,8 @@ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
   shared_at<Barrier>(barrier) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0, 0};
 }
 inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
-  Barrier& b = shared_at<Barrier>(barrier);
+  Barrier& b = barrier_at(barrier);
+  if (b.missing == 0) on_cpu::give_up("more arrive at a barrier than it waits for");
   b.bytes += static_cast<int32_t>(bytes);
   --b.missing;
   finish_phase(b);
@@ -68,6 +75,7 @@ struct Copy {
   uint32_t barrier;
 };
 inline std::deque<Copy> late;
+inline unsigned late_in = 0;  // the launch whose they are
 
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
@@ -98,8 +106,9 @@ inline void make(const Copy& copy) {
   } else {
     std::memcpy(&shared_at<uint8_t>(copy.to), copy.from, bytes);
   }
-  Barrier& barrier = shared_at<Barrier>(copy.barrier);
+  Barrier& barrier = barrier_at(copy.barrier);
   barrier.bytes -= static_cast<int32_t>(bytes);
+  if (barrier.bytes < 0) on_cpu::give_up("a copy brings bytes that its barrier does not expect");
   finish_phase(barrier);
 }
 inline void ask(const Copy& copy) {
@@ -109,6 +118,7 @@ inline void ask(const Copy& copy) {
     make(copy);
   } else {
     late.push_back(copy);
+    late_in = on_cpu::launch;
   }
 }
 
@@ -123,9 +133,9 @@ inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t b
 
 inline bool barrier_test(uint32_t barrier, uint32_t parity) {
   constexpr int IN_VAIN = 1 << 22;
-  if (shared_at<Barrier>(barrier).phase != parity) return idle = 0, true;
+  if (barrier_at(barrier).phase != parity) return idle = 0, true;
   if (!late.empty() && idle % 64 == 0) make(late.front()), late.pop_front();
-  if (++idle > IN_VAIN) on_cpu::give_up();
+  if (++idle > IN_VAIN) on_cpu::give_up("the kernel waits for what never comes");
   return false;
 }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -154,7 +164,9 @@ inline Products& own_products() { return products[on_cpu::block->running]; }
 // Before a block's first use of anything here.
 inline void barrier_init_done() {
   idle = 0;
+  const bool leaves_copies = !late.empty() && late_in == on_cpu::launch;
   late.clear();
+  if (leaves_copies) on_cpu::give_up("a block has ended before its copies have");
   products.assign(on_cpu::block->fibers.size(), {});
 }
 
