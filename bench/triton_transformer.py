@@ -26,12 +26,12 @@ def layer(dim, hidden, dtype, device):
 
 
 def step(rows, dim, hidden, count, dtype, device):
-    pattern = AttentionPattern("row", 256, (32, 32))
-    caches = [KVCache(pattern, rows, dim // HEAD_DIM, HEAD_DIM, dtype, device) for _ in range(count)]
+    pattern, head_dim = AttentionPattern("row", 256, (32, 32)), min(dim, HEAD_DIM)
+    caches = [KVCache(pattern, rows, dim // head_dim, head_dim, dtype, device) for _ in range(count)]
     weights = [tensor for _ in range(count) for tensor in layer(dim, hidden, dtype, device)]
     held = [tensor for cache in caches for tensor in (cache.text, cache.image)]
     position = torch.full((1,), pattern.seq_len - 1, device=device)
-    settings = ",".join(["row"] * count), *caches[0].pattern_arguments[1:], HEAD_DIM**-0.5, 1e-5
+    settings = ",".join(["row"] * count), *caches[0].pattern_arguments[1:], head_dim**-0.5, 1e-5
     x = torch.randn(rows, dim, device=device, dtype=dtype)
     return partial(triton_kernels.decode_layers, x, weights, held, position, *settings)
 
@@ -67,5 +67,6 @@ CASES = [
         (1, 1920, 7680, 1, torch.float16),
         (3, 64, 77, 1, torch.bfloat16),
         (1, 64, 77, 1, torch.float32),
+        (2, 1, 1, 1, torch.float32),  # sizes that Triton compiles for as constants
     )
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 from pathlib import Path
 
@@ -57,6 +58,50 @@ def test_a_chip_takes_its_own_configuration_or_the_default(monkeypatch):
 def test_every_row_serves_any_chip():
     for key, row in TABLE.items():
         assert DEFAULT in row, key
+
+
+def jitted_functions() -> dict[str, tuple[ast.FunctionDef, set[str]]]:
+    """Those of all families by their names, and which arguments Triton makes constants of where they are 1."""
+    found = {}
+    for path in (ROOT / "dalle_kernels").rglob("*triton*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            decorators = getattr(node, "decorator_list", [])
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(found) for found in decorators):
+                kept = {leaf.value for root in decorators for leaf in ast.walk(root) if isinstance(leaf, ast.Constant)}
+                arguments = {argument.arg for argument in node.args.args if argument.annotation is None}
+                found[f"{path.stem}.{node.name}"] = node, arguments - kept
+    return found
+
+
+def name_called(call: ast.Call) -> str | None:
+    return getattr(call.func, "id", None)
+
+
+def methods_of_constants(functions, name: str, constants: set[str]) -> list[str]:
+    """Where the function, or one that it calls, asks an argument that may be a constant for a method."""
+    leaves = list(ast.walk(functions[name][0]))
+    constants = constants - {
+        leaf.id for leaf in leaves if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store)
+    }
+    found = []
+    for call in (leaf for leaf in leaves if isinstance(leaf, ast.Call)):
+        if isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", None) in constants:
+            found.append(f"{name}: {ast.unparse(call)}")
+        for other in (key for key in functions if key.endswith(f".{name_called(call)}")):
+            given = zip(functions[other][0].args.args, call.args)
+            passed = {argument.arg for argument, value in given if getattr(value, "id", None) in constants}
+            found += methods_of_constants(functions, other, passed) if passed else []
+    return found
+
+
+def test_no_kernel_asks_a_constant_for_a_method_of_tensors():
+    """Triton compiles for an integer that is 1 as a constant, which has no ``to``; the interpreter does not."""
+    functions = jitted_functions()
+    leaves = [leaf for node, _ in functions.values() for leaf in ast.walk(node)]
+    called = {name_called(leaf) for leaf in leaves if isinstance(leaf, ast.Call)}
+    kernels = [name for name in functions if name.rpartition(".")[2] not in called]
+    assert len(kernels) >= 2 * len(FAMILIES)
+    assert not [found for name in kernels for found in methods_of_constants(functions, name, functions[name][1])]
 
 
 @needs_triton

@@ -23,7 +23,7 @@ def _statistics(x, row, rows, inputs, epsilon, BLOCK_ROWS: tl.constexpr, BLOCK: 
         apart, total = part - mean, first + number
         mean += apart * (number / total)
         squares += tl.sum(away * away, 1) + apart * apart * (first * number / total)
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, inputs.to(tl.float32)) + epsilon))
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, tl.cast(inputs, tl.float32)) + epsilon))
 
 
 @triton.jit(do_not_specialize=["rows"])
