@@ -1,7 +1,8 @@
 """How each Triton kernel is cut into blocks, by op, shape class and architecture: fixed, so that no call ever tunes.
 
 A row belongs to an op's name and a class of shapes that its family names; it has an entry for DEFAULT, which serves any
-chip that the row does not name and must fit 99 KiB of shared memory, and one for each architecture that wants another.
+chip that the row does not name and must fit 99 KiB of shared memory, as the gates check, and one for each architecture
+that wants another.
 ``make tune`` measures the candidates of ``bench/triton_<family>.py`` on the GPU at hand and says which rows to write.
 """
 
@@ -123,8 +124,7 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
         ),
     },
     ("gumbel_codebook_backward_of_logits", "float32"): {
-        DEFAULT: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 64}, num_warps=4),
-        80: Configuration({"ROWS": 16, "GROUPS": 8, "WIDTH": 64}, num_warps=4),
+        DEFAULT: Configuration({"ROWS": 16, "GROUPS": 8, "WIDTH": 64}, num_warps=4),
         90: Configuration({"ROWS": 32, "GROUPS": 8, "WIDTH": 64}, num_warps=4, figure="H200: 6.7459 ms, 2026-11-26"),
     },
     ("gumbel_codebook_backward_of_codebook", "16 bits"): {
