@@ -2,9 +2,10 @@
 #
 # Settings, as `make NAME=value`: PYTHON (which one to use), VENV (the environment's folder), TORCH and TRITON (what to
 # install) and DALLE_KERNELS_CUDA (auto, on or off: see setup.py); for `make bench` also BENCH, such as
-# BENCH='attention --rounds 3', for `make gates` UPDATE=1 or CANDIDATES=1, for `make tune` TUNE, such as TUNE=float16, and
-# for `make gpu` GPU, such as GPU='tests sanitizers'. Without a network `make gpu VENV=...` builds into an environment
-# that holds torch; what else that lacks pip finds by PIP_NO_INDEX=1 and PIP_FIND_LINKS=folder of wheels.
+# BENCH='attention --rounds 3', for `make gates` UPDATE=1, CANDIDATES=1 or FUZZ=1 (what random calls launch, an hour or
+# two), for `make tune` TUNE, such as TUNE=float16, and for `make gpu` GPU, such as GPU='tests sanitizers'. Without a
+# network `make gpu VENV=...` builds into an environment that holds torch; what else that lacks pip finds by
+# PIP_NO_INDEX=1 and PIP_FIND_LINKS=folder of wheels.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -61,8 +62,12 @@ emulate: build
 # The CUDA kernels are judged as they are built, wherever nvcc is.
 gates: export DALLE_KERNELS_CUDA := $(patsubst auto,$(if $(shell command -v nvcc),on,auto),$(DALLE_KERNELS_CUDA))
 gates: build
+ifneq ($(FUZZ),)
+	@$(BIN)/python tests/gates_fuzz.py
+else
 	@$(BIN)/python tests/gates.py $(if $(UPDATE),--update) $(if $(CANDIDATES),--candidates)
 	@$(BIN)/python tests/cuda_gates.py $(if $(UPDATE),--update)
+endif
 
 tune: build
 	@$(BIN)/python bench/tune.py $(TUNE)

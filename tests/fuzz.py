@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import interpreter
 import torch
-from fuzz_calls import SAMPLERS, as_tuple, is_list, largest
+from fuzz_calls import SAMPLERS, Call, as_tuple, is_list, largest
 from torch import Tensor
 
 import dalle_kernels
@@ -36,6 +36,12 @@ def ops_of(provider: str, device: str) -> list[str]:
     return sorted(
         op.name for op in found if any(p.name == provider and p.unavailable(device) is None for p in op.providers)
     )
+
+
+def drawn(op: str, draw: random.Random) -> Call:
+    """A call of the op, which ``draw`` alone decides on."""
+    torch.manual_seed(draw.getrandbits(32))
+    return SAMPLERS[op](op, draw)
 
 
 @dataclass
@@ -113,8 +119,7 @@ def fuzz(name: str, count: int, seed: int, provider: str = "native", device: str
     threads = torch.get_num_threads()
     for index in range(count):
         draw = random.Random(f"{name} {seed} {index}")
-        torch.manual_seed(draw.getrandbits(32))
-        call = SAMPLERS[name](name, draw)
+        call = drawn(name, draw)
         with dalle_kernels.use(provider):
             serves = dalle_kernels.explain(name, *copied(call.args, device)).runs == provider
         if not serves:

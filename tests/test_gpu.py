@@ -32,9 +32,7 @@ def served_calls(op: str, provider: str, count: int) -> list[tuple]:
     """Arguments on the GPU of calls that the provider serves there, drawn as the fuzz draws them."""
     calls = []
     for index in range(10 * count):
-        draw = random.Random(f"{op} {index}")
-        torch.manual_seed(draw.getrandbits(32))
-        args = fuzz.copied(fuzz.SAMPLERS[op](op, draw).args, "cuda")
+        args = fuzz.copied(fuzz.drawn(op, random.Random(f"{op} {index}")).args, "cuda")
         with dalle_kernels.use(provider):
             if len(calls) < count and dalle_kernels.explain(op, *args).runs == provider:
                 calls.append(args)
