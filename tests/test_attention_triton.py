@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import random
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -19,14 +21,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = ("sparse_attention", "sparse_attention_backward", "decode_attention")
 
 
-@pytest.fixture
-def small_blocks():
-    """The smallest blocks that multiply, so that short sequences have tiles of every sort."""
+@contextmanager
+def blocks_of(size):
+    """Within the block each kernel of the family takes blocks of ``size(op, shape_class)``, a number by its name."""
     with ExitStack() as stack:
         for (op, shape_class), row in TABLE.items():
             if op in OPS:
-                blocks = dict.fromkeys(row[DEFAULT].blocks, 16)
+                blocks = {name: size(op, shape_class)[name] for name in row[DEFAULT].blocks}
                 stack.enter_context(use_configuration(op, shape_class, Configuration(blocks)))
+        yield
+
+
+@pytest.fixture
+def small_blocks():
+    """The smallest blocks that multiply, so that short sequences have tiles of every sort."""
+    with blocks_of(lambda *_row: defaultdict(lambda: 16)):
         yield
 
 
@@ -75,6 +84,7 @@ def test_output_and_gradients(kind, dtype, triton_device, small_blocks):
         ("row", 16, (3, 5), 3, (1, 1, 31, 16), -0.7, torch.float32),
         ("conv", 17, (3, 5), 3, (1, 1, 32, 16), 0.0, torch.float32),
         ("column", 9, (3, 5), 3, (1, 2, 24, 40), 1e-9, torch.float16),
+        ("conv", 18, (3, 6), 3, (1, 1, 33, 33), 0.3, torch.float16),
     ],
 )
 def test_other_shapes(kind, text_len, grid, kernel_size, shape, scale, dtype, triton_device, small_blocks):
@@ -85,6 +95,26 @@ def test_other_shapes(kind, text_len, grid, kernel_size, shape, scale, dtype, tr
 def test_blocks_of_the_table(head_dim, triton_device):
     check_random(triton_device, AttentionPattern("conv", 5, (3, 6), 3), 0.2, 1, 1, 22, head_dim, dtype=torch.bfloat16)
     check_random(triton_device, AttentionPattern("row", 5, (3, 6)), 0.2, 1, 1, 23, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("kind", "queries", "text", "keys"),
+    [("row", 32, 16, 16), ("conv", 16, 32, 16), ("column", 16, 16, 32)],
+)
+def test_blocks_of_unequal_sizes(kind, queries, text, keys, triton_device):
+    sizes = {"BLOCK_QUERIES": queries, "BLOCK_TEXT": text, "BLOCK_KEYS": keys, "BLOCK_SAMPLES": 16}
+    with blocks_of(lambda *_row: sizes):
+        check_random(triton_device, AttentionPattern(kind, 33, (2, 20), 3), 0.3, 1, 1, 72, 16)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_random_shapes_and_blocks(number, triton_device):
+    draw = random.Random(f"attention {number}")
+    grid = draw.randint(1, 6), draw.randint(1, 12)
+    pattern = AttentionPattern(draw.choice(KINDS), draw.randint(0, 40), grid, draw.choice((1, 3, 5, 11)))
+    shape = 1, draw.randint(1, 2), draw.randint(1, pattern.seq_len), draw.choice((3, 8, 16, 20, 33))
+    with blocks_of(lambda *_row: defaultdict(lambda: draw.choice((16, 32)))):
+        check_random(triton_device, pattern, draw.uniform(-1, 1), *shape, dtype=draw.choice(DTYPES))
 
 
 def test_split_queries(split, triton_device, small_blocks):
@@ -232,6 +262,12 @@ def test_every_step_equals_the_last_row(kind, samples, triton_device, small_bloc
 def test_other_steps(kind, text_len, grid, kernel_size, samples, dtype, given, triton_device, small_blocks):
     pattern = AttentionPattern(kind, text_len, grid, kernel_size)
     check_decode(triton_device, pattern, 1, samples, 1, 20, dtype, given, -0.4)
+
+
+@pytest.mark.parametrize(("samples", "dtype"), [(1, torch.bfloat16), (3, torch.float32)])
+def test_last_steps_by_the_blocks_of_the_table(samples, dtype, triton_device):
+    pattern = AttentionPattern("conv", 33, (4, 8), 3)
+    check_decode(triton_device, pattern, 1, samples, 1, 64, dtype, pattern.seq_len - 2)
 
 
 @pytest.mark.parametrize("samples", (1, 3))
