@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_gumbel_softmax import SEED, TAU, _plain, _plain_codebook, _random, _ru
 
 import dalle_kernels
 from dalle_kernels import philox
-from dalle_kernels._triton_configurations import Configuration, use_configuration
+from dalle_kernels._triton_configurations import TABLE, Configuration, use_configuration
 from dalle_kernels.gumbel_softmax import ops, reference
 from dalle_kernels.testing import assert_accurate, poisoned_allocations, strided_views
 
@@ -56,20 +57,34 @@ def test_sample_kl_and_gradient_meet_the_error_rule(shape, dim, tau, dtype, bloc
         assert_accurate(result.cpu(), *others, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "dim", "width"), [((19, 70), -1, 5), ((2, 65, 2, 7), 1, 31)])
-def test_codebook_meets_the_error_rule(shape, dim, width, dtype, triton_device):
+def _check_codebook(shape, dim, width, dtype, device):
     inputs = [_random(shape, seed=8).to(dtype).double(), _random((shape[dim], width), seed=9).to(dtype).double()]
     sizes = reference.embedding_shape(*inputs, dim), reference.kl_shape(inputs[0], dim)
     weights = [_random(size, seed=10).to(dtype).double() for size in sizes]
     with poisoned_allocations():
-        call = [tensor.to(triton_device) for tensor in inputs], dtype, [weight.to(triton_device) for weight in weights]
-        actual = _run(lambda t, c: ops.gumbel_codebook_op(t, c, *_scalars(triton_device, 0.7), dim), *call)
+        call = [tensor.to(device) for tensor in inputs], dtype, [weight.to(device) for weight in weights]
+        actual = _run(lambda t, c: ops.gumbel_codebook_op(t, c, *_scalars(device, 0.7), dim), *call)
     near, exact = (
         _run(lambda t, c: _plain_codebook(t, c, 0.7, dim), inputs, kind, weights) for kind in (dtype, torch.float64)
     )
     for name, result, *others in zip(("embedding", "kl", "logits' gradient", "codebook's"), actual, near, exact):
         assert_accurate(result.cpu(), *others, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "dim", "width"), [((19, 70), -1, 5), ((2, 65, 2, 7), 1, 31)])
+def test_codebook_meets_the_error_rule(shape, dim, width, dtype, triton_device):
+    _check_codebook(shape, dim, width, dtype, triton_device)
+
+
+@pytest.mark.parametrize(("shape", "dim", "dtype"), [((70, 9), 1, torch.float32), ((2, 9, 35), 1, torch.bfloat16)])
+def test_codebook_in_several_blocks_of_its_width_and_runs_of_rows(shape, dim, dtype, triton_device):
+    small = Configuration({"ROWS": 16, "GROUPS": 4, "WIDTH": 16}, num_warps=1)
+    with ExitStack() as stack:
+        for op, shape_class in TABLE:
+            if op.startswith("gumbel_codebook"):
+                stack.enter_context(use_configuration(op, shape_class, small))
+        _check_codebook(shape, dim, 20, dtype, triton_device)
 
 
 def test_codebook_takes_its_own_dtype_and_layout(triton_device):
