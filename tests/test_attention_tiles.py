@@ -8,11 +8,22 @@ import pytest
 import torch
 
 from dalle_kernels import AttentionPattern
+from dalle_kernels._triton_configurations import TABLE
 from dalle_kernels.attention import tiles
 from dalle_kernels.attention.pattern import KINDS
 
 # Of queries, text keys, image keys: powers of 2 as Triton's are, above 1.
-BLOCKS = [(2, 2, 2), (4, 2, 4), (8, 4, 2)]
+BLOCKS = [(2, 2, 2), (4, 2, 4), (8, 4, 2), (2, 4, 8)]
+
+
+def blocks_of_the_table(*names):
+    """The sizes that ``names`` have in attention's rows."""
+    rows = [chosen.blocks for (op, _), row in TABLE.items() if "sparse_attention" in op for chosen in row.values()]
+    return sorted({tuple(blocks[name] for name in names) for blocks in rows if blocks.keys() == set(names)})
+
+
+QUERY_BLOCKS = blocks_of_the_table("BLOCK_QUERIES", "BLOCK_TEXT", "BLOCK_KEYS")
+KEY_BLOCKS = blocks_of_the_table("BLOCK_KEYS", "BLOCK_QUERIES")
 
 
 def streams(kind):
@@ -84,13 +95,14 @@ def test_queries_meet_each_visible_key_once(kind, blocks):
         assert any_full == tiles.has_full_key_tiles(stream, *blocks)
 
 
-@pytest.mark.parametrize("blocks", [(k, q) for q, k, _ in BLOCKS], ids=str)
+@pytest.mark.parametrize("blocks", [*((k, q) for q, k, _ in BLOCKS), (2, 8)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_meet_each_query_that_sees_them_once(kind, blocks):
     block_keys, block_queries = blocks
     for pattern, seq, stream in streams(kind):
         mask, image_places = pattern.mask(seq), image_tokens(stream, seq)
         met = torch.zeros(seq, seq, dtype=torch.long)
+        any_full = False
         for tile in range(stream.tiles(block_keys)):
             image, first, begin, count, ahead, full = tiles.key_tile(
                 tile, seq, *stream[1:], stream.kind, block_keys, block_queries
@@ -101,7 +113,90 @@ def test_keys_meet_each_query_that_sees_them_once(kind, blocks):
             for number in range(count):
                 queries = place_range(order, begin + number * block_queries, block_queries)
                 meet(mask, met, queries, keys, ahead <= number < ahead + full)
+            any_full |= bool(image) and full > 0
         assert torch.equal(met, mask.long())
+        assert any_full == tiles.has_full_query_tiles(stream, *blocks)
+
+
+class Pairs:
+    """The visible pairs of a stream's places, text before image, to be counted in rectangles."""
+
+    def __init__(self, pattern, seq, stream):
+        tokens = torch.cat([torch.arange(stream.text_len), image_tokens(stream, seq)])
+        visible = torch.nn.functional.pad(pattern.mask(seq), (0, 1, 0, 1))[tokens][:, tokens]  # no token sees none
+        self.real = (tokens >= 0).long().cumsum(0).tolist()
+        self.sums = torch.nn.functional.pad(visible.long().cumsum(0).cumsum(1), (1, 0, 1, 0)).tolist()
+        self.all = self.sums[-1][-1]
+
+    def count(self, queries, keys):
+        """How many pairs of two ranges are visible."""
+        (a, b), (c, d) = queries, keys
+        return self.sums[b][d] - self.sums[a][d] - self.sums[b][c] + self.sums[a][c]
+
+    def tokens(self, part):
+        first, stop = part
+        return (self.real[stop - 1] if stop else 0) - (self.real[first - 1] if first else 0)
+
+    def meet(self, queries, keys, full):
+        """How many are visible; if ``full`` all are."""
+        found = self.count(queries, keys)
+        assert not full or found == self.tokens(queries) * self.tokens(keys)
+        return found
+
+
+PAPER = [(kind, text_len) for kind in KINDS for text_len in (256, 257)]
+
+
+def paper_stream(kind, text_len):
+    """The 1280 inputs of the paper, with the start token in the text or without one."""
+    pattern, seq = AttentionPattern(kind, text_len, (32, 32)), 1280
+    stream = tiles.stream(kind, seq, text_len, 32, pattern.kernel_size)
+    return stream, seq, Pairs(pattern, seq, stream)
+
+
+@pytest.mark.parametrize(("kind", "text_len"), PAPER)
+def test_queries_of_the_paper_meet_each_visible_key_once_by_the_blocks_of_the_table(kind, text_len):
+    """Ranges of one tile do not overlap, so that pairs met as often as there are any are met once each."""
+    stream, _, pairs = paper_stream(kind, text_len)
+    end = stream.text_len + stream.places
+    for block_queries, block_text, block_keys in QUERY_BLOCKS:
+        met = 0
+        for tile in range(stream.tiles(block_queries)):
+            image, first, text_tiles, begin, count, ahead, full = tiles.query_tile(
+                tile, *stream[1:], stream.kind, block_queries, block_text, block_keys
+            )
+            base, stop = (stream.text_len, end) if image else (0, stream.text_len)
+            queries = base + first, min(base + first + block_queries, stop)
+            met += pairs.meet(queries, (0, text_tiles * block_text), True)
+            if image:
+                met += pairs.meet(queries, (text_tiles * block_text, stream.text_len), False)
+            assert image or begin == text_tiles * block_text
+            for number in range(count):
+                keys = base + begin + number * block_keys, min(base + begin + (number + 1) * block_keys, stop)
+                is_full = ahead <= number < ahead + full
+                assert not is_full or pairs.tokens(keys) == block_keys
+                met += pairs.meet(queries, keys, is_full)
+        assert met == pairs.all
+
+
+@pytest.mark.parametrize(("kind", "text_len"), PAPER)
+def test_keys_of_the_paper_meet_each_query_once_by_the_blocks_of_the_table(kind, text_len):
+    """Queries of text keys go by tokens, whose number seen by a text key does not hang on the image's order."""
+    stream, seq, pairs = paper_stream(kind, text_len)
+    end = stream.text_len + stream.places
+    for block_keys, block_queries in KEY_BLOCKS:
+        met = 0
+        for tile in range(stream.tiles(block_keys)):
+            image, first, begin, count, ahead, full = tiles.key_tile(
+                tile, seq, *stream[1:], stream.kind, block_keys, block_queries
+            )
+            base, stop = (stream.text_len, end) if image else (0, stream.text_len)
+            keys = base + first, min(base + first + block_keys, stop)
+            last = end if image else seq
+            for number in range(count):
+                queries = min(base + begin + number * block_queries, last), base + begin + (number + 1) * block_queries
+                met += pairs.meet((queries[0], min(queries[1], last)), keys, ahead <= number < ahead + full)
+        assert met == pairs.all
 
 
 @pytest.mark.parametrize("kind", KINDS)
