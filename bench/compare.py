@@ -23,6 +23,7 @@ from harness import BEST_RIVAL
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
+PASSED_ON = ("rounds", "threads", "seconds", "device")
 
 
 def families() -> list[str]:
@@ -176,13 +177,13 @@ def main() -> None:
     )
     parser.add_argument("--machine", help="its name in the files' names (default: made from the processor's)")
     parser.add_argument("--dry", action="store_true", help="print, write no file")
-    for name in ("rounds", "threads", "device"):
+    for name in PASSED_ON:
         parser.add_argument(f"--{name}", help=f"as pytest's --{name} of bench/conftest.py")
     options, others = parser.parse_known_args()
     unknown = sorted(set(options.families) - set(families()))
     if unknown:
         parser.error(f"expected families among {', '.join(families())}, got {', '.join(unknown)}")
-    values = {name: getattr(options, name) for name in ("rounds", "threads", "device")}
+    values = {name: getattr(options, name) for name in PASSED_ON}
     passed = [f"--{name}={value}" for name, value in values.items() if value]
     failed, missed, reports = [], [], [json.loads(path.read_text(encoding="utf-8")) for path in options.reports]
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import machine
 import pytest
 import torch
@@ -12,11 +14,16 @@ def pytest_addoption(parser):
     group = parser.getgroup("side by side")
     group.addoption("--rounds", type=int, default=25, help="times each candidate runs, at most (default: 25)")
     group.addoption("--threads", type=int, default=None, help="on a CPU (default: torch's number)")
+    group.addoption("--seconds", type=float, help="after which no case begins (default: there is no end)")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure (default: cpu)")
+
+
+DEADLINE = pytest.StashKey[float]()
 
 
 def pytest_configure(config):
     keep_freed_memory()
+    config.stash[DEADLINE] = time.monotonic() + (config.getoption("--seconds") or float("inf"))
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
 
@@ -39,6 +46,8 @@ def side_by_side(request, benchmark, device):
     """
 
     def measure(case: Case) -> None:
+        if time.monotonic() > request.config.stash[DEADLINE]:
+            pytest.fail("the time is over: not measured", pytrace=False)
         case.check()
         contest = Contest(case, device)
         rounds = contest.rounds(request.config.getoption("--rounds"))

@@ -7,8 +7,9 @@
 The tests that need a GPU come first, Triton's and those of captured graphs among them, in one process fewer than there
 are cores, since most of their time is Triton's compiler's. Beside them, for the same reason, run NVIDIA's sanitizers,
 where they are installed, over short tests of the CUDA kernels, and one round of every benchmark, which leaves what it
-compiles in caches, but for those that take tens of gigabytes. Then the benchmarks run alone, one after another, until
-the time is over; the JSON is under ``bench/results/``. The last lines are a table of what was measured.
+compiles in caches, but for those that take tens of gigabytes. Then the benchmarks run alone, one after another, each
+for its share of the time that is left; the JSON is under ``bench/results/``. What a command prints goes to a file under
+``build/gpu/`` as it comes. The last lines are a table of what was measured, the tests that failed, and what else did.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from dalle_kernels import _native, _triton
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("tests", "sanitizers", "benchmarks")
+LOGS = ROOT / "build" / "gpu"
 SECONDS = 8 * 60
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SECONDS_OF_SANITIZER = 120
@@ -56,45 +58,61 @@ ALONE = ("model",)
 """Families that take so much of the GPU's memory that beside them tests would find none."""
 CPU_ONLY = ("linear", "mlp", "overhead")
 
-begin = time.perf_counter()
+STARTED = 30
+"""Seconds beyond its share that a family may take: to begin, and for the case that it is at."""
 
 
 class Budget:
-    """What is left of the time, and commands that get no more of it."""
+    """What is left of ``seconds`` since the time ``since``, and commands that get no more of it."""
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self, seconds: float, since: float):
+        self.end = since + seconds
 
     @property
     def left(self) -> float:
-        return max(1.0, self.seconds - (time.perf_counter() - begin))
+        return max(1.0, self.end - time.time())
 
-    def run(self, *command: str, seconds: float | None = None, quiet: bool = False) -> bool:
-        """Whether the command succeeded, in the time that is left or in ``seconds``; a quiet one's output is not shown.
+    def run(self, name: str, *command: str, seconds: float | None = None, quiet: bool = False) -> bool:
+        """Whether the command succeeded, in the time that is left or in ``seconds``.
 
-        Others' output comes in one piece at the end, for several run side by side.
+        What it prints goes to ``build/gpu/<name>.log`` at once, and if it is not ``quiet`` is shown in one piece at the
+        end, for several commands run side by side.
         """
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            output, _ = process.communicate(timeout=min(seconds or self.left, self.left))
-        except subprocess.TimeoutExpired:
-            output = self._stop(process)
-            output += b"\nstopped: the time is over"
+        LOGS.mkdir(parents=True, exist_ok=True)
+        path = log(name)
+        with path.open("wb") as output:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                process.wait(min(seconds or self.left, self.left))
+            except subprocess.TimeoutExpired:
+                self._stop(process)
+                output.write(b"\nstopped: the time is over\n")
         if not quiet:
-            print("+", " ".join(command), output.decode(errors="replace"), sep="\n", flush=True)
+            print("+", " ".join(command), path.read_text(errors="replace"), sep="\n", flush=True)
         return process.returncode == 0
 
     @staticmethod
-    def _stop(process: subprocess.Popen) -> bytes:
-        """End a command and its own processes, pytest at the end of its tests; returns its output."""
+    def _stop(process: subprocess.Popen) -> None:
+        """End a command and its own processes, pytest at the end of its tests."""
         process.send_signal(signal.SIGINT)
         try:
-            return process.communicate(timeout=10)[0]
+            process.wait(10)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return process.communicate()[0]
+            process.wait()
+
+
+def log(name: str) -> Path:
+    return LOGS / f"{name}.log"
+
+
+def failures(name: str) -> list[str]:
+    """The lines in which pytest, or the plugin that does so at once, named the tests that failed."""
+    lines = log(name).read_text(errors="replace").splitlines() if log(name).exists() else []
+    named = {line.split(" ")[1]: line for line in reversed(lines) if line.startswith(("FAILED ", "ERROR "))}
+    return list(reversed(named.values()))
 
 
 def test(budget: Budget) -> list[str]:
@@ -113,8 +131,8 @@ def test(budget: Budget) -> list[str]:
         "failures_at_once",
     )
     good = {
-        "python -m dalle_kernels": budget.run(sys.executable, "-m", "dalle_kernels"),
-        "tests": budget.run(*pytest, seconds=budget.left / 2),
+        "python -m dalle_kernels": budget.run("providers", sys.executable, "-m", "dalle_kernels"),
+        "tests": budget.run("tests", *pytest, seconds=budget.left / 2),
     }
     return [name for name, passed in good.items() if not passed]
 
@@ -123,11 +141,10 @@ def sanitize(budget: Budget) -> list[str]:
     """Each of NVIDIA's sanitizers over our kernels alone."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
-        print("compute-sanitizer is not installed: accesses out of bounds, races and barriers are not checked")
-        return []
+        return [f"{', '.join(SANITIZERS)} (compute-sanitizer is not installed)"]
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", *SANITIZED)
     checked = ("--kernel-name", OUR_KERNELS, "--error-exitcode=1")
-    commands = [(sanitizer, "--tool", tool, *checked, *pytest) for tool in SANITIZERS]
+    commands = [(tool, sanitizer, "--tool", tool, *checked, *pytest) for tool in SANITIZERS]
     passed = side_by_side(lambda command: budget.run(*command, seconds=SECONDS_OF_SANITIZER), commands)
     return [tool for tool, good in zip(SANITIZERS, passed) if not good]
 
@@ -137,7 +154,11 @@ def warm_caches(budget: Budget, families: list[str]) -> None:
     command = (sys.executable, "bench/compare.py", "--device=cuda", "--rounds=1", "--dry")
     warmed = [family for family in families if family not in ALONE]
     parts = [(family, *part) for family in warmed for part in PARTS_OF.get(family, [()])]
-    side_by_side(lambda part: budget.run(*command, *part, seconds=budget.left / 2, quiet=True), parts, WARMED_AT_ONCE)
+
+    def warm(part: tuple[str, ...]) -> bool:
+        return budget.run(f"warm {' '.join(part)}", *command, *part, seconds=budget.left / 2, quiet=True)
+
+    side_by_side(warm, parts, WARMED_AT_ONCE)
 
 
 def side_by_side(do: Callable[[Any], Any], things: Sequence[Any], most: int | None = None) -> list[Any]:
@@ -147,9 +168,18 @@ def side_by_side(do: Callable[[Any], Any], things: Sequence[Any], most: int | No
 
 
 def measure(budget: Budget, families: list[str]) -> list[str]:
-    """Run the benchmarks; the families that failed or for which no time was left."""
+    """Run the benchmarks; the families that failed or were not measured whole.
+
+    Each gets twice an equal share of what is left, so that none eats all and what one leaves over is the others'.
+    """
     print(f"{budget.left:.0f} s are left for the figures", flush=True)
-    return [name for name in families if not budget.run(sys.executable, "bench/compare.py", name, "--device=cuda")]
+    unfinished = []
+    for number, family in enumerate(families):
+        share = budget.left * min(1, 2 / (len(families) - number))
+        command = (sys.executable, "bench/compare.py", family, "--device=cuda", f"--seconds={share:.0f}")
+        if not budget.run(family, *command, seconds=share + STARTED):
+            unfinished.append(family)
+    return unfinished
 
 
 def table() -> str:
@@ -175,6 +205,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--families", nargs="+", default=known, choices=known, help="to measure (default: all)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
+    parser.add_argument("--since", type=float, default=time.time(), help="when they began, in seconds (default: now)")
     options = parser.parse_args()
     if not set(options.parts) <= set(PARTS):
         parser.error(f"expected parts among {', '.join(PARTS)}, got {' '.join(options.parts)}")
@@ -184,17 +215,21 @@ def main() -> None:
     reason = _native.unavailable("cuda") or _triton.unavailable("cuda")
     if reason is not None:
         sys.exit(f"make gpu: {reason}")
-    budget = Budget(options.seconds)
+    budget = Budget(options.seconds, options.since)
+    print(f"{budget.left:.0f} s of {options.seconds:.0f} are left after the build; --seconds gives more", flush=True)
     parts = {
         "tests": lambda: test(budget),
         "sanitizers": lambda: sanitize(budget),
         "benchmarks": lambda: warm_caches(budget, options.families) or [],
     }
     os.environ["OMP_NUM_THREADS"] = "1"  # of each process
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    # For the plugin: pytest before 8.4 loads it before it reads where pyproject.toml says that it is.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "bench"), os.environ.get("PYTHONPATH")]))
     failed = [name for names in side_by_side(lambda part: parts[part](), options.parts) for name in names]
     if "benchmarks" in options.parts:
         failed += measure(budget, options.families)
-    print(table())
+    print(table(), *failures("tests"), sep="\n")
     if failed:
         sys.exit(f"failed or not finished: {', '.join(failed)}")
 

@@ -296,6 +296,7 @@ def test_what_cannot_run_is_told_with_its_reason():
 
 TOY = """
 import torch
+from conftest import DEADLINE
 from harness import OURS, Candidate, Case
 
 def test_toy(side_by_side):
@@ -306,6 +307,10 @@ def test_wrong(side_by_side):
     def check():
         raise AssertionError("wrong work")
     side_by_side(Case("toy", "forward", torch.float32, {"size": 9}, Candidate(OURS, lambda: None), [], check=check))
+
+def test_late(side_by_side, request):
+    request.config.stash[DEADLINE] = 0.0
+    side_by_side(None)
 """
 
 
@@ -326,7 +331,8 @@ def test_a_benchmark_runs_under_pytest_and_wrong_work_has_no_time(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH), str(BENCH.parent)])}
     environment.pop("PYTEST_XDIST_WORKER", None)  # by which a benchmark would take the machine for shared
     done = subprocess.run([*command, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert "1 failed, 1 passed" in done.stdout and "wrong work" in done.stdout, done.stdout + done.stderr
+    for told in ("2 failed, 1 passed", "wrong work", "the time is over: not measured"):
+        assert told in done.stdout, done.stdout + done.stderr
     (toy,) = compare.results([json.loads(output.read_text())])["toy"]["cases"]
     assert {found["rounds"] for found in toy["candidates"].values()} == {3} and list(toy["candidates"]) == [OURS, "a"]
 
