@@ -162,7 +162,7 @@ CANDIDATES = {
     ("sparse_attention_backward", "dk float32 128"): {DEFAULT: keys((16, 16, 8, 1), (32, 16, 8, 1))},
     ("sparse_attention_backward", "dk float32 256"): {DEFAULT: keys((8, 16, 8, 1))},
     ("decode_attention", "rows 16-bit 64"): {
-        DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 8, 1)),
+        DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 8, 1), (64, 8, 1)),
         90: decoded_rows((32, 4, 1), (64, 4, 1), (64, 8, 1), (128, 4, 1), (128, 8, 1)),
     },
     ("decode_attention", "rows 16-bit 128"): {DEFAULT: decoded_rows((16, 4, 1), (32, 4, 1), (32, 8, 1))},
@@ -177,7 +177,7 @@ CANDIDATES = {
     ("decode_attention", "text 16-bit 128"): {
         DEFAULT: decoded_text((16, 32, 4, 2), (16, 64, 4, 2), (32, 32, 4, 2), (32, 64, 4, 2)),
     },
-    ("decode_attention", "text 16-bit 256"): {DEFAULT: decoded_text((16, 32, 4, 1), (16, 32, 4, 2), (32, 32, 8, 2))},
+    ("decode_attention", "text 16-bit 256"): {DEFAULT: decoded_text((16, 32, 4, 2), (16, 32, 8, 2), (32, 32, 8, 2))},
     ("decode_attention", "text float32 64"): {DEFAULT: decoded_text((16, 16, 4, 1), (16, 32, 4, 1), (32, 32, 8, 1))},
     ("decode_attention", "text float32 128"): {DEFAULT: decoded_text((16, 16, 4, 1), (16, 16, 8, 1), (32, 16, 8, 1))},
     ("decode_attention", "text float32 256"): {DEFAULT: decoded_text((16, 16, 8, 1))},

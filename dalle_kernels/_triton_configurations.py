@@ -235,12 +235,12 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("sparse_attention_backward", "dk float32 128"): {DEFAULT: key_blocks(32, 16, warps=8, stages=1)},
     ("sparse_attention_backward", "dk float32 256"): {DEFAULT: key_blocks(8, 16, warps=8, stages=1)},
     ("decode_attention", "rows 16-bit 64"): {
-        DEFAULT: row_blocks(32, warps=4, stages=1),
+        DEFAULT: row_blocks(32, warps=8, stages=1),
         90: row_blocks(128, warps=8, stages=1, figure="H200: 0.0109 ms, 2026-11-26"),
     },
     ("decode_attention", "rows 16-bit 128"): {DEFAULT: row_blocks(32, warps=4, stages=1)},
     ("decode_attention", "rows 16-bit 256"): {DEFAULT: row_blocks(16, warps=4, stages=1)},
-    ("decode_attention", "rows float32 64"): {DEFAULT: row_blocks(32, warps=4, stages=1)},
+    ("decode_attention", "rows float32 64"): {DEFAULT: row_blocks(32, warps=8, stages=1)},
     ("decode_attention", "rows float32 128"): {DEFAULT: row_blocks(16, warps=4, stages=1)},
     ("decode_attention", "rows float32 256"): {DEFAULT: row_blocks(16, warps=4, stages=1)},
     ("decode_attention", "text 16-bit 64"): {
@@ -248,7 +248,7 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
         90: sample_blocks(16, 64, warps=4, stages=2),
     },
     ("decode_attention", "text 16-bit 128"): {DEFAULT: sample_blocks(16, 64, warps=4, stages=2)},
-    ("decode_attention", "text 16-bit 256"): {DEFAULT: sample_blocks(16, 32, warps=4, stages=2)},
+    ("decode_attention", "text 16-bit 256"): {DEFAULT: sample_blocks(16, 32, warps=8, stages=2)},
     ("decode_attention", "text float32 64"): {DEFAULT: sample_blocks(16, 32, warps=4, stages=1)},
     ("decode_attention", "text float32 128"): {DEFAULT: sample_blocks(16, 16, warps=4, stages=1)},
     ("decode_attention", "text float32 256"): {DEFAULT: sample_blocks(16, 16, warps=8, stages=1)},
