@@ -239,4 +239,12 @@ CASES = [
 ]
 CASES += [Case(f"odd {kind}", partial(odd, kind, 80, torch.bfloat16)) for kind in KINDS]
 CASES += [Case(f"one head {kind}", partial(one_head, kind)) for kind in ("conv", "column")]
-CASES += [Case("odd column 200 float32", partial(odd, "column", 200, torch.float32))]
+CASES += [
+    Case(f"odd {kind} {head_dim} {str(dtype).removeprefix('torch.')}", partial(odd, kind, head_dim, dtype))
+    for kind, head_dim, dtype in (
+        ("column", 200, torch.float32),
+        ("row", 64, torch.bfloat16),
+        ("row", 64, torch.float32),
+        ("conv", 128, torch.bfloat16),
+    )
+]

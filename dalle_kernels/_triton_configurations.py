@@ -192,20 +192,15 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
         DEFAULT: query_blocks(64, 32, 32, warps=8, stages=1),
         90: query_blocks(128, 32, 32, warps=8, stages=2, figure="H200: 0.2831 ms, 152 TFLOP/s, 2026-11-26"),
     },
-    ("sparse_attention", "float32 64"): {
-        DEFAULT: query_blocks(64, 32, 32, warps=8, stages=1),
-        90: query_blocks(64, 32, 32, warps=8, stages=2, figure="H200: 4.4499 ms, 9 TFLOP/s, 2026-11-26"),
-    },
-    ("sparse_attention", "float32 128"): {
-        DEFAULT: query_blocks(32, 16, 16, warps=8, stages=1),
-        90: query_blocks(32, 32, 32, warps=8, stages=1),
-    },
+    # On sm_90 two stages took 4.45 ms, and spill beside a text of 257, as do the next row's blocks of 32.
+    ("sparse_attention", "float32 64"): {DEFAULT: query_blocks(64, 32, 32, warps=8, stages=1)},
+    ("sparse_attention", "float32 128"): {DEFAULT: query_blocks(32, 16, 16, warps=8, stages=1)},
     ("sparse_attention", "float32 256"): {
         DEFAULT: query_blocks(16, 16, 16, warps=8, stages=1),
         90: query_blocks(16, 16, 16, warps=4, stages=1, figure="H200: 7.3220 ms, 6 TFLOP/s, 2026-11-26"),
     },
     ("sparse_attention_backward", "dq 16-bit 64"): {
-        DEFAULT: query_blocks(64, 32, 32, warps=4, stages=2),
+        DEFAULT: query_blocks(64, 32, 32, warps=8, stages=2),
         90: query_blocks(64, 64, 32, warps=4, stages=3, figure="H200: 0.6518 ms, 160 TFLOP/s, 2026-11-26"),
     },
     ("sparse_attention_backward", "dq 16-bit 128"): {
