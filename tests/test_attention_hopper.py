@@ -39,12 +39,12 @@ def test_the_swizzle_moves_pieces_within_rows_and_spreads_columns_over_all_banks
 
 
 def test_a_descriptor_holds_address_distance_and_swizzle():
-    for address in (0, 1024, 0x38C00, 227 * 1024 - 1024):
+    for address in range(0, 227 * 1024, 1024):
         descriptor = library().tile_descriptor(address)
         assert descriptor & 0x3FFF == address // 16
         assert descriptor >> 32 & 0x3FFF == 1024 // 16  # eight rows of 128 bytes
         assert descriptor >> 62 == 1  # of 128 bytes
-        for moved in (0, 32, 96, 2048, 16384):
+        for moved in range(0, 16384 + 1, 32):
             if address + moved < 1 << 18:
                 assert library().moved_descriptor(descriptor, moved) == library().tile_descriptor(address + moved)
 
@@ -59,9 +59,11 @@ def test_a_mask_below_a_column_holds_the_columns_below_it(keys):
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
 def test_turns_take_each_tile_of_a_block_once_and_in_order(groups):
-    turns = [[library().tile_of_turn(5, turn, group, groups) for turn in range(7)] for group in range(groups)]
-    assert sorted(itertools.chain(*turns)) == list(range(5, 5 + 7 * groups))
-    assert all(earlier < later for own in turns for earlier, later in itertools.pairwise(own))
+    for first, count in itertools.product(range(0, 60, 7), range(1, 40)):
+        rounds = range(count)
+        turns = [[library().tile_of_turn(first, turn, group, groups) for turn in rounds] for group in range(groups)]
+        assert sorted(itertools.chain(*turns)) == list(range(first, first + count * groups))
+        assert all(earlier < later for own in turns for earlier, later in itertools.pairwise(own))
 
 
 @pytest.mark.parametrize(("heads", "shares"), [(496, 132), (1, 7), (3, 3), (5, 64)])

@@ -38,8 +38,8 @@ __device__ __forceinline__ void bring_to_cache(const void* from, uint32_t bytes)
 #endif
 }
 
-// ---- Kernels launched by launch_chained (common/cuda.h): what comes before await_last_kernel may read only what no kernel shortly
-// before this one writes. Nothing happens in other launches, and before sm_90.
+// ---- Kernels launched by launch_chained (common/cuda.h): what comes before await_last_kernel may read only what no
+// kernel shortly before this one writes. Nothing happens in other launches, and in code for less than sm_90.
 //
 // Until the kernels before this one have ended and what they wrote is seen; then the next one may start. So what that
 // does ahead comes after the end of all kernels before this one.

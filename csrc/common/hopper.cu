@@ -11,8 +11,8 @@ const char* hopper_status() {
   if (major != 9 || minor != 0) return "the kernel is made for Hopper GPUs, compute capability 9.0";
   return nullptr;
 #else
-  return "the library was compiled without the kernels for Hopper GPUs; DALLE_KERNELS_CUDA_ARCHITECTURES must list 90a, "
-         "and not 90 beside it";
+  return "the library was compiled without the kernels for Hopper GPUs; DALLE_KERNELS_CUDA_ARCHITECTURES must list "
+         "90a, and not 90 beside it";
 #endif
 }
 

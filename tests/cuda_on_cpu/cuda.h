@@ -23,8 +23,12 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, ui
                                        const uint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   bool good = reinterpret_cast<uintptr_t>(data) % 16 == 0 && 2 * box[0] <= 128 && 2 * box[0] % 16 == 0;
-  for (int i = 0; i < 5; ++i) good = good && sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256;
-  for (int i = 0; i < 4; ++i) good = good && strides[i] > 0 && strides[i] % 16 == 0 && strides[i] < uint64_t{1} << 40;
+  for (int i = 0; i < 5; ++i) {
+    good = good && sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256;
+  }
+  for (int i = 0; i < 4; ++i) {
+    good = good && strides[i] > 0 && strides[i] % 16 == 0 && strides[i] < uint64_t{1} << 40;
+  }
   if (!good) return CUDA_ERROR_INVALID_VALUE;
   map->data = static_cast<const uint8_t*>(data);
   map->strides[0] = 2;
