@@ -110,13 +110,37 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize(("head_dim", "groups"), [(64, 3), (128, 2)])
+@pytest.mark.parametrize("steps", [(96, 64), (64, 32), (80, 64)], ids=str)
+def test_shared_memory_holds_all_pieces_apart(steps, head_dim, groups):
+    """Tiles at multiples of 1,024 bytes, as the swizzle wants, barriers at multiples of 8."""
+    planned = 0
+    for kind, text_len, grid in itertools.product(KINDS, (1, 64, 65, 129, 256, 257, 400), ((8, 16), (32, 32))):
+        seq = text_len + grid[0] * grid[1]
+        try:
+            plan = library().HopperPlan(KINDS.index(kind), seq, text_len, *grid, 11, steps, head_dim, groups)
+        except ValueError:
+            continue  # it does not fit
+        planned += 1
+        slots, stages = plan.text_slots, plan.stages
+        row = head_dim * 2
+        sizes = [groups * TILE * row, slots * 2 * TILE * row, groups * stages * 2 * plan.step * row]  # tiles
+        sizes += [groups * 2 * 8, slots * 2 * 8, groups * stages * 2 * 8, 8, 8]  # barriers
+        sizes += [16, plan.masks * 128 * 2 * 4]  # whether to go again, masks
+        starts = [0, *plan.shared_layout(head_dim, groups)]
+        assert all(a + size <= b for (a, b), size in zip(itertools.pairwise(starts), sizes, strict=True))
+        assert starts[-1] <= 227 * 1024 and slots >= plan.text_tiles and stages >= 1
+        assert not any(start % 1024 for start in starts[:3]) and not any(start % 8 for start in starts)
+        assert plan.step * row % 1024 == 0
+    assert planned > 10
+
+
 @pytest.mark.parametrize("steps", [(96, 64), (64, 32), (80, 64)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_queries_meet_each_visible_key_once(case, steps):
     kind, text_len, grid, kernel_size, seq = case
     pattern = AttentionPattern(kind, text_len, grid, kernel_size)
     plan = library().HopperPlan(KINDS.index(kind), seq, text_len, *grid, kernel_size, steps, 64, GROUPS)
-    assert plan.shared_bytes(64, GROUPS) <= 227 * 1024
     assert plan.text_slots >= plan.text_tiles and plan.stages >= 1
     met, taken = torch.zeros(seq, seq, dtype=torch.int), torch.zeros(seq, dtype=torch.int)
     masks = [seen_columns(plan, mask) for mask in range(plan.masks)]

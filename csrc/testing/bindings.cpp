@@ -78,9 +78,11 @@ DALLE_BINDINGS(testing, m) {
              return share_begin(plan, head_cost(plan), heads, share, shares);
            },
            "heads"_a, "share"_a, "shares"_a)
-      .def("shared_bytes", [](const HopperPlan& plan, int head_dim, int groups) {
-        return shared_layout(plan, head_dim, groups).end;
-      }, "head_dim"_a, "groups"_a)
+      .def("shared_layout", [](const HopperPlan& plan, int head_dim, int groups) {
+        const SharedLayout at = shared_layout(plan, head_dim, groups);
+        return std::array<int, 10>{at.text, at.windows, at.barriers, at.text_barriers, at.window_barriers,
+                                   at.mask_barrier, at.end_barrier, at.again, at.masks, at.end};
+      }, "head_dim"_a, "groups"_a, "Where all but the queries, which come first, begin in a block's shared memory.")
       // Of the backward, whose plan comes from hopper_backward_plan.
       .def_property_readonly("query_masks", &query_masks)
       .def_property_readonly("key_masks", &key_masks)

@@ -81,6 +81,13 @@ struct Cluster {
   std::atomic<unsigned> generation{0};
   std::atomic<char*> shared[MOST] = {};  // where each block's memory is; nullptr before it begins, after it has ended
   std::atomic<bool> strayed{false};      // somebody wrote into a block that was not there
+
+  // The block after that of the rank may begin.
+  void let_begin_after(int rank) {
+    int now = begun;
+    while (now <= rank && !begun.compare_exchange_weak(now, rank + 1)) {
+    }
+  }
 };
 
 struct Block {
@@ -107,7 +114,7 @@ inline void yield() {
     const int next = (from + step) % count;
     if (b.fibers[next].ended) continue;
     if (next <= from) {
-      b.cluster->begun = b.cluster->begun > b.rank + 1 ? b.cluster->begun.load() : b.rank + 1;
+      b.cluster->let_begin_after(b.rank);
       sched_yield();
     }
     b.running = next;
@@ -182,7 +189,7 @@ inline void run_block(const std::function<void()>& kernel, dim3 index, int threa
   cluster.shared[rank] = &shared_memory;
   swapcontext(&b.caller, &b.fibers[0].context);
   cluster.shared[rank] = nullptr;
-  if (cluster.begun == rank) cluster.begun = rank + 1;
+  cluster.let_begin_after(rank);
 }
 inline void run_block(const std::function<void()>& kernel, dim3 index, int threads, size_t shared) {
   Cluster alone;
