@@ -64,6 +64,23 @@ def triton_device():
         yield device
 
 
+@pytest.fixture
+def cuda_on_cpu():
+    """The CUDA library's module, made to run on CPU tensors."""
+    import on_cpu
+
+    return on_cpu.library()
+
+
+@pytest.fixture
+def served_on_cpu(cuda_on_cpu, monkeypatch):
+    """The same, which the operators then call for all that it holds."""
+    import on_cpu
+
+    on_cpu.serve(monkeypatch, cuda_on_cpu)
+    return cuda_on_cpu
+
+
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request):
     """Each instruction set that runs here, forced in this process."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import on_cpu
 import pytest
 import torch
 from plain_attention import masked_softmax
@@ -14,18 +13,15 @@ from dalle_kernels.attention.pattern import KINDS
 from dalle_kernels.testing import assert_accurate
 
 
-@pytest.fixture(scope="module")
-def library():
-    return on_cpu.library()
-
-
-def gradients_of(library, grad_out, q, k, v, out, lse, pattern, scale):
+def gradients_of(cuda_on_cpu, grad_out, q, k, v, out, lse, pattern, scale):
     """dq, dk and dv from memory that was NaN."""
     gradients = [torch.full_like(q, math.nan) for _ in range(3)]
     settings = (KINDS.index(pattern.kind), pattern.text_len, *pattern.grid, pattern.kernel_size)
-    bytes_needed = library.sparse_attention_backward_scratch(tuple(q.shape), *settings)
+    bytes_needed = cuda_on_cpu.sparse_attention_backward_scratch(tuple(q.shape), *settings)
     scratch = torch.full((bytes_needed // 4,), math.nan)
-    library.sparse_attention_backward(grad_out, q, k, v, out, lse, *gradients, scratch.data_ptr(), *settings, scale, 0)
+    cuda_on_cpu.sparse_attention_backward(
+        grad_out, q, k, v, out, lse, *gradients, scratch.data_ptr(), *settings, scale, 0
+    )
     return gradients
 
 
@@ -47,7 +43,7 @@ def gradients_of(library, grad_out, q, k, v, out, lse, pattern, scale):
         ("axial_row", 5, (9, 16), 3, 140, 1, torch.float16, 3.0),
     ],
 )
-def test_gradients_match_float64(library, kind, text_len, grid, kernel_size, seq, heads, dtype, scale):
+def test_gradients_match_float64(cuda_on_cpu, kind, text_len, grid, kernel_size, seq, heads, dtype, scale):
     torch.manual_seed(seq)
     pattern = AttentionPattern(kind, text_len, grid, kernel_size)
     # As slices of one tensor, tokens before heads.
@@ -58,6 +54,6 @@ def test_gradients_match_float64(library, kind, text_len, grid, kernel_size, seq
     exact = torch.autograd.grad(exact_out, doubled, grad_out.double())
     plain = torch.autograd.grad(masked_softmax(*inputs, pattern, scale)[0], inputs, grad_out)
     out, lse = exact_out.detach().to(dtype), exact_lse.detach().float().contiguous()
-    actual = gradients_of(library, grad_out, q, k, v, out, lse, pattern, scale)
+    actual = gradients_of(cuda_on_cpu, grad_out, q, k, v, out, lse, pattern, scale)
     for name, *gradients in zip(("dq", "dk", "dv"), actual, plain, exact):
         assert_accurate(*gradients, name=name)

@@ -15,19 +15,14 @@ from dalle_kernels.attention.pattern import KINDS
 from dalle_kernels.testing import assert_accurate
 
 
-@pytest.fixture(scope="module")
-def library():
-    return on_cpu.library()
-
-
-def check(library, pattern, seq, batch=1, heads=2, head_dim=64, dtype=torch.bfloat16, scale=0.125, growth=1):
+def check(cuda_on_cpu, pattern, seq, batch=1, heads=2, head_dim=64, dtype=torch.bfloat16, scale=0.125, growth=1):
     """Keys but the first 64 are ``growth`` times as long."""
     torch.manual_seed(seq)
     q, k, v = (torch.randn(batch, seq, heads, head_dim).to(dtype).transpose(1, 2) for _ in range(3))
     k[:, :, 64:] *= growth
     out, lse = torch.full_like(q, math.nan), torch.full((batch, heads, seq), math.nan)
     settings = (KINDS.index(pattern.kind), pattern.text_len, *pattern.grid, pattern.kernel_size, scale)
-    library.sparse_attention(q, k, v, out, lse, *settings, 0)
+    cuda_on_cpu.sparse_attention(q, k, v, out, lse, *settings, 0)
     exact, exact_lse = masked_softmax(q.double(), k.double(), v.double(), pattern, scale)
     assert_accurate(out, masked_softmax(q, k, v, pattern, scale)[0], exact, name=f"out of {pattern}")
     assert (lse - exact_lse).abs().max() < 1e-5 * max(1.0, exact_lse.abs().max().item())
@@ -52,33 +47,33 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_float64(library, case):
+def test_matches_float64(cuda_on_cpu, case):
     kind, text_len, grid, kernel_size, seq = case
-    check(library, AttentionPattern(kind, text_len, grid, kernel_size), seq)
+    check(cuda_on_cpu, AttentionPattern(kind, text_len, grid, kernel_size), seq)
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
-def test_wide_heads_of_the_other_type(library, kind):
-    check(library, AttentionPattern(kind, 130, (16, 16), 3), 386, head_dim=128, dtype=torch.float16)
+def test_wide_heads_of_the_other_type(cuda_on_cpu, kind):
+    check(cuda_on_cpu, AttentionPattern(kind, 130, (16, 16), 3), 386, head_dim=128, dtype=torch.float16)
 
 
-def test_many_heads_take_turns_in_the_rings(library):
-    check(library, AttentionPattern("row", 65, (8, 8)), 129, batch=2, heads=9)
+def test_many_heads_take_turns_in_the_rings(cuda_on_cpu):
+    check(cuda_on_cpu, AttentionPattern("row", 65, (8, 8)), 129, batch=2, heads=9)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 30.0])
-def test_any_scale(library, scale):
-    check(library, AttentionPattern("row", 65, (16, 16)), 321, scale=scale)
+def test_any_scale(cuda_on_cpu, scale):
+    check(cuda_on_cpu, AttentionPattern("row", 65, (16, 16)), 321, scale=scale)
 
 
 @pytest.mark.parametrize("growth", [20, 200])
-def test_scores_may_outgrow_those_of_the_first_keys(library, growth):
-    check(library, AttentionPattern("row", 80, (16, 16)), 336, growth=growth)
+def test_scores_may_outgrow_those_of_the_first_keys(cuda_on_cpu, growth):
+    check(cuda_on_cpu, AttentionPattern("row", 80, (16, 16)), 336, growth=growth)
 
 
 @pytest.mark.parametrize(("capability", "serves"), [(80, False), (90, True), (100, False)])
-def test_only_hopper_is_served(library, capability, serves):
+def test_only_hopper_is_served(cuda_on_cpu, capability, serves):
     q = torch.zeros(1, 1, 5, 64, dtype=torch.float16)
-    with on_cpu.device(library, capability, min(capability, 90)):
-        refusal = library.sparse_attention_refusal(q, q, q, KINDS.index("causal"), 1, 2, 2, 3)
+    with on_cpu.device(cuda_on_cpu, capability, min(capability, 90)):
+        refusal = cuda_on_cpu.sparse_attention_refusal(q, q, q, KINDS.index("causal"), 1, 2, 2, 3)
     assert refusal is None if serves else "compute capability 9.0" in refusal

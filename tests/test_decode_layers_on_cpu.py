@@ -15,11 +15,6 @@ from dalle_kernels.transformer import ops
 HEAD_DIM = 64
 
 
-@pytest.fixture(scope="module")
-def library():
-    return on_cpu.library()
-
-
 def filled_caches(prompts, heads, dtype, samples, count):
     caches = new_caches(prompts, heads, HEAD_DIM, dtype, samples, count, "cpu")
     generator = torch.Generator().manual_seed(9)
@@ -28,13 +23,13 @@ def filled_caches(prompts, heads, dtype, samples, count):
     return caches
 
 
-def compiled_step(library, x, layers, caches, place):
+def compiled_step(cuda_on_cpu, x, layers, caches, place):
     """The token after the text by the compiled kernels, its place a number or of the device."""
     weights = [tensor for layer in layers for tensor in layer]
     held = [tensor for cache in caches for tensor in (cache.text, cache.image)]
     kinds = ",".join(cache.pattern.kind for cache in caches)
     described = ops._cuda_layers(x, weights, held, kinds, *caches[0].pattern_arguments[1:])
-    refused = library.decode_layers_refusal(**described)
+    refused = cuda_on_cpu.decode_layers_refusal(**described)
     assert refused is None, refused
     out = x.clone()
     scratch = torch.full((len(x) * (4 * caches[0].heads * HEAD_DIM + ops._hidden(weights)),), torch.nan, dtype=x.dtype)
@@ -42,7 +37,7 @@ def compiled_step(library, x, layers, caches, place):
     if place is not None:
         where = {"position": 0, "place": place.data_ptr(), "wide_place": place.dtype == torch.int64}
     tensors = {"x": out.data_ptr(), "scratch": scratch.data_ptr()}
-    library.decode_layers(**described, **where, **tensors, scale=HEAD_DIM**-0.5, epsilon=1e-5, executor=0)
+    cuda_on_cpu.decode_layers(**described, **where, **tensors, scale=HEAD_DIM**-0.5, epsilon=1e-5, executor=0)
     return out
 
 
@@ -59,7 +54,7 @@ def compiled_step(library, x, layers, caches, place):
     ],
     ids=str,
 )
-def test_a_step_meets_the_error_rule(library, sizes, dtype):
+def test_a_step_meets_the_error_rule(cuda_on_cpu, sizes, dtype):
     rows, samples, dim, heads, hidden = sizes
     results = []
     for seed in range(2):
@@ -69,14 +64,14 @@ def test_a_step_meets_the_error_rule(library, sizes, dtype):
         x = (torch.randn(rows, dim) + 1).to(dtype)
         place = None if seed else torch.tensor(TEXT_LEN, dtype=torch.int64 if rows % 2 else torch.int32)
         caches = [filled_caches(rows // samples, heads, of, samples, 2) for of in (dtype, dtype, torch.float64)]
-        with on_cpu.overtaking(library, seed):
-            actual = compiled_step(library, x, layers, caches[0], place)
+        with on_cpu.overtaking(cuda_on_cpu, seed):
+            actual = compiled_step(cuda_on_cpu, x, layers, caches[0], place)
         with dalle_kernels.use("reference"):
             results.append((actual, decode_layers(x, layers, caches[1]), decode_layers(x.double(), double, caches[2])))
     assert_accurate(*zip(*results))
 
 
-def test_what_it_refuses(library):
+def test_what_it_refuses(cuda_on_cpu):
     layers = [LayerWeights(*layer) for layer in draw_layers(32, 1, HEAD_DIM, 64, torch.bfloat16, 1)]
     weights = [tensor for layer in layers for tensor in layer]
     cache = filled_caches(1, 1, torch.bfloat16, 1, 1)[0]
@@ -91,8 +86,8 @@ def test_what_it_refuses(library):
         ({"sizes": (*described["sizes"][:4], 8032, 64, TEXT_LEN)}, "shared memory"),
         ({"weights": [address + 2 for address in described["weights"]]}, "multiples of 16"),
     ):
-        assert message in library.decode_layers_refusal(**{**described, **change})
+        assert message in cuda_on_cpu.decode_layers_refusal(**{**described, **change})
     wide = {"sizes": (*described["sizes"][:4], 1920, 64, TEXT_LEN)}
-    assert library.decode_layers_refusal(**{**described, **wide}) is None
-    with on_cpu.device(library, 86, 80, shared=99 << 10):
-        assert "shared memory" in library.decode_layers_refusal(**{**described, **wide})
+    assert cuda_on_cpu.decode_layers_refusal(**{**described, **wide}) is None
+    with on_cpu.device(cuda_on_cpu, 86, 80, shared=99 << 10):
+        assert "shared memory" in cuda_on_cpu.decode_layers_refusal(**{**described, **wide})

@@ -15,12 +15,7 @@ from dalle_kernels.testing import assert_accurate, poisoned_allocations
 HEAD_DIM = 64
 
 
-@pytest.fixture(scope="module")
-def library():
-    return on_cpu.library()
-
-
-def decode(library, pattern, q, k, v, samples, positions, scale, on_device):
+def decode(cuda_on_cpu, pattern, q, k, v, samples, positions, scale, on_device):
     """The steps at ``positions``, one after the other; what must be written before it is read is NaN at first."""
     rows, heads, _, head_dim = q.shape
     with poisoned_allocations():
@@ -33,16 +28,18 @@ def decode(library, pattern, q, k, v, samples, positions, scale, on_device):
         token = (x[:, :, position : position + 1] for x in (q, k, v))
         place = torch.tensor(position, dtype=torch.int32 if position % 2 else torch.int64)
         where = (0, place.data_ptr(), place.dtype == torch.int64) if on_device else (position, 0, False)
-        library.decode_attention(*token, cache.text, cache.image, out, *where, KINDS.index(kind), *numbers, scale, 0)
+        cuda_on_cpu.decode_attention(
+            *token, cache.text, cache.image, out, *where, KINDS.index(kind), *numbers, scale, 0
+        )
     return torch.cat(steps, dim=2)
 
 
-def check(library, pattern, prompts, samples, heads, positions, dtype=torch.bfloat16, scale=0.125, on_device=False):
+def check(cuda_on_cpu, pattern, prompts, samples, heads, positions, dtype=torch.bfloat16, scale=0.125, on_device=False):
     results = []
     for seed in range(2):
         torch.manual_seed(seed)
         q, k, v = draw(pattern, prompts, samples, heads, HEAD_DIM, dtype, positions.start)
-        actual = decode(library, pattern, q, k, v, samples, positions, scale, on_device)
+        actual = decode(cuda_on_cpu, pattern, q, k, v, samples, positions, scale, on_device)
         end = positions.stop
         q, k, v = (x[:, :, :end] for x in (q, k, v))
         with dalle_kernels.use("reference"):
@@ -58,16 +55,16 @@ SHAPES = [(5, (4, 6), 3), (0, (3, 5), 5), (1, (5, 3), 7), (3, (1, 7), 3), (2, (6
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_step(library, kind, shape):
+def test_every_step(cuda_on_cpu, kind, shape):
     pattern = AttentionPattern(kind, *shape)
-    check(library, pattern, 1, 1, 1, range(pattern.seq_len))
+    check(cuda_on_cpu, pattern, 1, 1, 1, range(pattern.seq_len))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
-def test_every_step_of_samples(library, kind, shape):
+def test_every_step_of_samples(cuda_on_cpu, kind, shape):
     pattern = AttentionPattern(kind, *shape)
-    check(library, pattern, 1, 2, 1, range(pattern.text_len, pattern.seq_len), on_device=True)
+    check(cuda_on_cpu, pattern, 1, 2, 1, range(pattern.text_len, pattern.seq_len), on_device=True)
 
 
 # Four warps take a head where there are many, else 16, in rounds of 160 and 320 keys; of shared text 16 warps take
@@ -81,20 +78,20 @@ def test_every_step_of_samples(library, kind, shape):
         (1, 3, 1, 800, "causal", torch.float16),
     ],
 )
-def test_many_keys_heads_and_samples(library, prompts, samples, heads, text_len, kind, dtype):
+def test_many_keys_heads_and_samples(cuda_on_cpu, prompts, samples, heads, text_len, kind, dtype):
     pattern = AttentionPattern(kind, text_len, (8, 16))
     last = pattern.seq_len - 1
-    check(library, pattern, prompts, samples, heads, range(last, last + 1), dtype)
+    check(cuda_on_cpu, pattern, prompts, samples, heads, range(last, last + 1), dtype)
 
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("scale", [0.0, -0.3, 20.0])
-def test_scales(library, scale, samples):
+def test_scales(cuda_on_cpu, scale, samples):
     pattern = AttentionPattern("column", 40, (3, 4))
-    check(library, pattern, 2, samples, 2, range(46, 49), scale=scale)
+    check(cuda_on_cpu, pattern, 2, samples, 2, range(46, 49), scale=scale)
 
 
-def test_a_place_without_a_step_gives_nan_and_leaves_the_cache(library):
+def test_a_place_without_a_step_gives_nan_and_leaves_the_cache(cuda_on_cpu):
     pattern = AttentionPattern("column", 3, (2, 2))
     for samples, places in ((1, (-1, 7, 100)), (2, (0, 2, 7))):
         cache = KVCache(pattern, 1, 2, HEAD_DIM, torch.bfloat16, samples_per_prompt=samples)
@@ -106,21 +103,21 @@ def test_a_place_without_a_step_gives_nan_and_leaves_the_cache(library):
         for at in places:
             place, out = torch.tensor(at), torch.empty_like(token)
             settings = (0, place.data_ptr(), True, KINDS.index(kind), *numbers, 0.125, 0)
-            library.decode_attention(token, token, token, cache.text, cache.image, out, *settings)
+            cuda_on_cpu.decode_attention(token, token, token, cache.text, cache.image, out, *settings)
             assert out.isnan().all()
             assert torch.equal(cache.text, before[0]) and torch.equal(cache.image, before[1])
 
 
 @pytest.mark.parametrize(("samples", "text_len"), [(1, 5), (2, 0), (2, 5)])
-def test_shared_text_is_refused_where_its_memory_does_not_fit(library, samples, text_len):
+def test_shared_text_is_refused_where_its_memory_does_not_fit(cuda_on_cpu, samples, text_len):
     """As on the smaller GPUs of compute capability 8.6 and 8.9; 8.0 gives a block 163 KiB."""
     pattern = AttentionPattern("row", text_len, (4, 4))
     cache = KVCache(pattern, 1, 1, HEAD_DIM, torch.float16, samples_per_prompt=samples)
     token = torch.zeros(samples, 1, 1, HEAD_DIM, dtype=torch.float16)
     kind, *numbers = cache.pattern_arguments
     call = token, token, token, cache.text, cache.image, KINDS.index(kind), *numbers
-    with on_cpu.device(library, 80, 80, shared=163 << 10):
-        assert library.decode_attention_refusal(*call) is None
-    with on_cpu.device(library, 86, 80, shared=99 << 10):
-        refusal = library.decode_attention_refusal(*call)
+    with on_cpu.device(cuda_on_cpu, 80, 80, shared=163 << 10):
+        assert cuda_on_cpu.decode_attention_refusal(*call) is None
+    with on_cpu.device(cuda_on_cpu, 86, 80, shared=99 << 10):
+        refusal = cuda_on_cpu.decode_attention_refusal(*call)
     assert "shared memory" in refusal if samples > 1 and text_len else refusal is None

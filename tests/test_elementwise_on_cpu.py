@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fuzz
-import on_cpu
 import pytest
 import torch
 
@@ -19,8 +18,7 @@ OPS = [
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    on_cpu.serve(monkeypatch, on_cpu.library())
+def kernels(served_on_cpu, monkeypatch):
     call = _native.call
 
     def with_factors(name, device, *arguments, **named):

@@ -14,14 +14,8 @@ from dalle_kernels.gumbel_softmax import ops, reference
 from dalle_kernels.testing import assert_accurate, poisoned_allocations
 
 
-@pytest.fixture(scope="module")
-def library():
-    return on_cpu.library()
-
-
 @pytest.fixture(autouse=True)
-def kernels(library, monkeypatch):
-    on_cpu.serve(monkeypatch, library)
+def kernels(served_on_cpu):
     with dalle_kernels.use("native"):
         yield
 
@@ -89,7 +83,7 @@ def test_bad_rows_stay_alone(shape):
     assert y[4:].sum(1).sub(1).abs().max() < 1e-5
 
 
-def test_code_for_older_gpus_makes_no_clusters(library):
+def test_code_for_older_gpus_makes_no_clusters(cuda_on_cpu):
     """Not on newer ones either, which run it translated."""
-    with on_cpu.device(library, 100, 80):
+    with on_cpu.device(cuda_on_cpu, 100, 80):
         test_sample_kl_and_gradient_meet_the_error_rule((1, 600, 2, 3), torch.contiguous_format, torch.float32)

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import math
 
-import on_cpu
 import pytest
 import torch
 
 from dalle_kernels.powersgd import models, ops
 from dalle_kernels.powersgd.reference import orthogonalize
 
+pytestmark = pytest.mark.usefixtures("served_on_cpu")
 EPS = 1e-6
-
-
-@pytest.fixture(scope="module")
-def library():
-    """The CUDA library's module, with this family alone, that runs on CPU tensors."""
-    return on_cpu.library()
-
-
-@pytest.fixture(autouse=True)
-def kernels(library, monkeypatch):
-    on_cpu.serve(monkeypatch, library)
 
 
 def errors(Q: torch.Tensor, P: torch.Tensor, eps: float) -> tuple[float, float]:

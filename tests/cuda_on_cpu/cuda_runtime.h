@@ -358,19 +358,22 @@ inline cudaError_t run_blocks(const std::function<void()>& call, dim3 blocks, un
   return mistake == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+// Each block a thread of the system, which runs `body` of its number.
+inline void at_once(unsigned blocks, const std::function<void(unsigned)>& body) {
+  std::vector<std::thread> running;
+  for (unsigned i = 0; i < blocks; ++i) running.emplace_back([&, i] { body(i); });
+  for (std::thread& thread : running) thread.join();
+}
+
 inline cudaError_t run_clusters(const std::function<void()>& call, unsigned blocks, unsigned threads, unsigned size) {
   if (size > Cluster::MOST || blocks % size != 0) return cudaErrorInvalidValue;
   grid = dim3(blocks);
   for (unsigned first = 0; first < blocks; first += size) {
     Cluster cluster;
     cluster.blocks = static_cast<int>(size), cluster.threads = static_cast<int>(size * threads);
-    std::vector<std::thread> running;
-    for (unsigned rank = 0; rank < size; ++rank) {
-      running.emplace_back([&, rank] {
-        run_block(call, dim3(first + rank), static_cast<int>(threads), 0, cluster, static_cast<int>(rank));
-      });
-    }
-    for (std::thread& thread : running) thread.join();
+    at_once(size, [&](unsigned rank) {
+      run_block(call, dim3(first + rank), static_cast<int>(threads), 0, cluster, static_cast<int>(rank));
+    });
     if (!cluster.strayed) continue;
     mistake = "a block wrote into one that had not begun or had ended";
     return cudaErrorLaunchFailure;
@@ -404,12 +407,9 @@ cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Params), dim3 blocks, dim
   on_cpu::end_pending();
   const std::function<void()> call = on_cpu::call_of(kernel, arguments);
   on_cpu::grid = blocks;
-  std::vector<std::thread> running;
-  for (unsigned i = 0; i < blocks.x * blocks.y; ++i) {
-    const dim3 index(i % blocks.x, i / blocks.x);
-    running.emplace_back([&, index] { on_cpu::run_block(call, index, threads.x, 0); });
-  }
-  for (std::thread& thread : running) thread.join();
+  on_cpu::at_once(blocks.x * blocks.y, [&](unsigned i) {
+    on_cpu::run_block(call, dim3(i % blocks.x, i / blocks.x), threads.x, 0);
+  });
   return cudaSuccess;
 }
 
