@@ -18,6 +18,7 @@ import random
 import sys
 import warnings
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import interpreter
@@ -38,10 +39,10 @@ def ops_of(provider: str, device: str) -> list[str]:
     )
 
 
-def drawn(op: str, draw: random.Random) -> Call:
+def drawn(op: str, draw: random.Random, samplers: Mapping[str, Callable] = SAMPLERS) -> Call:
     """A call of the op, which ``draw`` alone decides on."""
     torch.manual_seed(draw.getrandbits(32))
-    return SAMPLERS[op](op, draw)
+    return samplers[op](op, draw)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,15 +106,31 @@ def float16_call(op: str, draw: random.Random) -> Call:
     return Call((laid_out(draw, values),), bits=True)
 
 
-def attention_call(op: str, draw: random.Random) -> Call:
+@dataclass(frozen=True)
+class Room:
+    """What attention, decoding and a decoding step's layers are drawn of: by default all that any kernel serves."""
+
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    head_dims: tuple[int, ...] = (1, 3, 8, 16, 20, 33, 64, 80, 128)
+    layers: tuple[tuple[int, ...], ...] = ((1, 8, 13, 33, 64),) * 4
+    """Their width, heads, head_dim and hidden width."""
+    lay_out: Callable[..., Tensor] = laid_out
+
+
+ANY = Room()
+TENSOR_CORES = Room((torch.bfloat16, torch.float16), (64,), ((32, 160), (1, 5), (64,), (64, 96)), lambda _, x, **__: x)
+"""Where the compiled kernels for CUDA serve most of the calls."""
+
+
+def attention_call(op: str, draw: random.Random, room: Room = ANY) -> Call:
     pattern = AttentionPattern(
         draw.choice(KINDS), draw.randint(0, 40), (draw.randint(1, 12), draw.randint(1, 12)), draw.choice((1, 3, 5, 11))
     )
     batch, heads, seq = draw.randint(1, 3), draw.randint(1, 3), draw.randint(1, pattern.seq_len)
-    shape, dtype = (batch, heads, seq, draw.choice((1, 3, 8, 16, 20, 33, 64, 80, 128))), draw.choice(FLOATS)
+    shape, dtype = (batch, heads, seq, draw.choice(room.head_dims)), draw.choice(room.dtypes)
     scale = draw.choice((shape[-1] ** -0.5, draw.uniform(-2, 2)))
     settings = (pattern.kind, pattern.text_len, *pattern.grid, pattern.kernel_size, scale)
-    tensors = [laid_out(draw, torch.randn(shape).to(dtype), unit_last=True) for _ in range(4)]
+    tensors = [room.lay_out(draw, torch.randn(shape).to(dtype), unit_last=True) for _ in range(4)]
     if op == "sparse_attention":
         return Call((*tensors[:3], *settings))
     *inputs, grad_out = tensors
@@ -131,7 +148,7 @@ def attention_call(op: str, draw: random.Random) -> Call:
     return Call((grad_out, *inputs, *saved, *settings), (*doubles, *settings), plain=plain)
 
 
-def decode_call(op: str, draw: random.Random) -> Call:
+def decode_call(op: str, draw: random.Random, room: Room = ANY) -> Call:
     pattern = AttentionPattern(
         draw.choice(KINDS),
         draw.choice((0, 1, 7, 40, 300)),
@@ -139,9 +156,9 @@ def decode_call(op: str, draw: random.Random) -> Call:
         draw.choice((3, 5)),
     )
     prompts, heads, samples = draw.randint(1, 3), draw.randint(1, 3), draw.choice((1, 1, 2, 5, 33))
-    head_dim, dtype = draw.choice((1, 3, 8, 16, 20, 33, 64, 80, 128)), draw.choice(FLOATS)
+    head_dim, dtype = draw.choice(room.head_dims), draw.choice(room.dtypes)
     cache = KVCache(pattern, prompts, heads, head_dim, dtype, samples_per_prompt=samples)
-    tokens = [laid_out(draw, torch.randn(prompts * samples, heads, 1, head_dim).to(dtype)) for _ in range(3)]
+    tokens = [room.lay_out(draw, torch.randn(prompts * samples, heads, 1, head_dim).to(dtype)) for _ in range(3)]
     held = [torch.randn(tensor.shape).to(dtype) for tensor in (cache.text, cache.image)]
     position = draw.randrange(0 if samples == 1 else pattern.text_len, pattern.seq_len)
     if op == "decode_attention_at":
@@ -175,10 +192,10 @@ def mlp_call(op: str, draw: random.Random) -> Call:
     return Call((grad_out, x, hidden, *weights[:3]), products=True, terms=terms)
 
 
-def decode_layers_call(op: str, draw: random.Random) -> Call:
-    dim, heads, head_dim, hidden = (draw.choice((1, 8, 13, 33, 64)) for _ in range(4))
+def decode_layers_call(op: str, draw: random.Random, room: Room = ANY) -> Call:
+    dim, heads, head_dim, hidden = (draw.choice(sizes) for sizes in room.layers)
     heads = min(heads, 8)
-    text_len, grid, dtype = draw.randint(0, 20), (draw.randint(1, 5), draw.randint(1, 5)), draw.choice(FLOATS)
+    text_len, grid, dtype = draw.randint(0, 20), (draw.randint(1, 5), draw.randint(1, 5)), draw.choice(room.dtypes)
     prompts, samples, kinds = draw.randint(1, 3), draw.choice((1, 2, 5)), [draw.choice(KINDS) for _ in range(2)]
     outputs = {"query_key_value": (3 * heads * head_dim, dim), "projection": (dim, heads * head_dim)}
     outputs |= {"expansion": (hidden, dim), "contraction": (dim, hidden)}
@@ -191,7 +208,7 @@ def decode_layers_call(op: str, draw: random.Random) -> Call:
         pattern = AttentionPattern(kind, text_len, grid, 3)
         cache = KVCache(pattern, prompts, heads, head_dim, dtype, samples_per_prompt=samples)
         held += [torch.randn(tensor.shape).to(dtype) for tensor in (cache.text, cache.image)]
-    x = laid_out(draw, torch.randn(prompts * samples, dim).to(dtype))
+    x = room.lay_out(draw, torch.randn(prompts * samples, dim).to(dtype))
     position = draw.randrange(0 if samples == 1 else text_len, pattern.seq_len)
     if op == "decode_layers_at":
         position = torch.tensor(position, dtype=draw.choice((torch.int32, torch.int64)))
@@ -352,3 +369,10 @@ SAMPLERS: dict[str, Callable[[str, random.Random], Call]] = {
     **dict.fromkeys(["scale_cast_filter", "filter_cast_unscale"], grad_scale_call),
     "orthogonalize": orthogonalize_call,
 }
+
+OF_TENSOR_CORES: dict[str, Callable[[str, random.Random], Call]] = {
+    op: partial(SAMPLERS[op], room=TENSOR_CORES)
+    for op in SAMPLERS
+    if op.startswith(("sparse_attention", "decode_attention", "decode_layers"))
+}
+"""For the ops whose compiled CUDA kernels serve few of the calls that ``SAMPLERS`` draws."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import fuzz
 import pytest
 import torch
+from fuzz_calls import OF_TENSOR_CORES, SAMPLERS
+from public_calls import NOISY, STEPS
 
 import dalle_kernels
 from dalle_kernels import AttentionPattern, KVCache, decode_attention
@@ -14,25 +19,29 @@ from dalle_kernels import AttentionPattern, KVCache, decode_attention
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")]
 OPS = [(op, provider) for provider in ("triton", "native") for op in fuzz.ops_of(provider, "cuda")] if GPU else []
-# Kernels that serve few of the shapes and layouts that are drawn have test_attention_cuda.py and test_decode_cuda.py.
-OF_FEW_SHAPES = ("sparse_attention", "decode_attention", "decode_layers")
-PROVIDERS = [(op, provider) for op, provider in OPS if provider != "native" or not op.startswith(OF_FEW_SHAPES)]
 COUNTS = {"triton": 16, "native": 30}
 """Of fuzzed calls: most of those by Triton have to be compiled first."""
-each_kernel = pytest.mark.parametrize(("op", "provider"), PROVIDERS)
+each_kernel = pytest.mark.parametrize(("op", "provider"), OPS)
+each_step = pytest.mark.parametrize("name", STEPS)
 
 
-@each_kernel
+def of_few_shapes(op: str, provider: str) -> bool:
+    return provider == "native" and op in OF_TENSOR_CORES
+
+
+# The others have test_attention_cuda.py and test_decode_cuda.py.
+@pytest.mark.parametrize(("op", "provider"), [kernel for kernel in OPS if not of_few_shapes(*kernel)])
 def test_fuzzed_calls_agree_with_the_reference_on_the_cpu_and_repeat_bit_for_bit(op, provider):
     found = fuzz.fuzz(op, COUNTS[provider], seed=0, provider=provider, device="cuda")
     assert found.passed, str(found)
 
 
 def served_calls(op: str, provider: str, count: int) -> list[tuple]:
-    """Arguments on the GPU of calls that the provider serves there, drawn as the fuzz draws them."""
+    """Arguments on the GPU of calls that the provider serves there, drawn as the fuzz draws them where it can."""
     calls = []
     for index in range(10 * count):
-        args = fuzz.copied(fuzz.drawn(op, random.Random(f"{op} {index}")).args, "cuda")
+        samplers = OF_TENSOR_CORES if of_few_shapes(op, provider) else SAMPLERS
+        args = fuzz.copied(fuzz.drawn(op, random.Random(f"{op} {index}"), samplers).args, "cuda")
         with dalle_kernels.use(provider):
             if len(calls) < count and dalle_kernels.explain(op, *args).runs == provider:
                 calls.append(args)
@@ -53,25 +62,71 @@ def restore(args: tuple, originals: tuple) -> None:
         tensor.copy_(original)
 
 
+def captured(step: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    """A graph of the step, which has run once before, and the memory where its replays leave the results."""
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):  # compiles, which a capture must not
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    return graph, found
+
+
+@contextmanager
+def waiting_refused() -> Iterator[None]:
+    """Within the block the host must not wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @each_kernel
 def test_a_captured_call_replays(op, provider):
     for originals in served_calls(op, provider, 4):
         expected = results(op, provider, fuzz.copied(originals))
         args = fuzz.copied(originals)
-        stream = torch.cuda.Stream()
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):  # compiles, which a capture must not
-            results(op, provider, args)
-        torch.cuda.synchronize()
-        restore(args, originals)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = results(op, provider, args)
+        graph, found = captured(partial(results, op, provider, args))
         for _ in range(2):
             restore(args, originals)
             graph.replay()
             torch.cuda.synchronize()
-            assert all(map(fuzz.same_bits, captured, expected))
+            assert all(map(fuzz.same_bits, found, expected))
+
+
+@each_step
+def test_a_captured_step_of_a_public_function_replays(name):
+    torch.manual_seed(3)
+    step = STEPS[name]("cuda")
+    expected = [step() for _ in range(3)]
+    torch.manual_seed(3)
+    graph, found = captured(STEPS[name]("cuda"))
+    for results in expected[1:]:
+        graph.replay()
+        assert all(result.isfinite().all() for result in found if result.is_floating_point())
+        if name not in NOISY:
+            torch.testing.assert_close(found, results)
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_every_replay_draws_other_noise_and_the_seed_decides_on_it(name):
+    graph, found = captured(STEPS[name]("cuda"))
+
+    def replayed(count: int) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        steps = []
+        for _ in range(count):
+            graph.replay()
+            steps += [found[0].clone()]
+        return steps
+
+    first, second = replayed(2)
+    assert not torch.equal(first, second)
+    assert all(map(torch.equal, (first, second), replayed(2)))
 
 
 @pytest.mark.parametrize("samples", (1, 4))
@@ -84,19 +139,12 @@ def test_one_graph_serves_every_step_of_a_generation(samples):
         held.prefill(*text)
     token, position = tokens[given].clone(), torch.full((1,), given, device="cuda")
 
-    def step() -> torch.Tensor:
+    def step() -> list[torch.Tensor]:
         out = decode_attention(*token, cache, position=position)
         position.add_(1)
-        return out
+        return [out]
 
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):  # compiles, which a capture must not
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, (out,) = captured(step)
     position.fill_(given)
     for place in range(given, pattern.seq_len):
         token.copy_(tokens[place])
@@ -111,20 +159,27 @@ def test_no_call_waits_for_the_device(op, provider):
     for args in served_calls(op, provider, 2):
         results(op, provider, fuzz.copied(args))  # compiles
         again = fuzz.copied(args)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_refused():
             results(op, provider, again)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
-def test_noise_is_that_of_the_cpu():
+@each_step
+def test_no_step_of_a_public_function_waits_for_the_device(name):
+    step = STEPS[name]("cuda")
+    step()  # compiles, and makes what is made once
+    with waiting_refused():
+        step()
+
+
+@pytest.mark.parametrize("provider", ("triton", "native"))
+def test_noise_is_that_of_the_cpu(provider):
     """The softmax of noise alone is largest where the noise is."""
     torch.manual_seed(3)
     logits, seed, offset = torch.zeros(512, 1000), torch.tensor(77), torch.tensor(5)
     arguments = (seed, offset, torch.tensor(1.0), True, 1)
     with dalle_kernels.use("reference"):
         expected = dalle_kernels.ops()["gumbel_softmax"](logits, *arguments)
-    got = dalle_kernels.ops()["gumbel_softmax"](*fuzz.copied((logits, *arguments), "cuda"))
+    with dalle_kernels.use(provider):
+        got = dalle_kernels.ops()["gumbel_softmax"](*fuzz.copied((logits, *arguments), "cuda"))
     agreeing = (got.cpu().argmax(1) == expected.argmax(1)).double().mean()
     assert agreeing > 0.99  # the largest two of a row may round to the same number

@@ -16,6 +16,7 @@ from dalle.config import DALLEConfig
 from dalle.errors import UserError
 from dalle.transformer import DALLE, INIT_STD, Layer, mask_schedule
 from dalle_kernels import AttentionPattern
+from dalle_kernels.attention.pattern import KINDS
 
 # Not square, not a multiple of anything, heads * head_dim different from dim.
 CONFIG = DALLEConfig(
@@ -192,7 +193,7 @@ def layer_of(kind: str) -> Layer:
     return Layer(CONFIG, AttentionPattern(kind, CONFIG.text_len + 1, CONFIG.grid, CONFIG.kernel_size))
 
 
-@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_on_a_gpu_is_traced_without_a_graph_break_where_there_is_none(kind):
     """Without gradients, of which a torch that is built without CUDA keeps no record."""
     layer, graphs = layer_of(kind), []
@@ -214,18 +215,35 @@ def test_a_layer_on_a_gpu_is_traced_without_a_graph_break_where_there_is_none(ki
     assert torch.ops.dalle_kernels.sparse_attention.default in {node.target for node in graphs[0].graph.nodes}
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("kind", ["row", "column", "conv"])
-def test_a_layer_compiles_without_a_graph_break_on_a_gpu(kind):
-    layer = layer_of(kind).to("cuda", torch.bfloat16)
-    x = torch.randn(2, CONFIG.text_len + CONFIG.image_len, CONFIG.dim, dtype=torch.bfloat16, device="cuda")
+def assert_compiles(layer: Layer, x: torch.Tensor, backend: str) -> None:
+    """Forward and backward in one graph each, close to what eager calls give."""
+    torch._dynamo.reset()
     results = []
-    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+    for function in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
         inputs = x.clone().requires_grad_()
         out = function(inputs)
-        results.append((out, torch.autograd.grad(out.square().sum(), inputs)[0]))
-    torch.testing.assert_close(*results)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [inputs, *layer.parameters()])))
+    for expected, found in zip(*results, strict=True):
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        # A dozen roundings, each by at most half an eps, that mostly do not add up.
+        assert (found - expected).norm() <= 2 * torch.finfo(x.dtype).eps * expected.norm()
+
+
+@pytest.mark.slow
+def test_a_layer_compiles_by_inductor():
+    torch.manual_seed(0)
+    x = torch.randn(2, CONFIG.text_len + CONFIG.image_len, CONFIG.dim)
+    assert_compiles(layer_of("conv"), x, "inductor")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("kind", "backend"), [*((kind, "aot_eager") for kind in KINDS), ("row", "inductor")])
+def test_a_layer_compiles_on_a_gpu(kind, backend):
+    torch.manual_seed(0)
+    layer = layer_of(kind).to("cuda", torch.bfloat16)
+    x = torch.randn(2, CONFIG.text_len + CONFIG.image_len, CONFIG.dim, dtype=torch.bfloat16, device="cuda")
+    assert_compiles(layer, x, backend)
 
 
 # float32 takes the compiled step through all layers, float64 the plain one.
