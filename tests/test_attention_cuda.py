@@ -64,6 +64,8 @@ CASES = [
     ("column", 13, (3, 5), 20),
     ("conv", 130, (16, 16), 386),
     ("row", 13, (16, 16), 269),
+    ("conv", 273, (32, 32), 1297),
+    ("row", 80, (8, 8), 144),
     ("row", 1, (1, 1), 1),
 ]
 
@@ -121,11 +123,17 @@ def test_gradients_of_slices_of_one_tensor():
     check_gradients(*(joined[:, :, i].transpose(1, 2) for i in range(3)), AttentionPattern("conv", 256, (32, 32)))
 
 
-@pytest.mark.parametrize("kind", ["row", "column", "axial_row"])
+@pytest.mark.parametrize("kind", ["row", "column", "conv", "axial_row"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_float64_in_wide_heads(kind, dtype):
+@pytest.mark.parametrize("text_len", [256, 257])
+def test_matches_float64_in_wide_heads(text_len, dtype, kind):
     torch.manual_seed(0)
-    check(*draw(2, 5, 1280, 128, dtype), AttentionPattern(kind, 256, (32, 32)))
+    check(*draw(2, 5, 1280, 128, dtype), AttentionPattern(kind, text_len, (32, 32)))
+
+
+def test_steps_of_half_a_tile_of_columns():
+    torch.manual_seed(0)
+    check(*draw(2, 3, 449, 128, torch.bfloat16), AttentionPattern("column", 257, (64, 3)))
 
 
 @pytest.mark.parametrize("kind", ["row", "conv"])

@@ -115,7 +115,7 @@ CASES = [
 def test_shared_memory_holds_all_pieces_apart(steps, head_dim, groups):
     """Tiles at multiples of 1,024 bytes, as the swizzle wants, barriers at multiples of 8."""
     planned = 0
-    for kind, text_len, grid in itertools.product(KINDS, (1, 64, 65, 129, 256, 257, 400), ((8, 16), (32, 32))):
+    for kind, text_len, grid in itertools.product(KINDS, (1, 64, 65, 80, 81, 129, 256, 257, 400), ((8, 16), (32, 32))):
         seq = text_len + grid[0] * grid[1]
         try:
             plan = library().HopperPlan(KINDS.index(kind), seq, text_len, *grid, 11, steps, head_dim, groups)
@@ -124,7 +124,10 @@ def test_shared_memory_holds_all_pieces_apart(steps, head_dim, groups):
         planned += 1
         slots, stages = plan.text_slots, plan.stages
         row = head_dim * 2
-        sizes = [groups * TILE * row, slots * 2 * TILE * row, groups * stages * 2 * plan.step * row]  # tiles
+        text_rows = slots * TILE
+        if slots == plan.text_tiles and 0 < text_len % TILE <= 16:
+            text_rows += 16 - TILE
+        sizes = [groups * TILE * row, text_rows * 2 * row, groups * stages * 2 * plan.step * row]  # tiles
         sizes += [groups * 2 * 8, slots * 2 * 8, groups * stages * 2 * 8, 8, 8]  # barriers
         sizes += [16, plan.masks * 128 * 2 * 4]  # whether to go again, masks
         starts = [0, *plan.shared_layout(head_dim, groups)]
@@ -169,8 +172,17 @@ def test_a_step_is_chosen_that_leaves_room_for_two_stages():
     arguments = KINDS.index("conv"), 1280, 256, 32, 32, 11, (80, 64), 64, GROUPS
     plan = library().HopperPlan(*arguments)
     assert (plan.step, plan.stages) == (80, 2)  # the fewest keys
-    longer = library().HopperPlan(arguments[0], 1281, 257, *arguments[3:])
+    papers = library().HopperPlan(arguments[0], 1280, 257, *arguments[3:])
+    assert (papers.step, papers.stages, papers.text_slots) == (80, 2, 5)  # the last of which is of 16 rows
+    longer = library().HopperPlan(arguments[0], 1297, 273, *arguments[3:])
     assert (longer.step, longer.stages) == (64, 2)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+@pytest.mark.parametrize("text_len", [256, 257])
+def test_wide_heads_fit(kind, text_len):
+    arguments = KINDS.index(kind), text_len + 1023, text_len, 32, 32, 11, (64, 32), 128, 2
+    assert library().HopperPlan(*arguments).stages >= 1
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,10 @@ def check(cuda_on_cpu, pattern, seq, batch=1, heads=2, head_dim=64, dtype=torch.
 CASES = [
     ("row", 256, (32, 32), 11, 1280),
     ("conv", 256, (32, 32), 11, 700),  # steps of 80 keys
-    ("conv", 257, (32, 32), 11, 600),  # of 64
+    ("conv", 257, (32, 32), 11, 600),  # and as many places as text tiles, the last of 16 rows
+    ("conv", 273, (32, 32), 11, 440),  # of 64
+    ("row", 80, (4, 8), 11, 112),
+    ("row", 81, (4, 8), 11, 113),
     ("column", 257, (32, 32), 11, 1270),
     ("row", 77, (24, 40), 11, 437),
     ("conv", 30, (16, 16), 5, 286),
@@ -50,6 +53,16 @@ CASES = [
 def test_matches_float64(cuda_on_cpu, case):
     kind, text_len, grid, kernel_size, seq = case
     check(cuda_on_cpu, AttentionPattern(kind, text_len, grid, kernel_size), seq)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_wide_heads_of_the_papers_stream(cuda_on_cpu, kind):
+    check(cuda_on_cpu, AttentionPattern(kind, 257, (32, 32)), 420 if kind != "column" else 1270, head_dim=128)
+
+
+@pytest.mark.parametrize("grid", [(64, 3), (5, 9)], ids=str)
+def test_steps_of_half_a_tile_of_columns(cuda_on_cpu, grid):
+    check(cuda_on_cpu, AttentionPattern("column", 257, grid), 256 + grid[0] * grid[1], head_dim=128)
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])

@@ -10,7 +10,8 @@
 // cycles of the tensor cores, of which 346,112 need an exponential, 21,632 cycles; that is 54 and 46 us at 1.75 GHz if
 // all overlap.
 //
-// Reached: row 147 us, column 146, conv 208 (text 257: 161, 160, 237), where cuDNN's dense causal attention takes 291.
+// Reached: row 147 us, column 146, conv 208, where cuDNN's dense causal attention takes 291. With a text of 257 it was
+// 161, 160 and 237, when the last token took a whole tile's room and conv steps of 64 for want of it; not timed since.
 // The form before, with maxima that rise throughout, took 159, 151 and 218 beside one that took 151, 145 and 204.
 // Triton's kernels take 205, 206 and 352.
 //
@@ -115,6 +116,10 @@ const char* launch_forward(const SparseAttention& p, const HopperPlan& plan, cud
   const char* failed = make_operand(p.q, shape_of(p), plan, TILE, TILE, launch.q);
   if (failed == nullptr) failed = make_operand(p.k, shape_of(p), plan, STEP, TILE, launch.k);
   if (failed == nullptr) failed = make_operand(p.v, shape_of(p), plan, STEP, TILE, launch.v);
+  for (int i = 0; i < 2 && failed == nullptr && plan.text_len > 0; ++i) {
+    const BoxedTensor box = boxed(i == 0 ? p.k : p.v, shape_of(p), 0, plan.text_len, last_text_rows(plan));
+    failed = make_tensor_map(box, p.dtype == Dtype::bfloat16, launch.last_text[i]);
+  }
   if (failed != nullptr) return failed;
 
   const auto kernel = forward<Element, HEAD_DIM, STEP, GROUPS>;

@@ -26,6 +26,7 @@ struct Operand {
 
 struct Launch {
   Operand q, k, v;
+  CUtensorMap last_text[2];  // of keys and values, in boxes of a last text tile's rows
   HopperPlan plan;
   SharedLayout layout;
   int heads, seq, sign;

@@ -84,19 +84,19 @@ struct Consumer {
     }
   }
 
-  // scores = queries times the transpose of KEYS keys at `keys`, of a tile of ROWS rows.
-  template <int KEYS, int ROWS>
+  // scores = queries times the transpose of the KEYS keys of the tile at `keys`.
+  template <int KEYS>
   __device__ void score(float (&scores)[KEYS / 2], uint32_t keys) {
     const uint64_t tile = tile_descriptor(keys);
 #pragma unroll
     for (int depth = 0; depth < HEAD_DIM / 16; ++depth) {
-      const uint32_t offset = depth / 4 * ROWS * TILE_ROW_BYTES + depth % 4 * 32;
+      const uint32_t offset = depth / 4 * KEYS * TILE_ROW_BYTES + depth % 4 * 32;
       multiply<Right::columns, KEYS>(Element{}, scores, queries + 4 * depth, moved(tile, offset), depth > 0);
     }
   }
 
-  // sums += weights times KEYS values at `values`, of a tile of ROWS rows.
-  template <int KEYS, int ROWS>
+  // sums += weights times the KEYS values of the tile at `values`.
+  template <int KEYS>
   __device__ void add_values(const uint32_t (&weights)[KEYS / 4], uint32_t values) {
     const uint64_t tile = tile_descriptor(values);
 #pragma unroll
@@ -104,7 +104,7 @@ struct Consumer {
 #pragma unroll
       for (int column = 0; column < HEAD_DIM; column += 64) {
         multiply<Right::rows, 64>(Element{}, sums + column / 2, weights + key / 4,
-                                  moved(tile, column * 2 * ROWS + key * TILE_ROW_BYTES), true);
+                                  moved(tile, column * 2 * KEYS + key * TILE_ROW_BYTES), true);
       }
     }
   }
@@ -184,17 +184,17 @@ struct Consumer {
     }
   }
 
-  // One step: KEYS keys of each of TILES tiles of ROWS rows, at `keys` with the values behind. The values of a tile are
+  // One step: the KEYS keys of each of TILES tiles, at `keys` with the values behind. The values of a tile are
   // added while the next one's weights are made. The barriers `free`, if there are any, are told when all is read.
   // `meanwhile` is done while scores are made, and returns their masks if there are any.
-  template <int KEYS, int ROWS, bool MASKED, Maxima MAXIMA, int TILES = 1, class Meanwhile>
+  template <int KEYS, bool MASKED, Maxima MAXIMA, int TILES = 1, class Meanwhile>
   __device__ __forceinline__ void take(const uint32_t (&keys)[TILES], const uint32_t (&free)[TILES],
                                        const Meanwhile& meanwhile) {
     float scores[TILES][KEYS / 2];
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
       products_begin();
-      score<KEYS, ROWS>(scores[i], keys[i]);
+      score<KEYS>(scores[i], keys[i]);
       products_commit();
     }
     uint32_t masks[2];
@@ -226,7 +226,7 @@ struct Consumer {
       }
       weigh_all<KEYS, MASKED>(scores[i], seen, weights[i]);
       products_begin();
-      add_values<KEYS, ROWS>(weights[i], keys[i] + ROWS * HEAD_DIM * 2);
+      add_values<KEYS>(weights[i], keys[i] + KEYS * HEAD_DIM * 2);
       products_commit();
     }
     products_wait();
@@ -244,7 +244,7 @@ struct Consumer {
     totals[0] = totals[1] = 0;
   }
 
-  // KEYS keys of each of TILES text tiles from tile `from` on, where the ring stands, which moves on.
+  // The KEYS keys of each of TILES text tiles from tile `from` on, where the ring stands, which moves on.
   template <int KEYS, bool MASKED, Maxima MAXIMA, int TILES = 1, class Meanwhile>
   __device__ void take_text(Ring& ring, int from, const Meanwhile& meanwhile) {
     uint32_t keys[TILES], free[TILES];
@@ -258,7 +258,7 @@ struct Consumer {
       keys[i] = shared.text_keys(ring.place);
       free[i] = last ? barrier + FREE : 0;
     }
-    take<KEYS, TILE, MASKED, MAXIMA, TILES>(keys, free, meanwhile);
+    take<KEYS, MASKED, MAXIMA, TILES>(keys, free, meanwhile);
     if (!last) return;
     released += TILES;
     release_ring = ring;
@@ -285,15 +285,14 @@ struct Consumer {
     int t = 0;
     for (; t + 2 <= whole; t += 2) take_text_or_first<TILE, false, MAXIMA, 2>(ring, t, all);
     if (t < whole) take_text_or_first<TILE, false, MAXIMA>(ring, t, all);
-    if (image && tail > 0 && tail <= 16) {
-      take_text_or_first<16, true, MAXIMA>(ring, whole, [&](uint32_t (&masks)[2]) {
-        masks[0] = masks[1] = mask_below(tail, lane() % 4);
-      });
+    const auto masks_of_rest = [&](uint32_t (&masks)[2]) {
+      masks[0] = mask_below(image ? tail : row() + 1, lane() % 4);
+      masks[1] = mask_below(image ? tail : row() + 9, lane() % 4);
+    };
+    if (whole + 1 == launch.plan.text_tiles && last_text_rows(launch.plan) == FEW) {
+      take_text_or_first<FEW, true, MAXIMA>(ring, whole, masks_of_rest);
     } else if (!image || tail > 0) {
-      take_text_or_first<TILE, true, MAXIMA>(ring, whole, [&](uint32_t (&masks)[2]) {
-        masks[0] = mask_below(image ? tail : row() + 1, lane() % 4);
-        masks[1] = mask_below(image ? tail : row() + 9, lane() % 4);
-      });
+      take_text_or_first<TILE, true, MAXIMA>(ring, whole, masks_of_rest);
     }
   }
 
@@ -316,19 +315,19 @@ struct Consumer {
         const bool begins = MAXIMA != Maxima::rise && plan.text_tiles == 0 && s == window.begin;
         const auto none = [](uint32_t (&)[2]) {};
         if (mask < 0 && begins) {
-          take<STEP, STEP, false, Maxima::first>({keys}, {barrier + FREE}, [&](uint32_t (&)[2]) { start_sums(); });
+          take<STEP, false, Maxima::first>({keys}, {barrier + FREE}, [&](uint32_t (&)[2]) { start_sums(); });
         } else if (mask < 0) {
-          take<STEP, STEP, false, MAXIMA>({keys}, {barrier + FREE}, none);
+          take<STEP, false, MAXIMA>({keys}, {barrier + FREE}, none);
         } else if (begins) {
-          take<STEP, STEP, true, Maxima::first>({keys}, {barrier + FREE}, [&](uint32_t (&masks)[2]) {
+          take<STEP, true, Maxima::first>({keys}, {barrier + FREE}, [&](uint32_t (&masks)[2]) {
             start_sums();
             masks_of_step(masks);
           });
         } else {
-          take<STEP, STEP, true, MAXIMA>({keys}, {barrier + FREE}, masks_of_step);
+          take<STEP, true, MAXIMA>({keys}, {barrier + FREE}, masks_of_step);
         }
       } else {
-        take<STEP, STEP, true, MAXIMA>({keys}, {barrier + FREE}, masks_of_step);
+        take<STEP, true, MAXIMA>({keys}, {barrier + FREE}, masks_of_step);
       }
     }
   }

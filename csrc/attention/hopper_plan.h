@@ -27,6 +27,12 @@ struct HopperPlan {
 
 DALLE_INLINE int divided_up(int a, int b) { return (a + b - 1) / b; }
 
+// Rows that are copied of a head's last text tile: 16 where it has no more tokens, as with the paper's 257.
+constexpr int FEW = 16;
+DALLE_INLINE int last_text_rows(const HopperPlan& plan) {
+  return plan.text_len > 0 && (plan.text_len - 1) % TILE < FEW ? FEW : TILE;
+}
+
 // Whether query `query` of a tile of image queries sees the image key at place `key`, both counted from the tile's
 // first place; of the tile's columns the first `hidden` have an empty first place.
 DALLE_INLINE bool sees(const HopperPlan& plan, int query, int key, int hidden) {
@@ -166,9 +172,11 @@ DALLE_INLINE int tile_of_turn(int first, int turn, int group, int groups) {
 }
 
 // ---- Shared memory of a block, from its start: K's and V's tiles of the same keys follow each other, and so do the
-// two barriers, of 8 bytes, that every place has.
+// two barriers, of 8 bytes, that every place has. Where there are as many places as text tiles, the last place is the
+// last tile's, and has no room for more rows.
 struct SharedLayout {
-  int query_bytes, text_bytes, step_bytes;  // of one warpgroup's queries, and of the keys alone of a tile or step
+  int query_bytes, step_bytes;      // of one warpgroup's queries, and of the keys alone of a window's step,
+  int text_bytes, last_text_bytes;  // a text tile and the last one
   int text, windows, barriers, text_barriers, window_barriers, mask_barrier, end_barrier, again,
       masks, end;
 };
@@ -176,9 +184,11 @@ constexpr int MOST_SHARED = 227 << 10;
 DALLE_INLINE SharedLayout shared_layout(const HopperPlan& plan, int head_dim, int groups) {
   SharedLayout layout{};
   layout.query_bytes = layout.text_bytes = TILE * head_dim * 2;
+  layout.last_text_bytes = last_text_rows(plan) * head_dim * 2;
   layout.step_bytes = plan.step * head_dim * 2;
   layout.text = groups * layout.query_bytes;
   layout.windows = layout.text + plan.text_slots * 2 * layout.text_bytes;
+  if (plan.text_slots == plan.text_tiles) layout.windows -= 2 * (layout.text_bytes - layout.last_text_bytes);
   layout.barriers = layout.windows + groups * plan.stages * 2 * layout.step_bytes;
   layout.text_barriers = layout.barriers + groups * 16;
   layout.window_barriers = layout.text_barriers + plan.text_slots * 16;
@@ -244,11 +254,11 @@ inline const char* plan_pattern(const Pattern& pattern, HopperPlan& plan) {
 // memory for two stages, if there are any: without a second one each step waits for its keys.
 template <int COUNT>
 const char* plan_steps(HopperPlan& plan, const int (&choices)[COUNT], int head_dim, int groups) {
-  const bool whole = plan.kind == PatternKind::causal || plan.kind == PatternKind::column;
   HopperPlan best{};
   bool best_waits = false;
   for (int step : choices) {
-    if (whole && step != TILE) continue;
+    if (plan.kind == PatternKind::causal && step != TILE) continue;
+    if (plan.kind == PatternKind::column && TILE % step != 0) continue;  // a box is whole columns, or a part of one
     plan.step = step;
     plan.steps = divided_up(TILE + reach_back(plan), step);
     if (!fit_shared(plan, head_dim, groups)) continue;

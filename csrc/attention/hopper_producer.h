@@ -40,6 +40,9 @@ struct Producer {
         prefetch_tensor_map(&operand->image);
         if (launch.plan.text_len > 0) prefetch_tensor_map(&operand->text);
       }
+      if (launch.plan.text_len > 0) {
+        for (const CUtensorMap& map : launch.last_text) prefetch_tensor_map(&map);
+      }
     }
   }
 
@@ -53,7 +56,7 @@ struct Producer {
 
   __device__ void corner_of(bool image, int place, int (&corner)[5]) const {
     const bool columns = image && launch.plan.kind == PatternKind::column;
-    corner[1] = columns ? 0 : place;
+    corner[1] = columns ? place & (launch.plan.segment - 1) : place;
     corner[2] = columns ? place >> launch.plan.segment_bits : 0;
     corner[3] = head % launch.heads;
     corner[4] = head / launch.heads;
@@ -92,13 +95,17 @@ struct Producer {
     const uint32_t barrier = shared.text_barrier(ring.place);
     if (!barrier_test(barrier + FREE, ring.parity)) return false;
     const uint32_t keys = shared.text_keys(ring.place);
+    const bool last = text_tile + 1 == launch.plan.text_tiles;
+    const int rows = last ? last_text_rows(launch.plan) : TILE;
+    const int bytes = last ? launch.layout.last_text_bytes : launch.layout.text_bytes;
     int corner[5];
     corner_of(false, text_tile * TILE, corner);
-    barrier_arrive_expecting(barrier, 2 * launch.layout.text_bytes);
-    copy_tile<HEAD_DIM>(keys, TILE, launch.k.text, corner, barrier);
-    copy_tile<HEAD_DIM>(keys + launch.layout.text_bytes, TILE, launch.v.text, corner, barrier);
+    barrier_arrive_expecting(barrier, 2 * bytes);
+    copy_tile<HEAD_DIM>(keys, rows, last ? launch.last_text[0] : launch.k.text, corner, barrier);
+    copy_tile<HEAD_DIM>(keys + bytes, rows, last ? launch.last_text[1] : launch.v.text, corner, barrier);
     advance(ring, launch.plan.text_slots);
-    if (++text_tile == launch.plan.text_tiles) {
+    ++text_tile;
+    if (last) {
       text_tile = 0;
       active = ++head < share.last_head;
     }
