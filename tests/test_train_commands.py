@@ -35,8 +35,9 @@ def test_both_stages_learn_from_the_command_line(pictures, tmp_path, capsys):
     [
         (["--preset", "huge"], "unknown dVAE preset 'huge'; expected one of tiny"),
         (["--config", "absent.toml"], "cannot read the config file absent.toml: No such file"),
-        (["--updates", "0"], "updates: expected a whole number from 1"),
-        (["--learning-rate", "-1"], "learning_rate: expected a number from"),
+        (["--updates", "0"], "updates: expected a whole number of at least 1"),
+        (["--learning-rate", "-1"], "learning_rate: expected a finite number of at least"),
+        (["--learning-rate", "inf"], "learning_rate: expected a finite number of at least"),
         (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N of a GPU that is there, got 'tpu'"),
         (["--threads", "0"], "--threads: expected at least 1"),
         (["--log-every", "0"], "log_every: expected a whole number of at least 1"),

@@ -93,8 +93,8 @@ class DALLETraining:
         for name in ("warm_up_fraction", "plateau_fraction", "average_decay"):
             require_in_range(self, name, 0, 1)
         require_in_range(self, "bpe_dropout", 0, 0.99)
-        for name in ("learning_rate", "clip_norm"):
-            require_in_range(self, name, 1e-12, math.inf)
+        require_in_range(self, "learning_rate", 1e-12, math.inf)
+        require_in_range(self, "clip_norm", 1e-12, math.inf, finite=False)
         for name in ("final_learning_rate", "weight_decay"):
             require_in_range(self, name, 0, math.inf)
         require_choice(self, "schedule", ("plateau", "cosine"))
