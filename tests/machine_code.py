@@ -8,7 +8,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).resolve().parent / "gates"
 REGISTER_SLACK = 8
@@ -22,10 +22,18 @@ def tool(name: str, *arguments: str, folder: str | None = None) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True, cwd=folder).stdout
 
 
-def registers(cubin: str) -> dict[str, int]:
+class Resources(NamedTuple):
+    """What a kernel takes: registers a thread, and bytes of shared memory that no launch asks for."""
+
+    registers: int
+    shared: int
+
+
+def resources(cubin: str) -> dict[str, Resources]:
     """Of each kernel in the file ``cubin``, by its mangled name."""
     usage = tool("cuobjdump", "--dump-resource-usage", cubin)
-    return {name: int(count) for name, count in re.findall(r"Function (\S+):\s+REG:(\d+)", usage)}
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:\d+ SHARED:(\d+)", usage)
+    return {name: Resources(int(registers), int(shared)) for name, registers, shared in found}
 
 
 def instructions(cubin: str) -> dict[str, list[str]]:
