@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from test_attention_hopper import CASES, TILE, library
@@ -90,3 +92,25 @@ def test_columns_below_are_those_of_both_rows():
     for bound in range(-2, STRIP + 3):
         seen = seen_by_words(library().columns_below(bound, thread % 4) for thread in range(THREADS))
         assert torch.equal(seen, (torch.arange(STRIP) < bound).expand(TILE, STRIP))
+
+
+def test_shared_memory_holds_all_pieces_apart():
+    """Tiles and strips at multiples of 1,024 bytes, as the swizzle wants, what else copies bring at multiples of 16,
+    barriers at multiples of 8: the same for each dtype and pattern, in blocks of which a multiprocessor holds two."""
+    row = 64 * 2
+    for layout, operands, stages in zip(library().hopper_backward_layouts(), (3, 2), (4, 8), strict=True):
+        pieces = [(layout["tiles_barrier"], 8, 8)]
+        for name, count, size, alignment in [
+            ("tiles", operands * PAIR, TILE * row, 1024),
+            ("strips", stages, 2 * STRIP * row, 1024),
+            ("statistics", stages * (operands == 2), STRIP * 2 * 4, 16),
+            ("barriers", stages, 2 * 8, 8),
+        ]:
+            places = layout[name]
+            assert places == (places[:count] if name == "tiles" else 2 * places[:count])  # a ring: places come again
+            assert len(places[:count]) == count
+            pieces += [(start, size, alignment) for start in places[:count]]
+        pieces = [*sorted(pieces), (layout["end"], 0, 1)]
+        assert pieces[0][0] == 0 and not any(start % alignment for start, _, alignment in pieces)
+        assert all(a + size <= b for (a, size, _), (b, _, _) in itertools.pairwise(pieces))
+        assert 2 * (layout["end"] + 1024) <= 228 * 1024  # with what the system takes of each block

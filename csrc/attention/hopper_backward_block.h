@@ -13,14 +13,6 @@ using namespace plain;
 [[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f;
 [[maybe_unused]] constexpr int PAIR_THREADS = PAIR * 128;
 [[maybe_unused]] constexpr int HEAD = 64;  // head_dim
-[[maybe_unused]] constexpr int TILE_BYTES = TILE * TILE_ROW_BYTES;
-[[maybe_unused]] constexpr int STRIP_BYTES = STRIP * TILE_ROW_BYTES;
-
-// Of a query: its log-sum-exp in units of powers of 2, infinite where there is no query, and grad_out . out.
-struct Statistics {
-  float shift, delta;
-};
-[[maybe_unused]] constexpr int STATISTICS_BYTES = STRIP * static_cast<int>(sizeof(Statistics));
 
 struct BackwardLaunch {
   Operand q, k, v, out, grad_out;  // in boxes of a strip
@@ -62,17 +54,14 @@ struct Course {
   __device__ Strips needed_others(bool exists) const { return {count() - (exists ? others : 0), count()}; }
 };
 
-// The ring: STAGES places, a power of 2, for two operands' strips and, of queries, their statistics. Strip number n
-// goes to place n % STAGES. A thread asks for each one AHEAD strips before its own warpgroup takes it; threads that
-// have read a strip say so. The other warpgroup may be behind by STAGES - AHEAD before that thread has to wait for it.
-template <int STAGES, bool STATISTICS>
+// The ring of a layout. A thread asks for each strip AHEAD strips before its own warpgroup takes it; threads that have
+// read a strip say so. The other warpgroup may be behind by STAGES - AHEAD before that thread has to wait for it.
+template <class Layout>
 struct RingOfStrips {
-  static_assert((STAGES & (STAGES - 1)) == 0 && STAGES >= 4);
-  static constexpr int AHEAD = STAGES > 4 ? STAGES - 3 : STAGES - 2;
-  static constexpr int BARRIERS = STAGES * 2 * STRIP_BYTES + (STATISTICS ? STAGES * STATISTICS_BYTES : 0);
-  static constexpr int BYTES = BARRIERS + STAGES * 16;
+  static constexpr int STAGES = Layout::STAGES, AHEAD = STAGES > 4 ? STAGES - 3 : STAGES - 2;
+  static_assert(STAGES >= 4);
 
-  uint32_t start;
+  uint32_t memory;
 
   __device__ void init() const {
     for (uint32_t n = 0; n < STAGES; ++n) {
@@ -80,16 +69,14 @@ struct RingOfStrips {
       barrier_init(barrier(n) + FREE, PAIR_THREADS);
     }
   }
-  __device__ uint32_t strips(uint32_t n) const { return start + n % STAGES * (2 * STRIP_BYTES); }
-  __device__ uint32_t statistics(uint32_t n) const {
-    return start + STAGES * 2 * STRIP_BYTES + n % STAGES * STATISTICS_BYTES;
-  }
-  __device__ uint32_t barrier(uint32_t n) const { return start + BARRIERS + n % STAGES * 16; }
+  __device__ uint32_t strips(uint32_t n) const { return memory + strips_place<Layout>(n); }
+  __device__ uint32_t statistics(uint32_t n) const { return memory + statistics_place<Layout>(n); }
+  __device__ uint32_t barrier(uint32_t n) const { return memory + barriers_place<Layout>(n); }
 
   // Once the place of strip n is free, makes it expect its bytes.
   __device__ void expect(uint32_t n) const {
     barrier_wait(barrier(n) + FREE, n / STAGES % 2 ^ 1);
-    barrier_arrive_expecting(barrier(n), 2 * STRIP_BYTES + (STATISTICS ? STATISTICS_BYTES : 0));
+    barrier_arrive_expecting(barrier(n), Layout::PLACE_BYTES + Layout::STATISTICS_BYTES);
   }
   __device__ void wait(uint32_t n) const { barrier_wait(barrier(n), n / STAGES % 2); }
   // Each thread for itself: of one that speaks for its warp after a __syncwarp racecheck does not see that the others
@@ -97,15 +84,14 @@ struct RingOfStrips {
   __device__ void release(uint32_t n) const { barrier_arrive(barrier(n) + FREE); }
 };
 
-// What a block does, whose two warpgroups own a tile each. Shared memory begins with OPERANDS operands' two tiles each,
-// then comes the ring.
+// What a block does, whose two warpgroups own a tile each.
 //
 // `Derived` says which operands these are (tile_operand, strip_operand, copy_statistics) and what becomes of a strip
 // (begin, mask_of_strip, take, end).
-template <class Derived, class Ring, int OPERANDS>
+template <class Derived, class Layout>
 struct PairBlock {
-  static constexpr int RING = OPERANDS * PAIR * TILE_BYTES, TILES = RING + Ring::BYTES;  // TILES: the tiles' barrier
-  static constexpr int SHARED = TILES + 16;
+  using Ring = RingOfStrips<Layout>;
+  static constexpr int SHARED = Layout::BYTES;
 
   const BackwardLaunch& launch;
   const HopperPlan& plan;
@@ -120,14 +106,15 @@ struct PairBlock {
   __device__ PairBlock(const BackwardLaunch& launch_, const PairOfTiles& pair_)
       : launch(launch_), plan(launch_.plan), pair(pair_), head(pair.head, launch_.heads),
         memory(shared_address(dynamic_shared())), group(__shfl_sync(~0u, threadIdx.x / 128, 0)),
-        first(pair.first + group * TILE), exists(has_tile(plan, pair, group)), ring{memory + RING} {}
+        first(pair.first + group * TILE), exists(has_tile(plan, pair, group)), ring{memory} {}
 
   __device__ Derived& derived() { return static_cast<Derived&>(*this); }
-  __device__ uint32_t tile(int operand) const { return memory + (operand * PAIR + group) * TILE_BYTES; }
+  __device__ uint32_t tile(int operand) const { return memory + tile_place<Layout>(operand, group); }
+  __device__ uint32_t tiles_barrier() const { return memory + Layout::TILES_BARRIER; }
 
   __device__ void init() const {
     if (threadIdx.x == 0) {
-      barrier_init(memory + TILES, 1);
+      barrier_init(tiles_barrier(), 1);
       ring.init();
       barrier_init_done();
     }
@@ -136,11 +123,11 @@ struct PairBlock {
 
   __device__ void ask_tiles() {
     if (threadIdx.x != 0) return;
-    barrier_arrive_expecting(memory + TILES, OPERANDS * PAIR * TILE_BYTES);
-    for (int operand = 0; operand < OPERANDS; ++operand) {
+    barrier_arrive_expecting(tiles_barrier(), Layout::OPERANDS * Layout::OPERAND_BYTES);
+    for (int operand = 0; operand < Layout::OPERANDS; ++operand) {
       for (int row = 0; row < PAIR * TILE; row += STRIP) {
-        copy_strip(memory + operand * PAIR * TILE_BYTES + row * TILE_ROW_BYTES, derived().tile_operand(operand), plan,
-                   head, pair.image, pair.first + row, memory + TILES);
+        const uint32_t to = memory + tile_place<Layout>(operand, 0) + row * TILE_ROW_BYTES;
+        copy_strip(to, derived().tile_operand(operand), plan, head, pair.image, pair.first + row, tiles_barrier());
       }
     }
   }
@@ -179,7 +166,7 @@ struct PairBlock {
     init();
     ask_tiles();
     for (int n = 0; n < Ring::AHEAD; ++n) ask(course, n);
-    barrier_wait(memory + TILES, 0);
+    barrier_wait(tiles_barrier(), 0);
     derived().begin();
     const Strips own = course.needed(seen), others = course.needed_others(exists);
     pass(course, 0, own.begin);

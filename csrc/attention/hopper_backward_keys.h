@@ -7,11 +7,9 @@
 namespace dalle::cuda {
 namespace {
 
-using KeyRing = RingOfStrips<8, true>;
-
 template <class Element>
-struct KeyGradients : PairBlock<KeyGradients<Element>, KeyRing, 2> {
-  using Block = PairBlock<KeyGradients<Element>, KeyRing, 2>;
+struct KeyGradients : PairBlock<KeyGradients<Element>, KeyLayout> {
+  using Block = PairBlock<KeyGradients<Element>, KeyLayout>;
   using Block::exists, Block::first, Block::head, Block::launch, Block::pair, Block::plan, Block::ring, Block::tile;
   enum : int { K, V };  // its tiles
 
@@ -24,7 +22,7 @@ struct KeyGradients : PairBlock<KeyGradients<Element>, KeyRing, 2> {
   __device__ const Operand& strip_operand(int i) const { return i == 0 ? launch.q : launch.grad_out; }
   __device__ void copy_statistics(int n, bool image, int place) const {
     const int64_t from = static_cast<int64_t>(head.all) * plan.tiles * TILE + (image ? plan.text_tiles * TILE : 0);
-    copy_bytes(ring.statistics(n), launch.statistics + from + place, STATISTICS_BYTES, ring.barrier(n));
+    copy_bytes(ring.statistics(n), launch.statistics + from + place, KeyLayout::STATISTICS_BYTES, ring.barrier(n));
   }
 
   __device__ void run() {
@@ -106,7 +104,7 @@ struct KeyGradients : PairBlock<KeyGradients<Element>, KeyRing, 2> {
     multiply_strip<Element>(grad_weights, [&](int depth) { return moved(values, 32 * depth); }, grads);
     products_wait<1>();
     pin(weights);
-    Block::ask(course, n + KeyRing::AHEAD);
+    Block::ask(course, n + Block::Ring::AHEAD);
     weigh(n, weights, mask);
     uint32_t rounded[STRIP / 4];
 #pragma unroll

@@ -8,11 +8,9 @@
 namespace dalle::cuda {
 namespace {
 
-using QueryRing = RingOfStrips<4, false>;
-
 template <class Element>
-struct QueryGradient : PairBlock<QueryGradient<Element>, QueryRing, 3> {
-  using Block = PairBlock<QueryGradient<Element>, QueryRing, 3>;
+struct QueryGradient : PairBlock<QueryGradient<Element>, QueryLayout> {
+  using Block = PairBlock<QueryGradient<Element>, QueryLayout>;
   using Block::exists, Block::first, Block::head, Block::launch, Block::pair, Block::plan, Block::ring, Block::tile;
   enum : int { Q, GRAD_OUT, OUT };  // its tiles
 
@@ -121,7 +119,7 @@ struct QueryGradient : PairBlock<QueryGradient<Element>, QueryRing, 3> {
     multiply_strip<Element>(grad_weights, [&](int depth) { return grads + 4 * depth; }, values);
     products_wait<1>();
     pin(weights);
-    Block::ask(course, n + QueryRing::AHEAD);
+    Block::ask(course, n + Block::Ring::AHEAD);
     weigh(weights, mask);
     products_wait();
     pin(grad_weights);

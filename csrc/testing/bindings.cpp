@@ -18,6 +18,22 @@ std::array<int, 2> bounds_of(const Strips& strips) { return {strips.begin, strip
 // The head, whether it is the image's, and the first place.
 std::array<int, 3> numbers_of(const PairOfTiles& pair) { return {pair.head, pair.image, pair.first}; }
 
+// Where a block of the backward has what in shared memory, as two rounds of the ring find it.
+template <class Layout>
+py::dict places_of() {
+  std::vector<uint32_t> tiles, strips, statistics, barriers;
+  for (int operand = 0; operand < Layout::OPERANDS; ++operand) {
+    for (int group = 0; group < PAIR; ++group) tiles.push_back(tile_place<Layout>(operand, group));
+  }
+  for (uint32_t n = 0; n < 2 * Layout::STAGES; ++n) {
+    strips.push_back(strips_place<Layout>(n));
+    if (Layout::STATISTICS_BYTES != 0) statistics.push_back(statistics_place<Layout>(n));
+    barriers.push_back(barriers_place<Layout>(n));
+  }
+  return py::dict("tiles"_a = tiles, "strips"_a = strips, "statistics"_a = statistics, "barriers"_a = barriers,
+                  "tiles_barrier"_a = Layout::TILES_BARRIER, "end"_a = Layout::BYTES);
+}
+
 }  // namespace
 
 DALLE_BINDINGS(testing, m) {
@@ -113,6 +129,7 @@ DALLE_BINDINGS(testing, m) {
         return plan;
       },
       "kind"_a, "seq"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a);
+  m.def("hopper_backward_layouts", [] { return std::array{places_of<QueryLayout>(), places_of<KeyLayout>()}; });
   m.def("columns_below", &columns_below, "columns"_a, "lane"_a);
 
   m.def(
