@@ -16,9 +16,9 @@ GPU = torch.cuda.is_available() and _native.unavailable("cuda") is None
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU and the compiled CUDA library")]
 
 
-def tokens(rows, heads, count, dtype):
-    """q, k and v ``[rows, heads, count, 64]`` on the GPU, strided as a model makes them."""
-    return torch.randn(rows, count, 3, heads, 64).to("cuda", dtype).permute(2, 0, 3, 1, 4).unbind()
+def tokens(rows, heads, count, dtype, head_dim=64):
+    """q, k and v ``[rows, heads, count, head_dim]`` on the GPU, strided as a model makes them."""
+    return torch.randn(rows, count, 3, heads, head_dim).to("cuda", dtype).permute(2, 0, 3, 1, 4).unbind()
 
 
 def attend(provider, pattern, given_tokens, own, samples, on_device):
@@ -38,13 +38,13 @@ def attend(provider, pattern, given_tokens, own, samples, on_device):
     return torch.cat(steps, dim=2)
 
 
-def check(pattern, prompts, samples, heads, dtype=torch.bfloat16, given=None):
+def check(pattern, prompts, samples, heads, dtype=torch.bfloat16, given=None, head_dim=64):
     given = pattern.text_len if given is None else given
     results = []
     for seed in range(2):
         torch.manual_seed(seed)
-        _, *given_tokens = tokens(prompts, heads, given, dtype)
-        own = tokens(prompts * samples, heads, pattern.seq_len - given, dtype)
+        _, *given_tokens = tokens(prompts, heads, given, dtype, head_dim)
+        own = tokens(prompts * samples, heads, pattern.seq_len - given, dtype, head_dim)
         actual = attend("native", pattern, given_tokens, own, samples, on_device=seed % 2 == 1)
         again = attend("native", pattern, given_tokens, own, samples, on_device=seed % 2 == 0)
         assert torch.equal(actual, again)
@@ -72,6 +72,14 @@ def test_many_keys_heads_and_samples(kind):
     pattern = AttentionPattern(kind, 1100, (4, 4))
     for samples in (1, 2):
         check(pattern, 1, samples, 1, given=pattern.seq_len - 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("samples", "heads"), [(1, 1), (1, 134), (3, 1), (17, 2)])
+def test_heads_of_128(samples, heads, dtype):
+    for kind, text_len in (("row", 5), ("conv", 300)):
+        pattern = AttentionPattern(kind, text_len, (4, 16))
+        check(pattern, 1, samples, heads, dtype, given=pattern.seq_len - 2, head_dim=128)
 
 
 @pytest.mark.parametrize(("samples", "heads"), [(1, 1), (1, 134), (3, 1)])

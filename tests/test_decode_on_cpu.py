@@ -34,11 +34,22 @@ def decode(cuda_on_cpu, pattern, q, k, v, samples, positions, scale, on_device):
     return torch.cat(steps, dim=2)
 
 
-def check(cuda_on_cpu, pattern, prompts, samples, heads, positions, dtype=torch.bfloat16, scale=0.125, on_device=False):
+def check(
+    cuda_on_cpu,
+    pattern,
+    prompts,
+    samples,
+    heads,
+    positions,
+    dtype=torch.bfloat16,
+    scale=0.125,
+    on_device=False,
+    head_dim=HEAD_DIM,
+):
     results = []
     for seed in range(2):
         torch.manual_seed(seed)
-        q, k, v = draw(pattern, prompts, samples, heads, HEAD_DIM, dtype, positions.start)
+        q, k, v = draw(pattern, prompts, samples, heads, head_dim, dtype, positions.start)
         actual = decode(cuda_on_cpu, pattern, q, k, v, samples, positions, scale, on_device)
         end = positions.stop
         q, k, v = (x[:, :, :end] for x in (q, k, v))
@@ -84,6 +95,22 @@ def test_many_keys_heads_and_samples(cuda_on_cpu, prompts, samples, heads, text_
     check(cuda_on_cpu, pattern, prompts, samples, heads, range(last, last + 1), dtype)
 
 
+# Then a warp takes half as many keys at once, and of shared text one tile at a time.
+@pytest.mark.parametrize(
+    ("prompts", "samples", "heads", "text_len", "kind", "dtype"),
+    [
+        (1, 1, 134, 5, "column", torch.bfloat16),
+        (1, 1, 2, 170, "row", torch.float16),
+        (1, 3, 1, 300, "conv", torch.bfloat16),
+        (2, 17, 1, 5, "row", torch.float16),
+    ],
+)
+def test_heads_of_128(cuda_on_cpu, prompts, samples, heads, text_len, kind, dtype):
+    pattern = AttentionPattern(kind, text_len, (3, 16))
+    last = pattern.seq_len - 1
+    check(cuda_on_cpu, pattern, prompts, samples, heads, range(last, last + 1), dtype, head_dim=128)
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("scale", [0.0, -0.3, 20.0])
 def test_scales(cuda_on_cpu, scale, samples):
@@ -108,16 +135,29 @@ def test_a_place_without_a_step_gives_nan_and_leaves_the_cache(cuda_on_cpu):
             assert torch.equal(cache.text, before[0]) and torch.equal(cache.image, before[1])
 
 
-@pytest.mark.parametrize(("samples", "text_len"), [(1, 5), (2, 0), (2, 5)])
-def test_shared_text_is_refused_where_its_memory_does_not_fit(cuda_on_cpu, samples, text_len):
-    """As on the smaller GPUs of compute capability 8.6 and 8.9; 8.0 gives a block 163 KiB."""
+def refusal_of(cuda_on_cpu, samples, text_len, head_dim):
     pattern = AttentionPattern("row", text_len, (4, 4))
-    cache = KVCache(pattern, 1, 1, HEAD_DIM, torch.float16, samples_per_prompt=samples)
-    token = torch.zeros(samples, 1, 1, HEAD_DIM, dtype=torch.float16)
+    cache = KVCache(pattern, 1, 1, head_dim, torch.float16, samples_per_prompt=samples)
+    token = torch.zeros(samples, 1, 1, head_dim, dtype=torch.float16)
     kind, *numbers = cache.pattern_arguments
-    call = token, token, token, cache.text, cache.image, KINDS.index(kind), *numbers
+    return cuda_on_cpu.decode_attention_refusal(
+        token, token, token, cache.text, cache.image, KINDS.index(kind), *numbers
+    )
+
+
+def test_it_takes_heads_of_64_and_128(cuda_on_cpu):
+    for head_dim in (64, 128):
+        assert refusal_of(cuda_on_cpu, 1, 5, head_dim) is None
+    for head_dim in (32, 72, 256):
+        assert "head_dim of 64 or 128" in refusal_of(cuda_on_cpu, 1, 5, head_dim)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("samples", "text_len"), [(1, 5), (2, 0), (2, 5)])
+def test_shared_text_is_refused_where_its_memory_does_not_fit(cuda_on_cpu, samples, text_len, head_dim):
+    """As on the smaller GPUs of compute capability 8.6 and 8.9; 8.0 gives a block 163 KiB."""
     with on_cpu.device(cuda_on_cpu, 80, 80, shared=163 << 10):
-        assert cuda_on_cpu.decode_attention_refusal(*call) is None
+        assert refusal_of(cuda_on_cpu, samples, text_len, head_dim) is None
     with on_cpu.device(cuda_on_cpu, 86, 80, shared=99 << 10):
-        refusal = cuda_on_cpu.decode_attention_refusal(*call)
+        refusal = refusal_of(cuda_on_cpu, samples, text_len, head_dim)
     assert "shared memory" in refusal if samples > 1 and text_len else refusal is None

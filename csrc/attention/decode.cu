@@ -1,8 +1,8 @@
 // Decoding on a GPU in one launch: where every row has keys of its own, and where samples share a text.
 //
 // Floor: decode.h. What stands in its way is latency: a step is a few microseconds, a read from memory one. So every
-// thread asks for all its keys and values before it uses the first (up to 320 keys of a head at once), blocks are so
-// small that all heads' are there at once, and nothing is joined by a second kernel.
+// thread asks for all its keys and values before it uses the first (of a head of 64 up to 320 keys at once), blocks are
+// so small that all heads' are there at once, and nothing is joined by a second kernel.
 #include "attention/decode_rows.h"
 #include "attention/decode_samples.h"
 #include "common/cuda.h"
@@ -20,7 +20,8 @@ bool share_text(const DecodeStep& step) { return step.samples > 1 && step.patter
 template <int HEAD_DIM>
 constexpr int samples_bytes() {
   using Text = TextTiles<BFloat16, HEAD_DIM>;
-  return Text::BYTES > Text::SUMS_BYTES ? Text::BYTES : Text::SUMS_BYTES;
+  constexpr int TILES = Text::BYTES + Text::QUERIES_BYTES;
+  return TILES > Text::SUMS_BYTES ? TILES : Text::SUMS_BYTES;
 }
 
 template <class Element, int HEAD_DIM>
@@ -42,13 +43,18 @@ const char* launch(const DecodeStep& step, const DecodeLaunch& p, cudaStream_t s
   return launch_chained(decode_rows<Element, HEAD_DIM, 4, 10>, p, blocks, 128, 0, step.chained, stream);
 }
 
+template <class Element>
+const char* launch(const DecodeStep& step, const DecodeLaunch& p, cudaStream_t stream) {
+  return step.head_dim == 64 ? launch<Element, 64>(step, p, stream) : launch<Element, 128>(step, p, stream);
+}
+
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 }  // namespace
 
 const char* decode_attention_refusal(const DecodeStep& step) {
   if (step.dtype != Dtype::bfloat16 && step.dtype != Dtype::float16) return "the kernel takes bfloat16 and float16";
-  if (step.head_dim != 64) return "the kernel takes a head_dim of 64";
+  if (step.head_dim != 64 && step.head_dim != 128) return "the kernel takes a head_dim of 64 or 128";
   for (const TokenHeads& tensor : {step.q, step.k_new, step.v_new}) {
     if (tensor.element_stride != 1 || tensor.row_stride % 8 != 0 || tensor.head_stride % 8 != 0 ||
         !is_aligned(tensor.data)) {
@@ -62,8 +68,9 @@ const char* decode_attention_refusal(const DecodeStep& step) {
       pattern.text_len + pattern.height * pattern.width > MOST / step.head_dim) {
     return "the kernel takes up to 2^24 heads of all rows, and 2^24 / head_dim tokens";
   }
-  constexpr int NEEDED = samples_bytes<64>() + static_cast<int>(sizeof(SamplesShared<64>));
-  if (share_text(step) && NEEDED > most_shared()) {
+  const int needed = step.head_dim == 64 ? samples_bytes<64>() + static_cast<int>(sizeof(SamplesShared<64>))
+                                         : samples_bytes<128>() + static_cast<int>(sizeof(SamplesShared<128>));
+  if (share_text(step) && needed > most_shared()) {
     return "where samples share a text the kernel takes more shared memory than this GPU gives a block";
   }
   return nullptr;
@@ -82,8 +89,8 @@ const char* decode_attention(const DecodeStep& step, void* stream) {
   p.place = step.place, p.wide_place = step.wide_place, p.position = number(step.position);
   p.prompts = number(step.prompts), p.samples = number(step.samples), p.heads = number(step.heads);
   p.exponent = step.scale * 1.4426950408889634f;
-  return step.dtype == Dtype::bfloat16 ? launch<BFloat16, 64>(step, p, static_cast<cudaStream_t>(stream))
-                                       : launch<Half, 64>(step, p, static_cast<cudaStream_t>(stream));
+  return step.dtype == Dtype::bfloat16 ? launch<BFloat16>(step, p, static_cast<cudaStream_t>(stream))
+                                       : launch<Half>(step, p, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace dalle::cuda

@@ -53,7 +53,7 @@ struct DecodeAttention {
 DALLE_DECLARE_CPU_KERNEL(decode_attention, DecodeAttention)
 
 // The same on a GPU, where the kernel finds the visible slots itself: the token's place may be known there alone.
-// bfloat16 and float16, head_dim 64; all tensors at multiples of 16 bytes, an element_stride of 1.
+// bfloat16 and float16, head_dim 64 or 128; all tensors at multiples of 16 bytes, an element_stride of 1.
 struct DecodeStep {
   Dtype dtype;
   int64_t prompts, samples, heads, head_dim;

@@ -3,7 +3,7 @@
 // Each of its 16 warps has a sample, whose image keys nobody else reads, and every 16th tile of 16 text keys, which it
 // multiplies with the queries of all 16 samples. What threads will need of the text they ask for first, each for
 // itself, into shared memory, where it takes no registers; then for the image keys. All of a text of up to 512 tokens,
-// of heads of 64, is on its way at once.
+// of heads of 64, or 256, of heads of 128, is on its way at once.
 #pragma once
 
 #include "attention/decode_softmax.h"
@@ -19,6 +19,9 @@ struct TextTiles {
   static constexpr int PACKS = 2 * CHUNKS + 4 * HALVES;                 // of a tile, a thread
   static constexpr int SUMS = HEAD_DIM + 4;                             // a row of partial sums, padded
   static constexpr int BYTES = SLOTS * PACKS * THREADS * static_cast<int>(sizeof(FourPairs));
+  // Heads of 128 leave no registers for the queries beside the sums: they wait in shared memory behind the tiles.
+  static constexpr bool QUERIES_WAIT = HEAD_DIM != 64;
+  static constexpr int QUERIES_BYTES = QUERIES_WAIT ? 2 * CHUNKS * 32 * static_cast<int>(sizeof(FourPairs)) : 0;
   static constexpr int SUMS_BYTES = WARPS * SAMPLES_OF_BLOCK * SUMS * static_cast<int>(sizeof(float));
 
   HeadCache<Element, HEAD_DIM> text;
@@ -63,17 +66,21 @@ struct TextTiles {
     for (int i = 0; i < 8 * HALVES; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
   }
 
-  // Takes the tile of a turn into the softmaxes; `queries` are rows `row` and `row` + 8 of each chunk.
-  __device__ __forceinline__ void meet(int turn, const FourPairs (&queries)[CHUNKS][2], float exponent) {
+  // Takes the tile of a turn into the softmaxes; query(i) is chunk i / 2 of row `row`, or, of an odd i, of `row` + 8.
+  template <class Query>
+  __device__ __forceinline__ void meet(int turn, const Query& query, float exponent) {
     float scores[2][4] = {};
 #pragma unroll
-    for (int i = 0; i < 2 * CHUNKS; ++i) {
-      const FourPairs key = place(turn, i);
-      const auto& [upper, lower] = queries[i / 2];
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      const FourPairs upper = query(2 * chunk), lower = query(2 * chunk + 1);
 #pragma unroll
-      for (int j = 0; j < 4; j += 2) {
-        multiply_add<Element>(scores[i % 2], upper.pairs[j], lower.pairs[j], upper.pairs[j + 1], lower.pairs[j + 1],
-                              key.pairs[j], key.pairs[j + 1]);
+      for (int i = 0; i < 2; ++i) {
+        const FourPairs key = place(turn, 2 * chunk + i);
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          multiply_add<Element>(scores[i], upper.pairs[j], lower.pairs[j], upper.pairs[j + 1], lower.pairs[j + 1],
+                                key.pairs[j], key.pairs[j + 1]);
+        }
       }
     }
     const int first = first_key(turn) + 2 * lane;
@@ -192,18 +199,31 @@ __global__ void __launch_bounds__(512, 1) decode_samples(const __grid_constant__
     for (int i = 0; i < 8; ++i) shared.window[warp][column + i] = softmax.weighted[i];
   }
 
-  FourPairs queries[Text::CHUNKS][2];
+  const auto load_query = [&](int i) {
+    const int other = first_sample + text.row + i % 2 * 8, at = i / 2 * 32 + text.lane * 8;
+    return other < p.samples ? load_written(pack_of<Element>(p.q, first_row + other, head, at)) : FourPairs{};
+  };
+  FourPairs queries[Text::QUERIES_WAIT ? 1 : 2 * Text::CHUNKS];
+  FourPairs* const waiting = reinterpret_cast<FourPairs*>(memory + Text::BYTES) + threadIdx.x % 32;
+  if constexpr (Text::QUERIES_WAIT) {
+    if (warp < 2 * Text::CHUNKS) waiting[warp * 32] = load_query(warp);
+    __syncthreads();
+  } else {
 #pragma unroll
-  for (int i = 0; i < 2 * Text::CHUNKS; ++i) {
-    const int other = first_sample + text.row + i % 2 * 8, column_of_chunk = i / 2 * 32 + text.lane * 8;
-    queries[i / 2][i % 2] =
-        other < p.samples ? load_written(pack_of<Element>(p.q, first_row + other, head, column_of_chunk)) : FourPairs{};
+    for (int i = 0; i < 2 * Text::CHUNKS; ++i) queries[i] = load_query(i);
   }
+  const auto query = [&](int i) {
+    if constexpr (Text::QUERIES_WAIT) {
+      return waiting[i * 32];
+    } else {
+      return queries[i];
+    }
+  };
   text.begin();
 #pragma unroll 1
   for (int turn = 0; text.first_key(turn) < pattern.text_len; ++turn) {
     copies_wait<Text::SLOTS - 1>();
-    text.meet(turn, queries, p.exponent);
+    text.meet(turn, query, p.exponent);
     text.ask(turn + Text::SLOTS);
   }
   copies_wait<0>();

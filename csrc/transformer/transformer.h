@@ -51,8 +51,8 @@ struct DecodeLayers {
 
 DALLE_DECLARE_CPU_KERNEL(decode_layers, DecodeLayers)
 
-// bfloat16 and float16, up to 8 rows, head_dim 64, dim and hidden multiples of 32; all tensors at multiples of 16
-// bytes.
+// bfloat16 and float16, up to 8 rows, head_dim 64 or 128, dim and hidden multiples of 32; all tensors at multiples
+// of 16 bytes.
 namespace cuda {
 const char* decode_layers(const DecodeLayers&, void* stream);
 const char* decode_layers_refusal(const DecodeLayers&);  // why it would do nothing, or nullptr; takes no x and scratch
