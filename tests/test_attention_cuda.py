@@ -10,6 +10,7 @@ from plain_attention import masked_softmax
 
 import dalle_kernels
 from dalle_kernels import AttentionPattern, _native, sparse_attention
+from dalle_kernels.attention.pattern import KINDS
 from dalle_kernels.testing import assert_accurate, poisoned_allocations
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -108,6 +109,13 @@ def test_gradients_match_float64(case, dtype):
     torch.manual_seed(seq)
     for batch, heads, scale, heads_first in ((2, 3, 0.125, False), (1, 40, -0.3, True)):
         check_gradients(*draw(batch, heads, seq, 64, dtype, heads_first), AttentionPattern(kind, text_len, grid), scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_match_float64_in_wide_heads(kind, dtype):
+    torch.manual_seed(0)
+    check_gradients(*draw(2, 5, 1280, 128, dtype), AttentionPattern(kind, 257, (32, 32)))
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])

@@ -96,9 +96,11 @@ def test_columns_below_are_those_of_both_rows():
 
 def test_shared_memory_holds_all_pieces_apart():
     """Tiles and strips at multiples of 1,024 bytes, as the swizzle wants, what else copies bring at multiples of 16,
-    barriers at multiples of 8: the same for each dtype and pattern, in blocks of which a multiprocessor holds two."""
-    row = 64 * 2
-    for layout, operands, stages in zip(library().hopper_backward_layouts(), (3, 2), (4, 8), strict=True):
+    barriers at multiples of 8: the same for each dtype and pattern, in blocks of which a multiprocessor holds two,
+    or of heads of 128 one."""
+    cases = itertools.product((64, 128), ((3, 4), (2, 8)))
+    for layout, (head_dim, (operands, stages)) in zip(library().hopper_backward_layouts(), cases, strict=True):
+        row = head_dim * 2
         pieces = [(layout["tiles_barrier"], 8, 8)]
         for name, count, size, alignment in [
             ("tiles", operands * PAIR, TILE * row, 1024),
@@ -113,4 +115,4 @@ def test_shared_memory_holds_all_pieces_apart():
         pieces = [*sorted(pieces), (layout["end"], 0, 1)]
         assert pieces[0][0] == 0 and not any(start % alignment for start, _, alignment in pieces)
         assert all(a + size <= b for (a, size, _), (b, _, _) in itertools.pairwise(pieces))
-        assert 2 * (layout["end"] + 1024) <= 228 * 1024  # with what the system takes of each block
+        assert 128 // head_dim * (layout["end"] + 1024) <= 228 * 1024  # with what the system takes of each block

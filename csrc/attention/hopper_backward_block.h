@@ -12,7 +12,9 @@ using namespace plain;
 
 [[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f;
 [[maybe_unused]] constexpr int PAIR_THREADS = PAIR * 128;
-[[maybe_unused]] constexpr int HEAD = 64;  // head_dim
+// Blocks that share a multiprocessor: of heads of 64 two find their registers and shared memory there.
+template <int HEAD_DIM>
+constexpr int BLOCKS_BESIDE = HEAD_DIM == 64 ? 2 : 1;
 
 struct BackwardLaunch {
   Operand q, k, v, out, grad_out;  // in boxes of a strip
@@ -30,13 +32,18 @@ struct HeadNumber {
   __device__ HeadNumber(int head, int heads) : all(head), sample(head / heads), of_sample(head % heads) {}
 };
 
-// Asks for a strip's rows at a place of a head.
-__device__ inline void copy_strip(uint32_t to, const Operand& operand, const HopperPlan& plan, const HeadNumber& head,
-                                  bool image, int place, uint32_t barrier) {
+// Asks for a strip's rows at a place of a head, as a part of a tile of `rows` rows.
+template <int HEAD_DIM>
+__device__ void copy_strip(uint32_t to, int rows, const Operand& operand, const HopperPlan& plan, const HeadNumber& head,
+                           bool image, int place, uint32_t barrier) {
   const bool columns = image && plan.kind == PatternKind::column;
-  const int corner[5] = {0, columns ? place & (plan.segment - 1) : place, columns ? place >> plan.segment_bits : 0,
-                         head.of_sample, head.sample};
-  copy_box(to, image ? &operand.image : &operand.text, corner, barrier);
+  int corner[5] = {0, columns ? place & (plan.segment - 1) : place, columns ? place >> plan.segment_bits : 0,
+                   head.of_sample, head.sample};
+#pragma unroll
+  for (int column = 0; column < HEAD_DIM; column += TILE_COLUMNS, to += rows * TILE_ROW_BYTES) {
+    corner[0] = column;
+    copy_box(to, image ? &operand.image : &operand.text, corner, barrier);
+  }
 }
 
 // The strips that a pair's block goes through: those of its own part that either tile needs, and then, which both do,
@@ -88,10 +95,9 @@ struct RingOfStrips {
 //
 // `Derived` says which operands these are (tile_operand, strip_operand, copy_statistics) and what becomes of a strip
 // (begin, mask_of_strip, take, end).
-template <class Derived, class Layout>
+template <class Derived, int HEAD_DIM, class Layout>
 struct PairBlock {
   using Ring = RingOfStrips<Layout>;
-  static constexpr int SHARED = Layout::BYTES;
 
   const BackwardLaunch& launch;
   const HopperPlan& plan;
@@ -126,8 +132,9 @@ struct PairBlock {
     barrier_arrive_expecting(tiles_barrier(), Layout::OPERANDS * Layout::OPERAND_BYTES);
     for (int operand = 0; operand < Layout::OPERANDS; ++operand) {
       for (int row = 0; row < PAIR * TILE; row += STRIP) {
-        const uint32_t to = memory + tile_place<Layout>(operand, 0) + row * TILE_ROW_BYTES;
-        copy_strip(to, derived().tile_operand(operand), plan, head, pair.image, pair.first + row, tiles_barrier());
+        const uint32_t to = memory + tile_place<Layout>(operand, row / TILE) + row % TILE * TILE_ROW_BYTES;
+        copy_strip<HEAD_DIM>(to, TILE, derived().tile_operand(operand), plan, head, pair.image, pair.first + row,
+                             tiles_barrier());
       }
     }
   }
@@ -138,8 +145,10 @@ struct PairBlock {
       const bool image = course.is_own(n) == pair.image;
       const int place = course.strip(n) * STRIP;
       ring.expect(n);
-      copy_strip(ring.strips(n), derived().strip_operand(0), plan, head, image, place, ring.barrier(n));
-      copy_strip(ring.strips(n) + STRIP_BYTES, derived().strip_operand(1), plan, head, image, place, ring.barrier(n));
+      for (int i = 0; i < 2; ++i) {
+        copy_strip<HEAD_DIM>(ring.strips(n) + i * Layout::STRIP_BYTES, STRIP, derived().strip_operand(i), plan, head,
+                             image, place, ring.barrier(n));
+      }
       derived().copy_statistics(n, image, place);
     }
     __syncwarp();
@@ -177,22 +186,45 @@ struct PairBlock {
   }
 };
 
-// The left operand of a product, 64 x 64 numbers of a tile, as a thread has them.
-__device__ inline void load_tile(uint32_t tile, uint32_t (&blocks)[HEAD / 4]) {
+// The left operand of a product, a tile's numbers, as a thread has them.
+template <int WORDS>
+__device__ void load_tile(uint32_t tile, uint32_t (&blocks)[WORDS]) {
   const uint32_t lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
 #pragma unroll
-  for (int depth = 0; depth < HEAD / 16; ++depth) {
-    load_blocks(tile + swizzled_offset(row, depth * 2 + lane / 16), blocks + 4 * depth);
+  for (int depth = 0; depth < WORDS / 4; ++depth) {
+    const uint32_t columns = tile + depth / 4 * TILE * TILE_ROW_BYTES;
+    load_blocks(columns + swizzled_offset(row, depth % 4 * 2 + lane / 16), blocks + 4 * depth);
   }
 }
 
-// results = left, 64 x 64 numbers of which left(depth) gives 16 columns, times the transpose of a strip.
-template <class Element, class Left>
+// Of 16 columns at a time, where they begin in a tile or strip of ROWS rows.
+template <int ROWS>
+__device__ constexpr uint32_t depth_offset(int depth) {
+  return depth / 4 * ROWS * TILE_ROW_BYTES + depth % 4 * 32;
+}
+
+// results = left, 64 rows of which left(depth) gives 16 columns, times the transpose of a strip.
+template <class Element, int HEAD_DIM, class Left>
 __device__ __forceinline__ void multiply_strip(float (&results)[STRIP / 2], const Left& left, uint64_t strip) {
   multiply_32<true>(Element{}, results, left(0), strip);
 #pragma unroll
-  for (int depth = 1; depth < HEAD / 16; ++depth) {
-    multiply_32<false>(Element{}, results, left(depth), moved(strip, 32 * depth));
+  for (int depth = 1; depth < HEAD_DIM / 16; ++depth) {
+    multiply_32<false>(Element{}, results, left(depth), moved(strip, depth_offset<STRIP>(depth)));
+  }
+  products_commit();
+}
+
+// sums += left, 64 rows of STRIP numbers, times the rows of a strip.
+template <class Element, int COUNT>
+__device__ __forceinline__ void add_strip(float (&sums)[COUNT], const uint32_t (&left)[STRIP / 4], uint64_t strip) {
+  products_begin();
+#pragma unroll
+  for (int row = 0; row < STRIP; row += 16) {
+#pragma unroll
+    for (int column = 0; column < 2 * COUNT; column += TILE_COLUMNS) {
+      const uint32_t offset = depth_offset<STRIP>(column / 16) + row * TILE_ROW_BYTES;
+      multiply<Right::rows, TILE_COLUMNS>(Element{}, sums + column / 2, left + row / 4, moved(strip, offset), true);
+    }
   }
   products_commit();
 }
@@ -202,9 +234,9 @@ __device__ inline uint32_t mask_at(const BackwardLaunch& launch, int mask) {
 }
 
 // Writes the rows of a tile that exist, times `factor`.
-template <class Element>
+template <class Element, int COUNT>
 __device__ void store_tile(const BackwardLaunch& launch, const HeadNumber& head, bool image, int first, const Heads& to,
-                           const float (&sums)[HEAD / 2], float factor) {
+                           const float (&sums)[COUNT], float factor) {
   const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
   Element* start = static_cast<Element*>(to.data) + head.sample * to.batch_stride + head.of_sample * to.head_stride +
                    lane % 4 * 8;
@@ -212,7 +244,7 @@ __device__ void store_tile(const BackwardLaunch& launch, const HeadNumber& head,
   for (int which = 0; which < 2; ++which) {
     const int token = token_of(launch.plan, image, first + row + 8 * which);
 #pragma unroll
-    for (int column = 0; column < HEAD; column += 32) {
+    for (int column = 0; column < 2 * COUNT; column += 32) {
       uint32_t pieces[1][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

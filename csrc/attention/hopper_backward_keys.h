@@ -7,13 +7,14 @@
 namespace dalle::cuda {
 namespace {
 
-template <class Element>
-struct KeyGradients : PairBlock<KeyGradients<Element>, KeyLayout> {
-  using Block = PairBlock<KeyGradients<Element>, KeyLayout>;
+template <class Element, int HEAD_DIM>
+struct KeyGradients : PairBlock<KeyGradients<Element, HEAD_DIM>, HEAD_DIM, KeyLayout<HEAD_DIM>> {
+  using Layout = KeyLayout<HEAD_DIM>;
+  using Block = PairBlock<KeyGradients, HEAD_DIM, Layout>;
   using Block::exists, Block::first, Block::head, Block::launch, Block::pair, Block::plan, Block::ring, Block::tile;
   enum : int { K, V };  // its tiles
 
-  float key_sums[HEAD / 2], value_sums[HEAD / 2];
+  float key_sums[HEAD_DIM / 2], value_sums[HEAD_DIM / 2];
 
   __device__ explicit KeyGradients(const BackwardLaunch& launch_)
       : Block(launch_, pair_of_keys(launch_.plan, blockIdx.x, launch_.all_heads)) {}
@@ -22,7 +23,7 @@ struct KeyGradients : PairBlock<KeyGradients<Element>, KeyLayout> {
   __device__ const Operand& strip_operand(int i) const { return i == 0 ? launch.q : launch.grad_out; }
   __device__ void copy_statistics(int n, bool image, int place) const {
     const int64_t from = static_cast<int64_t>(head.all) * plan.tiles * TILE + (image ? plan.text_tiles * TILE : 0);
-    copy_bytes(ring.statistics(n), launch.statistics + from + place, KeyLayout::STATISTICS_BYTES, ring.barrier(n));
+    copy_bytes(ring.statistics(n), launch.statistics + from + place, Layout::STATISTICS_BYTES, ring.barrier(n));
   }
 
   __device__ void run() {
@@ -33,7 +34,7 @@ struct KeyGradients : PairBlock<KeyGradients<Element>, KeyLayout> {
 
   __device__ void begin() {
 #pragma unroll
-    for (int i = 0; i < HEAD / 2; ++i) key_sums[i] = value_sums[i] = 0;
+    for (int i = 0; i < HEAD_DIM / 2; ++i) key_sums[i] = value_sums[i] = 0;
   }
 
   // The statistics of a thread's two columns among eight.
@@ -85,23 +86,15 @@ struct KeyGradients : PairBlock<KeyGradients<Element>, KeyLayout> {
     }
   }
 
-  // sums += weights, whose rows are keys, times a strip of rows.
-  __device__ void add(float (&sums)[HEAD / 2], const uint32_t (&weights)[STRIP / 4], uint64_t rows) const {
-    products_begin();
-#pragma unroll
-    for (int query = 0; query < STRIP; query += 16) {
-      multiply<Right::rows, HEAD>(Element{}, sums, weights + query / 4, moved(rows, query * TILE_ROW_BYTES), true);
-    }
-    products_commit();
-  }
-
   __device__ void take(const Course& course, int n, uint32_t mask) {
-    const uint64_t queries = tile_descriptor(ring.strips(n)), grads = moved(queries, STRIP_BYTES);
+    const uint64_t queries = tile_descriptor(ring.strips(n)), grads = moved(queries, Layout::STRIP_BYTES);
     const uint64_t keys = tile_descriptor(tile(K)), values = tile_descriptor(tile(V));
     float weights[STRIP / 2], grad_weights[STRIP / 2];
     products_begin();
-    multiply_strip<Element>(weights, [&](int depth) { return moved(keys, 32 * depth); }, queries);
-    multiply_strip<Element>(grad_weights, [&](int depth) { return moved(values, 32 * depth); }, grads);
+    const auto keys_at = [&](int depth) { return moved(keys, depth_offset<TILE>(depth)); };
+    const auto values_at = [&](int depth) { return moved(values, depth_offset<TILE>(depth)); };
+    multiply_strip<Element, HEAD_DIM>(weights, keys_at, queries);
+    multiply_strip<Element, HEAD_DIM>(grad_weights, values_at, grads);
     products_wait<1>();
     pin(weights);
     Block::ask(course, n + Block::Ring::AHEAD);
@@ -111,10 +104,10 @@ struct KeyGradients : PairBlock<KeyGradients<Element>, KeyLayout> {
     for (int i = 0; i < STRIP / 4; ++i) rounded[i] = rounded_pair(weights[2 * i], weights[2 * i + 1], Element{});
     products_wait();
     pin(grad_weights);
-    add(value_sums, rounded, grads);
+    add_strip<Element>(value_sums, rounded, grads);
     uint32_t grad_scores[STRIP / 4];
     differentiate(n, weights, grad_weights, grad_scores);
-    add(key_sums, grad_scores, queries);
+    add_strip<Element>(key_sums, grad_scores, queries);
     products_wait();
     pin(value_sums);
     pin(key_sums);

@@ -139,32 +139,34 @@ DALLE_INLINE bool has_tile(const HopperPlan& plan, const PairOfTiles& pair, int 
   return pair.first / TILE + group < tiles_of(plan, pair.image);
 }
 
-// ---- Shared memory of a block, whose rows are of 64 numbers, in bytes from its start: two tiles of each of OPERANDS
-// operands, then a ring of STAGES places, a power of 2, for two operands' strips and, where these are of queries, their
-// statistics, then the barriers. Strip number n goes to place n % STAGES.
-constexpr int TILE_BYTES = TILE * TILE_ROW_BYTES, STRIP_BYTES = STRIP * TILE_ROW_BYTES;
+// ---- Shared memory of a block, in bytes from its start: two tiles of each of OPERANDS operands, then a ring of STAGES
+// places, a power of 2, for two operands' strips and, where these are of queries, their statistics, then the barriers.
+// Strip number n goes to place n % STAGES. Of a tile or strip the first 64 columns of all rows come first.
 
 // Of a query: its log-sum-exp in units of powers of 2, infinite where there is no query, and grad_out . out.
 struct Statistics {
   float shift, delta;
 };
 
-template <int OPERANDS_, int STAGES_, bool STATISTICS>
+template <int HEAD_DIM, int OPERANDS_, int STAGES_, bool STATISTICS>
 struct PairLayout {
   static_assert((STAGES_ & (STAGES_ - 1)) == 0);
   static constexpr int OPERANDS = OPERANDS_, STAGES = STAGES_;
+  static constexpr int TILE_BYTES = TILE * HEAD_DIM * 2, STRIP_BYTES = STRIP * HEAD_DIM * 2;
   static constexpr int OPERAND_BYTES = PAIR * TILE_BYTES, PLACE_BYTES = 2 * STRIP_BYTES;
   static constexpr int STATISTICS_BYTES = STATISTICS ? STRIP * static_cast<int>(sizeof(dalle::Statistics)) : 0;
   static constexpr int RING = OPERANDS * OPERAND_BYTES, RING_STATISTICS = RING + STAGES * PLACE_BYTES;
   static constexpr int RING_BARRIERS = RING_STATISTICS + STAGES * STATISTICS_BYTES;
   static constexpr int TILES_BARRIER = RING_BARRIERS + STAGES * 16, BYTES = TILES_BARRIER + 16;
 };
-using QueryLayout = PairLayout<3, 4, false>;
-using KeyLayout = PairLayout<2, 8, true>;
+template <int HEAD_DIM>
+using QueryLayout = PairLayout<HEAD_DIM, 3, 4, false>;
+template <int HEAD_DIM>
+using KeyLayout = PairLayout<HEAD_DIM, 2, 8, true>;
 
 template <class Layout>
 DALLE_INLINE uint32_t tile_place(int operand, int group) {
-  return operand * Layout::OPERAND_BYTES + group * TILE_BYTES;
+  return operand * Layout::OPERAND_BYTES + group * Layout::TILE_BYTES;
 }
 template <class Layout>
 DALLE_INLINE uint32_t strips_place(uint32_t n) {

@@ -8,15 +8,16 @@
 namespace dalle::cuda {
 namespace {
 
-template <class Element>
-struct QueryGradient : PairBlock<QueryGradient<Element>, QueryLayout> {
-  using Block = PairBlock<QueryGradient<Element>, QueryLayout>;
+template <class Element, int HEAD_DIM>
+struct QueryGradient : PairBlock<QueryGradient<Element, HEAD_DIM>, HEAD_DIM, QueryLayout<HEAD_DIM>> {
+  using Layout = QueryLayout<HEAD_DIM>;
+  using Block = PairBlock<QueryGradient, HEAD_DIM, Layout>;
   using Block::exists, Block::first, Block::head, Block::launch, Block::pair, Block::plan, Block::ring, Block::tile;
   enum : int { Q, GRAD_OUT, OUT };  // its tiles
 
-  uint32_t queries[HEAD / 4], grads[HEAD / 4];
+  uint32_t queries[HEAD_DIM / 4], grads[HEAD_DIM / 4];
   float shifts[2], deltas[2];
-  float sums[HEAD / 2];
+  float sums[HEAD_DIM / 2];
 
   __device__ explicit QueryGradient(const BackwardLaunch& launch_)
       : Block(launch_, pair_of_queries(launch_.plan, blockIdx.x)) {}
@@ -39,7 +40,7 @@ struct QueryGradient : PairBlock<QueryGradient<Element>, QueryLayout> {
     load_tile(tile(GRAD_OUT), grads);
     find_deltas();
 #pragma unroll
-    for (int i = 0; i < HEAD / 2; ++i) sums[i] = 0;
+    for (int i = 0; i < HEAD_DIM / 2; ++i) sums[i] = 0;
   }
 
   __device__ int row() const { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
@@ -56,10 +57,10 @@ struct QueryGradient : PairBlock<QueryGradient<Element>, QueryLayout> {
 
   __device__ void find_deltas() {
     deltas[0] = deltas[1] = 0;
-    uint32_t outs[HEAD / 4];
+    uint32_t outs[HEAD_DIM / 4];
     load_tile(tile(OUT), outs);
 #pragma unroll
-    for (int i = 0; i < HEAD / 4; ++i) {
+    for (int i = 0; i < HEAD_DIM / 4; ++i) {
       const float2 out = numbers_of(outs[i], Element{}), grad = numbers_of(grads[i], Element{});
       deltas[i % 2] += out.x * grad.x + out.y * grad.y;
     }
@@ -112,11 +113,11 @@ struct QueryGradient : PairBlock<QueryGradient<Element>, QueryLayout> {
   }
 
   __device__ void take(const Course& course, int n, uint32_t mask) {
-    const uint64_t keys = tile_descriptor(ring.strips(n)), values = moved(keys, STRIP_BYTES);
+    const uint64_t keys = tile_descriptor(ring.strips(n)), values = moved(keys, Layout::STRIP_BYTES);
     float weights[STRIP / 2], grad_weights[STRIP / 2];
     products_begin();
-    multiply_strip<Element>(weights, [&](int depth) { return queries + 4 * depth; }, keys);
-    multiply_strip<Element>(grad_weights, [&](int depth) { return grads + 4 * depth; }, values);
+    multiply_strip<Element, HEAD_DIM>(weights, [&](int depth) { return queries + 4 * depth; }, keys);
+    multiply_strip<Element, HEAD_DIM>(grad_weights, [&](int depth) { return grads + 4 * depth; }, values);
     products_wait<1>();
     pin(weights);
     Block::ask(course, n + Block::Ring::AHEAD);
@@ -125,12 +126,7 @@ struct QueryGradient : PairBlock<QueryGradient<Element>, QueryLayout> {
     pin(grad_weights);
     uint32_t grad_scores[STRIP / 4];
     differentiate(weights, grad_weights, grad_scores);
-    products_begin();
-#pragma unroll
-    for (int key = 0; key < STRIP; key += 16) {
-      multiply<Right::rows, HEAD>(Element{}, sums, grad_scores + key / 4, moved(keys, key * TILE_ROW_BYTES), true);
-    }
-    products_commit();
+    add_strip<Element>(sums, grad_scores, keys);
     products_wait();
     pin(sums);
     ring.release(n);

@@ -129,7 +129,10 @@ DALLE_BINDINGS(testing, m) {
         return plan;
       },
       "kind"_a, "seq"_a, "text_len"_a, "height"_a, "width"_a, "kernel_size"_a);
-  m.def("hopper_backward_layouts", [] { return std::array{places_of<QueryLayout>(), places_of<KeyLayout>()}; });
+  m.def("hopper_backward_layouts", [] {
+    return std::array{places_of<QueryLayout<64>>(), places_of<KeyLayout<64>>(), places_of<QueryLayout<128>>(),
+                      places_of<KeyLayout<128>>()};
+  });
   m.def("columns_below", &columns_below, "columns"_a, "lane"_a);
 
   m.def(
