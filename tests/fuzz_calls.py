@@ -118,7 +118,9 @@ class Room:
 
 
 ANY = Room()
-TENSOR_CORES = Room((torch.bfloat16, torch.float16), (64,), ((32, 160), (1, 5), (64,), (64, 96)), lambda _, x, **__: x)
+TENSOR_CORES = Room(
+    (torch.bfloat16, torch.float16), (64, 128), ((32, 160), (1, 5), (64, 128), (64, 96)), lambda _, x, **__: x
+)
 """Where the compiled kernels for CUDA serve most of the calls."""
 
 
