@@ -105,11 +105,11 @@ def test_a_captured_step_of_a_public_function_replays(name):
     expected = [step() for _ in range(3)]
     torch.manual_seed(3)
     graph, found = captured(STEPS[name]("cuda"))
-    for results in expected[1:]:
+    for wanted in expected[1:]:
         graph.replay()
         assert all(result.isfinite().all() for result in found if result.is_floating_point())
         if name not in NOISY:
-            torch.testing.assert_close(found, results)
+            torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("name", NOISY)
