@@ -147,7 +147,9 @@ def test_steps_of_half_a_tile_of_columns():
 @pytest.mark.parametrize("kind", ["row", "conv"])
 def test_short_sequences_of_wide_heads(kind):
     torch.manual_seed(0)
-    check(*draw(1, 2, 269, 128, torch.bfloat16), AttentionPattern(kind, 13, (16, 16), 3))
+    q, k, v = draw(1, 2, 269, 128, torch.bfloat16)
+    check(q, k, v, AttentionPattern(kind, 13, (16, 16), 3))
+    check_gradients(q, k, v, AttentionPattern(kind, 13, (16, 16), 3))
 
 
 def test_more_heads_than_multiprocessors():
