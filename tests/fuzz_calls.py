@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -235,7 +235,13 @@ def gumbel_softmax_call(op: str, draw: random.Random) -> Call:
         # Codes of weights that sum to 1 may cancel, and ln K less an entropy.
         weight = max(1.0, (largest(logits) + 4) / (4 * noise[2].item()))
         return Call(forward, terms=(weight * (largest(codebook) if "codebook" in op else 1.0), math.log(shape[dim])))
-    return _backward_of(op, draw, forward, saved=() if "codebook" in op else (1,))
+    call = _backward_of(op, draw, forward, saved=() if "codebook" in op else (1,))
+    if "codebook" not in op:
+        return call
+    # Of a weight times what a code and its gradient give, over tau, the weights' mean is taken away.
+    given = call.exact[0].movedim(dim, -1) @ codebook.double().mT
+    weights = reference("gumbel_softmax", logits.double(), *noise, False, dim)[0].movedim(dim, -1)
+    return replace(call, terms=(largest(weights * given) / noise[2].item(), 0.0))
 
 
 def _backward_of(op: str, draw: random.Random, forward: tuple, saved: tuple[int, ...]) -> Call:
