@@ -98,6 +98,8 @@ struct Block {
   std::vector<Meeting> warps;
   Meeting all;
   std::vector<uint8_t> shared;  // the memory asked for at the launch, filled with NaN
+  std::vector<uint32_t> barriers;      // where in it there are some
+  void (*check_end)() = nullptr;       // tells of what the block should not have left
   ucontext_t caller;
   int running = 0;
   const std::function<void()>* kernel = nullptr;
@@ -153,7 +155,6 @@ T shuffle(T value, int lane) {
 
 // Ends the launch with an error, because of what a kernel does.
 inline const char* mistake = nullptr;
-inline unsigned launch = 0;  // its number
 inline void give_up(const char* what) {
   mistake = what;
   setcontext(&block->caller);
@@ -188,6 +189,7 @@ inline void run_block(const std::function<void()>& kernel, dim3 index, int threa
   while (cluster.begun < rank) sched_yield();
   cluster.shared[rank] = &shared_memory;
   swapcontext(&b.caller, &b.fibers[0].context);
+  if (b.check_end != nullptr) b.check_end();
   cluster.shared[rank] = nullptr;
   cluster.let_begin_after(rank);
 }
@@ -349,7 +351,6 @@ inline cudaError_t run_blocks(const std::function<void()>& call, dim3 blocks, un
   const dim3 outer = grid;
   grid = blocks;
   mistake = nullptr;
-  ++launch;
   for (unsigned i = 0; i < blocks.x * blocks.y * blocks.z && mistake == nullptr; ++i) {
     const dim3 index(i % blocks.x, i / blocks.x % blocks.y, i / blocks.x / blocks.y);
     run_block(call, index, static_cast<int>(threads), shared);

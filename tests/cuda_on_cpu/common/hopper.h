@@ -3,7 +3,8 @@
 // What is asynchronous happens at the worst moment that is allowed. Of the copies some are made at once, into what
 // somebody may still be reading, and the others late, when a fiber has nothing to do. Products read their operands and
 // write their sums when they are waited for, so what was overwritten in the meantime shows. A wait that no other fiber
-// can end is told instead of waited for.
+// can end is told instead of waited for, and so is a block that leaves a barrier in the middle of a phase: of threads
+// that arrive at one that awaits fewer, some are left over.
 #pragma once
 
 #include <cuda.h>
@@ -53,8 +54,11 @@ inline void finish_phase(Barrier& barrier) {
   barrier.phase ^= 1;
   barrier.missing = barrier.arrivals;
 }
+inline void check_end();
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
   shared_at<Barrier>(barrier) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0, 0};
+  on_cpu::block->barriers.push_back(barrier);
+  on_cpu::block->check_end = check_end;
 }
 inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
   Barrier& b = barrier_at(barrier);
@@ -75,7 +79,17 @@ struct Copy {
   uint32_t barrier;
 };
 inline std::deque<Copy> late;
-inline unsigned late_in = 0;  // the launch whose they are
+
+inline void check_end() {
+  const bool leaves_copies = !late.empty();
+  late.clear();
+  if (on_cpu::mistake != nullptr) return;
+  if (leaves_copies) on_cpu::mistake = "a block has ended before its copies have";
+  for (const uint32_t at : on_cpu::block->barriers) {
+    const Barrier& barrier = shared_at<Barrier>(at);
+    if (barrier.missing != barrier.arrivals) on_cpu::mistake = "a block has ended in the middle of a barrier's phase";
+  }
+}
 
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
@@ -118,7 +132,6 @@ inline void ask(const Copy& copy) {
     make(copy);
   } else {
     late.push_back(copy);
-    late_in = on_cpu::launch;
   }
 }
 
@@ -164,9 +177,6 @@ inline Products& own_products() { return products[on_cpu::block->running]; }
 // Before a block's first use of anything here.
 inline void barrier_init_done() {
   idle = 0;
-  const bool leaves_copies = !late.empty() && late_in == on_cpu::launch;
-  late.clear();
-  if (leaves_copies) on_cpu::give_up("a block has ended before its copies have");
   products.assign(on_cpu::block->fibers.size(), {});
 }
 
