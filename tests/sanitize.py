@@ -2,7 +2,8 @@
 
 ``python tests/sanitize.py`` (``make sanitize``) builds the CPU library with them, for every instruction set that this
 processor runs, into build/sanitize, and runs the families' tests and a long fuzz against it, each instruction set in
-turn. The sanitizers stop the process at the first access out of bounds and at the first undefined operation.
+turn. The CUDA kernels' own tests follow, for which tests/on_cpu.py compiles these kernels for the CPU with the same
+sanitizers. The sanitizers stop the process at the first access out of bounds and at the first undefined operation.
 """
 
 from __future__ import annotations
@@ -59,16 +60,13 @@ def build(folder: Path, instruction_sets: list[str]) -> None:
 
 
 def environment(folder: Path, instruction_set: str) -> dict[str, str]:
-    """What a process needs to run the sanitized library of ``folder`` with one instruction set.
+    """What a process needs to run the sanitized library of ``folder`` with one instruction set."""
+    return {**special_build.environment(folder, instruction_set), **settings()}
 
-    Python itself never frees all of its memory, so leaks are not looked for.
-    """
-    return {
-        **special_build.environment(folder, instruction_set),
-        "LD_PRELOAD": runtime(),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
+
+def settings() -> dict[str, str]:
+    """Those of the sanitizers. Python itself never frees all of its memory, so leaks are not looked for."""
+    return {"LD_PRELOAD": runtime(), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
 def run_fuzz(folder: Path, instruction_set: str, seed: int, count: int) -> subprocess.CompletedProcess:
@@ -84,6 +82,14 @@ def run_fuzz(folder: Path, instruction_set: str, seed: int, count: int) -> subpr
     )
 
 
+def run_tests(paths: list[Path], kept: str, environment: dict[str, str], folder: Path) -> bool:
+    """Whether the tests of these files that ``kept`` selects pass."""
+    # A sanitizer writes its report to the process's standard error, which pytest must not capture.
+    options = ["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-k", kept]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, paths)]
+    return subprocess.run(command, env=environment, cwd=folder).returncode == 0
+
+
 def main() -> int:
     if runtime() is None or not instruction_sets():
         print("sanitize: expected g++ with its sanitizers' libasan.so, and the compiled library; nothing was checked")
@@ -96,11 +102,10 @@ def main() -> int:
     for instruction_set in instruction_sets():
         fuzzed = run_fuzz(folder, instruction_set, seed=2, count=100)
         print(fuzzed.stdout, flush=True)
-        # A sanitizer writes its report to the process's standard error, which pytest must not capture.
-        options = ["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-k", KERNELS]
-        command = [sys.executable, "-m", "pytest", *options, *map(str, tests)]
-        tested = subprocess.run(command, env=environment(folder, instruction_set), cwd=folder)
-        failed |= bool(fuzzed.returncode or tested.returncode)
+        passed = run_tests(tests, KERNELS, environment(folder, instruction_set), folder)
+        failed |= bool(fuzzed.returncode) or not passed
+    compiled = sorted((ROOT / "tests").glob("test_*_on_cpu.py"))
+    failed |= not run_tests(compiled, "", {**os.environ, **settings(), "DALLE_ON_CPU_SANITIZE": "1"}, ROOT)
     return int(failed)
 
 
