@@ -246,5 +246,6 @@ CASES += [
         ("row", 64, torch.bfloat16),
         ("row", 64, torch.float32),
         ("conv", 128, torch.bfloat16),
+        ("conv", 129, torch.bfloat16),
     )
 ]

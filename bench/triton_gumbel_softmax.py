@@ -14,7 +14,9 @@ LAST, FIRST = ((8192, 8192), -1), ((8, 8192, 32, 32), 1)
 SHORT, LONG, LONGER = ((16384, 512), -1), ((8192, 16384), -1), ((1024, 40000), -1)
 SINGLE = (64, 1), -1
 """Triton compiles for a number that is 1 as a constant."""
-WIDTH = 128
+ODD, ODD_SHORT = ((64, 8191), -1), ((16384, 65), -1)
+"""Each element has an address and a mask of its own, and registers are few."""
+WIDTH, ODD_WIDTH = 128, 100
 SHORT_ROWS = [Configuration({"ELEMENTS": 1024 * warps}, num_warps=warps) for warps in (1, 2, 4, 8)]
 ROWS = [Configuration({"ELEMENTS": 8192}, num_warps=warps) for warps in (4, 8, 16)]
 LONG_ROWS = [Configuration({"ELEMENTS": 16384}, num_warps=warps) for warps in (8, 16, 32)]
@@ -65,7 +67,8 @@ def backward(layout, dtype, hard, device):
 
 def _codebook(layout, dtype, device):
     shape, dim = layout
-    return torch.randn(shape, device=device).to(dtype), torch.randn(shape[dim], WIDTH, device=device).to(dtype), dim
+    table = torch.randn(shape[dim], ODD_WIDTH if layout is ODD else WIDTH, device=device)
+    return torch.randn(shape, device=device).to(dtype), table.to(dtype), dim
 
 
 def codebook(layout, dtype, device):
@@ -112,6 +115,7 @@ CASES = [
         (LONG, torch.float32, False, *tuning_of_long),
         (LONGER, torch.float32, False, (op, "blocks of rows"), BLOCKS_OF_ROWS),
         (SINGLE, torch.float32, False),
+        (ODD_SHORT, torch.bfloat16, False),
     )
 ] + [
     Case(
@@ -127,5 +131,6 @@ CASES = [
         (LAST, torch.bfloat16, "16 bits"),
         (LAST, torch.float32, "float32"),
         (FIRST, torch.bfloat16, "16 bits"),
+        (ODD, torch.bfloat16, "16 bits"),
     )
 ]

@@ -30,3 +30,8 @@ def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+def aligned(*strides: Sequence[int]) -> bool:
+    """Whether every stride is 1 or a multiple of 16, so that Triton's kernels move several neighbours at once."""
+    return all(step == 1 or step % 16 == 0 for steps in strides for step in steps)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 
 import torch
 
@@ -249,14 +249,41 @@ TABLE: dict[tuple[str, str], dict[int, Configuration]] = {
     ("decode_attention", "text float32 256"): {DEFAULT: sample_blocks(16, 16, warps=8, stages=1)},
 }
 
+_LEAST = {"GROUPS": 4}
+"""Of four columns each; of all other blocks a matrix product takes 16 at least."""
+_MOST_REGISTERS = 255
+_REGISTERS_OF_LANES = 65536 // 32
+
 _forced: dict[tuple[str, str], Configuration] = {}
 
 
-def configuration(op: str, shape_class: str, device: torch.device) -> Configuration:
-    """The configuration for a launch on ``device``."""
+@cache
+def _for_odd_places(op: str, shape_class: str, halved: tuple[str, ...]) -> Configuration:
+    """DEFAULT's configuration with half of the blocks ``halved``, by one stage and in as many registers as there are.
+
+    Left to choose, ptxas spills a few numbers for room for another program.
+    """
+    chosen = TABLE[op, shape_class][DEFAULT]
+    halves = {block: max(min(_LEAST.get(block, 16), chosen[block]), chosen[block] // 2) for block in halved}
+    return replace(
+        chosen,
+        blocks={**chosen.blocks, **halves},
+        num_stages=1,
+        maxnreg=min(_MOST_REGISTERS, _REGISTERS_OF_LANES // chosen.num_warps),
+    )
+
+
+def configuration(op: str, shape_class: str, device: torch.device, halved: tuple[str, ...] = ()) -> Configuration:
+    """The configuration for a launch on ``device``.
+
+    ``halved``: the blocks of which a call takes half where its tensors are not :func:`._strides.aligned`: there each
+    element has an address and a mask of its own, for which whole blocks leave no registers.
+    """
     forced = _forced.get((op, shape_class))
     if forced is not None:
         return forced
+    if halved:
+        return _for_odd_places(op, shape_class, halved)
     row = TABLE[op, shape_class]
     return row.get(_triton.architecture(device)) or row[DEFAULT]
 

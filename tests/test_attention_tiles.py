@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle_kernels import AttentionPattern
-from dalle_kernels._triton_configurations import TABLE
+from dalle_kernels._triton_configurations import TABLE, configuration
 from dalle_kernels.attention import tiles
 from dalle_kernels.attention.pattern import KINDS
 
@@ -17,8 +17,10 @@ BLOCKS = [(2, 2, 2), (4, 2, 4), (8, 4, 2), (2, 4, 8)]
 
 
 def blocks_of_the_table(*names):
-    """The sizes that ``names`` have in attention's rows."""
-    rows = [chosen.blocks for (op, _), row in TABLE.items() if "sparse_attention" in op for chosen in row.values()]
+    """The sizes that ``names`` have in attention's rows, and with half of the first for odd heads."""
+    keys = [key for key in TABLE if "sparse_attention" in key[0]]
+    rows = [chosen.blocks for key in keys for chosen in TABLE[key].values()]
+    rows += [configuration(*key, torch.device("cpu"), halved=names[:1]).blocks for key in keys]
     return sorted({tuple(blocks[name] for name in names) for blocks in rows if blocks.keys() == set(names)})
 
 

@@ -23,7 +23,8 @@ import triton
 from torch import Tensor
 
 from dalle_kernels import _triton
-from dalle_kernels._triton_configurations import configuration
+from dalle_kernels._strides import aligned
+from dalle_kernels._triton_configurations import Configuration, configuration
 from dalle_kernels.attention import reference
 from dalle_kernels.attention.tiles import Stream, has_full_key_tiles, has_full_query_tiles, most_visible, stream
 from dalle_kernels.attention.triton_backward import add_parts_kernel, key_gradients_kernel, query_gradient_kernel
@@ -34,6 +35,8 @@ from dalle_kernels.attention.triton_forward import forward_kernel
 _ENOUGH_PROGRAMS = 256
 _MOST_SEGMENTS = 8
 _MOST_PARTS = 32
+_MOST_OF_A_PART = 4096
+"""Elements that a program adds up of both gradients in registers."""
 
 
 def shape_class(tensor: Tensor) -> str:
@@ -61,6 +64,13 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride()[:3]
 
 
+def _blocks(op: str, shapes: str, owned: str, *tensors: Tensor) -> Configuration:
+    """The table's blocks; where heads or strides keep lanes from moving several neighbours at once, half of those
+    that a program owns."""
+    odd = tensors[0].shape[-1] % 16 != 0 or not aligned(*map(_strides, tensors))
+    return configuration(op, shapes, tensors[0].device, halved=(owned,) if odd else ())
+
+
 def _query_options(part: Stream, blocks) -> dict[str, object]:
     """What the kernels that own queries are compiled for, beside the blocks."""
     sizes = blocks["BLOCK_QUERIES"], blocks["BLOCK_TEXT"], blocks["BLOCK_KEYS"]
@@ -78,7 +88,7 @@ def sparse_attention(q, k, v, kind, text_len, height, width, kernel_size, scale)
     if out.numel() == 0:
         return out, lse
     part = stream(kind, seq, text_len, width, kernel_size)
-    blocks = configuration("sparse_attention", shape_class(q), q.device)
+    blocks = _blocks("sparse_attention", shape_class(q), "BLOCK_QUERIES", q, k, v)
     exponent, sign = _scale_arguments(scale, q.dtype)
     tiles = part.tiles(blocks["BLOCK_QUERIES"])
     forward_kernel[(batch * heads * tiles,)](
@@ -100,7 +110,8 @@ def sparse_attention_backward(grad_out, q, k, v, out, lse, kind, text_len, heigh
     exponent, sign = _scale_arguments(scale, q.dtype)
     common = {"SIGN": sign, "EXACT": exact, "HEAD_DIM": head_dim, "BLOCK_D": block_of_head(head_dim)}
 
-    blocks = configuration("sparse_attention_backward", f"dq {shape_class(q)}", q.device)
+    tensors = q, k, v, out, grad_out
+    blocks = _blocks("sparse_attention_backward", f"dq {shape_class(q)}", "BLOCK_QUERIES", *tensors)
     tiles = part.tiles(blocks["BLOCK_QUERIES"])
     query_gradient_kernel[(batch * heads * tiles,)](
         grad_out, _strides(grad_out), q, _strides(q), k, _strides(k), v, _strides(v), out, _strides(out),
@@ -108,7 +119,7 @@ def sparse_attention_backward(grad_out, q, k, v, out, lse, kind, text_len, heigh
         **common, **_query_options(part, blocks),
     )  # fmt: skip
 
-    blocks = configuration("sparse_attention_backward", f"dk {shape_class(q)}", q.device)
+    blocks = _blocks("sparse_attention_backward", f"dk {shape_class(q)}", "BLOCK_KEYS", *tensors)
     tiles, text_tiles = part.tiles(blocks["BLOCK_KEYS"]), part.text_tiles(blocks["BLOCK_KEYS"])
     segments = _segments(batch * heads * text_tiles, seq, blocks["BLOCK_QUERIES"])
     parts = dk
@@ -121,9 +132,10 @@ def sparse_attention_backward(grad_out, q, k, v, out, lse, kind, text_len, heigh
         SPLIT=segments > 1, **common, **blocks.options,
     )  # fmt: skip
     if segments > 1:
-        add_parts_kernel[(batch * heads, triton.cdiv(part.text_len, 32))](
+        keys = min(32, _MOST_OF_A_PART // common["BLOCK_D"])
+        add_parts_kernel[(batch * heads, triton.cdiv(part.text_len, keys))](
             parts, dk, _strides(dk), dv, _strides(dv), batch * heads, heads, part.text_len, segments, scale,
-            HEAD_DIM=head_dim, BLOCK_D=common["BLOCK_D"], BLOCK_KEYS=32,
+            HEAD_DIM=head_dim, BLOCK_D=common["BLOCK_D"], BLOCK_KEYS=keys,
         )  # fmt: skip
     return dq, dk, dv
 

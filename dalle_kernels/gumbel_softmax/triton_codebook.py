@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dalle_kernels._strides import aligned
 from dalle_kernels._triton_configurations import Configuration, configuration
 from dalle_kernels.gumbel_softmax import reference
 from dalle_kernels.gumbel_softmax.triton_tile import (
@@ -222,9 +223,12 @@ def _backward_of_codebook(grad_embedding, logits, grad_codebook, row_largest, ro
     tl.store(grad_codebook + place, sums.to(grad_codebook.dtype.element_ty), kept)
 
 
-def _blocks(op: str, codebook: Tensor) -> tuple[Configuration, dict[str, int]]:
-    """The table's blocks; no wider than the codebook is, but for what a matrix product needs at least."""
-    chosen = configuration(op, "float32" if codebook.dtype == torch.float32 else "16 bits", codebook.device)
+def _blocks(op: str, view: View, codebook: Tensor, *halved: str) -> tuple[Configuration, dict[str, int]]:
+    """The table's blocks, ``halved`` where lanes cannot move several neighbours at once; no wider than the codebook
+    is, but for what a matrix product needs at least."""
+    kind = "float32" if codebook.dtype == torch.float32 else "16 bits"
+    odd = not (view.aligned and aligned(codebook.stride()))
+    chosen = configuration(op, kind, codebook.device, halved=halved if odd else ())
     width = max(16, min(chosen["WIDTH"], triton.next_power_of_2(codebook.shape[1])))
     return chosen, {**chosen.options, "WIDTH": width}
 
@@ -241,7 +245,7 @@ def gumbel_codebook(
     view = view_of(dim, [logits, embedding])
     if view.rows == 0:
         return embedding, kl
-    chosen, options = _blocks("gumbel_codebook", codebook)
+    chosen, options = _blocks("gumbel_codebook", view, codebook, "GROUPS")
     grid = triton.cdiv(view.rows, chosen["ROWS"]), max(1, triton.cdiv(codebook.shape[1], options["WIDTH"]))
     _forward[grid](
         view.tensors[0], codebook, embedding, kl, seed, offset, tau, *_numbers(view, codebook), *view.strides,
@@ -269,13 +273,13 @@ def gumbel_codebook_backward(
     logits_strides, grad_strides, grad_logits_strides, grad_kl_strides = view.strides
     row_largest, row_inverse = logits.new_empty(2, view.rows, dtype=torch.float32).unbind()
     numbers = _numbers(view, codebook)
-    chosen, options = _blocks("gumbel_codebook_backward_of_logits", codebook)
+    chosen, options = _blocks("gumbel_codebook_backward_of_logits", view, codebook, "GROUPS", "WIDTH")
     _backward_of_logits[(triton.cdiv(view.rows, chosen["ROWS"]),)](
         grad_embedding, grad_kl, logits, codebook, grad_logits, row_largest, row_inverse, seed, offset, tau, *numbers,
         grad_strides, grad_kl_strides, logits_strides, grad_logits_strides, codebook.stride(), view.axis,
         view.columns % (4 * chosen["GROUPS"]) == 0, **options,
     )  # fmt: skip
-    chosen, options = _blocks("gumbel_codebook_backward_of_codebook", codebook)
+    chosen, options = _blocks("gumbel_codebook_backward_of_codebook", view, codebook, "WIDTH")
     grid = triton.cdiv(view.columns, 4 * chosen["GROUPS"]), triton.cdiv(codebook.shape[1], options["WIDTH"])
     if grid[1] > 0:
         _backward_of_codebook[grid](

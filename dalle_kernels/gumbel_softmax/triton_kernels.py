@@ -218,6 +218,7 @@ _CLASSES = {
 
 
 _LEAST_GROUPS = 8
+_MOST_WARPS = 16
 
 
 def cut(op: str, view: View) -> tuple[bool, int, int, int]:
@@ -229,8 +230,13 @@ def cut(op: str, view: View) -> tuple[bool, int, int, int]:
                 chosen = configuration(op, shape_class, device)
                 groups = triton.next_power_of_2(triton.cdiv(columns, 4))
                 # A row has numbers of its own, for which very many short ones would leave no registers.
-                rows = chosen["ELEMENTS"] // (4 * max(groups, _LEAST_GROUPS))
-                return True, max(1, rows), groups, chosen.num_warps
+                rows = max(1, chosen["ELEMENTS"] // (4 * max(groups, _LEAST_GROUPS)))
+                if view.aligned:
+                    return True, rows, groups, chosen.num_warps
+                # Each element takes the registers of an address too: half as many elements a thread.
+                if rows > 1:
+                    return True, rows // 2, groups, chosen.num_warps
+                return True, 1, groups, min(2 * chosen.num_warps, _MOST_WARPS)
     chosen = configuration(op, "columns apart" if view.axis == 0 else "blocks of rows", device)
     return columns <= 4 * chosen["GROUPS"], chosen["ROWS"], chosen["GROUPS"], chosen.num_warps
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dalle_kernels._strides import merged
+from dalle_kernels._strides import aligned, merged
 from dalle_kernels.triton_philox import LN_2, LOG2_E, complement_uniform, log2_of_exponential, philox_words
 
 NO_COLUMN = tl.constexpr(2**31 - 1)
@@ -244,6 +244,12 @@ class View:
         """The tiles' axis of the columns: the last where those of the first tensor lie next to each other."""
         outer, inner, column = self.strides[0]
         return 0 if column != 1 and 1 in (outer, inner) else 1
+
+    @property
+    def aligned(self) -> bool:
+        """Whether lanes move several neighbours at once in every tensor."""
+        neighbours = self.axis == 0 or all(column in (0, 1) for _, _, column in self.strides)
+        return neighbours and self.columns % 16 == 0 and aligned(*self.strides)
 
 
 def view_of(dim: int, with_columns: list[Tensor], without: list[Tensor] = ()) -> View:
