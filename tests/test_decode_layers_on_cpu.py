@@ -21,7 +21,7 @@ def filled_caches(prompts, heads, head_dim, dtype, samples, count):
     return caches
 
 
-def compiled_step(cuda_on_cpu, x, layers, caches, place):
+def compiled_step(cuda_on_cpu, x, layers, caches, place, overtaking):
     """The token after the text by the compiled kernels, its place a number or of the device."""
     weights = [tensor for layer in layers for tensor in layer]
     held = [tensor for cache in caches for tensor in (cache.text, cache.image)]
@@ -36,7 +36,8 @@ def compiled_step(cuda_on_cpu, x, layers, caches, place):
     if place is not None:
         where = {"position": 0, "place": place.data_ptr(), "wide_place": place.dtype == torch.int64}
     tensors = {"x": out.data_ptr(), "scratch": scratch.data_ptr()}
-    cuda_on_cpu.decode_layers(**described, **where, **tensors, scale=head_dim**-0.5, epsilon=1e-5, executor=0)
+    with on_cpu.overtaking(cuda_on_cpu, overtaking):  # what is held back ends while the tensors are there
+        cuda_on_cpu.decode_layers(**described, **where, **tensors, scale=head_dim**-0.5, epsilon=1e-5, executor=0)
     return out
 
 
@@ -66,8 +67,7 @@ def test_a_step_meets_the_error_rule(cuda_on_cpu, sizes, dtype):
         caches = [
             filled_caches(rows // samples, heads, head_dim, of, samples, 2) for of in (dtype, dtype, torch.float64)
         ]
-        with on_cpu.overtaking(cuda_on_cpu, seed):
-            actual = compiled_step(cuda_on_cpu, x, layers, caches[0], place)
+        actual = compiled_step(cuda_on_cpu, x, layers, caches[0], place, overtaking=seed)
         with dalle_kernels.use("reference"):
             results.append((actual, decode_layers(x, layers, caches[1]), decode_layers(x.double(), double, caches[2])))
     assert_accurate(*zip(*results))
