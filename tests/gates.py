@@ -102,10 +102,10 @@ def examine(kernel) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        (registers,) = machine_code.registers(file.name).values()
+        (needs,) = machine_code.resources(file.name).values()
         (lines,) = machine_code.instructions(file.name).values()
     return Code(
-        registers=registers,
+        registers=needs.registers,
         shared=kernel.metadata.shared,
         hmma=count(lines, "HMMA"),
         hgmma=count(lines, "HGMMA"),
