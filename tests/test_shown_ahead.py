@@ -76,6 +76,15 @@ def test_attention_is_ahead_from_so_many_heads_on(work, table):
         assert fewest in heads and all(heads.values()), key
 
 
+def test_wide_heads_beside_a_longer_text_are_left_to_triton(monkeypatch):
+    monkeypatch.setattr(ops._triton, "left_to_triton", lambda _device, ahead: str(ahead))
+    q = torch.empty(1, 248, 1, 128, dtype=torch.bfloat16, device="meta")
+    for text_len in (256, 257):
+        pattern = text_len, 32, 32, 11, 0.125
+        left = ops._cuda_unsupported(q, "row", ops.FORWARD_AHEAD, "sparse_attention_refusal", (q, q, q), pattern)
+        assert left == str(text_len == 256)
+
+
 def test_steps_of_optimizers_and_casts_are_ahead():
     shown = {DTYPES[row["dtype"]] for row in rows_of("AdamW16 step") if row_wins(row)}
     assert shown >= adamw.AHEAD

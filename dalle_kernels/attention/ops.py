@@ -25,8 +25,10 @@ FORWARD_AHEAD = {
 }
 """By pattern, dtype and head_dim: from how many heads on, of all samples together, a run on an H200 has shown the
 compiled forward ahead of Triton's. Of anything else, and on other GPUs, it is opt-in."""
+WIDE_TEXT = 256
+"""In heads of 128 that run had a text of so many tokens: longer ones, for which there was no room then, are opt-in."""
 BACKWARD_AHEAD = {(kind, torch.bfloat16, 64): 496 for kind in ("row", "column", "conv")}
-"""The same of the backward."""
+"""As FORWARD_AHEAD, of the backward."""
 
 PATTERN_SCHEMA = "str kind, int text_len, int height, int width, int kernel_size, float scale"
 
@@ -66,7 +68,8 @@ def _backward_native(grad_out, q, k, v, out, lse, kind, *pattern):
 
 def _cuda_unsupported(q, kind, ahead: dict, refusal: str, tensors, pattern) -> str | None:
     fewest = ahead.get((kind, q.dtype, q.shape[-1]), math.inf)
-    left = _triton.left_to_triton(q.device, q.shape[0] * q.shape[1] >= fewest)
+    shown = q.shape[0] * q.shape[1] >= fewest and (q.shape[-1] == 64 or pattern[0] <= WIDE_TEXT)
+    left = _triton.left_to_triton(q.device, shown)
     if left is not None:
         return left
     with torch.cuda.device(q.device):
