@@ -36,14 +36,9 @@ struct HeadNumber {
 template <int HEAD_DIM>
 __device__ void copy_strip(uint32_t to, int rows, const Operand& operand, const HopperPlan& plan, const HeadNumber& head,
                            bool image, int place, uint32_t barrier) {
-  const bool columns = image && plan.kind == PatternKind::column;
-  int corner[5] = {0, columns ? place & (plan.segment - 1) : place, columns ? place >> plan.segment_bits : 0,
-                   head.of_sample, head.sample};
-#pragma unroll
-  for (int column = 0; column < HEAD_DIM; column += TILE_COLUMNS, to += rows * TILE_ROW_BYTES) {
-    corner[0] = column;
-    copy_box(to, image ? &operand.image : &operand.text, corner, barrier);
-  }
+  int corner[5] = {0, 0, 0, head.of_sample, head.sample};
+  set_rows(plan, image, place, corner);
+  copy_tile<HEAD_DIM>(to, rows, image ? operand.image : operand.text, corner, barrier);
 }
 
 // The strips that a pair's block goes through: those of its own part that either tile needs, and then, which both do,
@@ -185,23 +180,6 @@ struct PairBlock {
     if (exists) derived().end();
   }
 };
-
-// The left operand of a product, a tile's numbers, as a thread has them.
-template <int WORDS>
-__device__ void load_tile(uint32_t tile, uint32_t (&blocks)[WORDS]) {
-  const uint32_t lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-#pragma unroll
-  for (int depth = 0; depth < WORDS / 4; ++depth) {
-    const uint32_t columns = tile + depth / 4 * TILE * TILE_ROW_BYTES;
-    load_blocks(columns + swizzled_offset(row, depth % 4 * 2 + lane / 16), blocks + 4 * depth);
-  }
-}
-
-// Of 16 columns at a time, where they begin in a tile or strip of ROWS rows.
-template <int ROWS>
-__device__ constexpr uint32_t depth_offset(int depth) {
-  return depth / 4 * ROWS * TILE_ROW_BYTES + depth % 4 * 32;
-}
 
 // results = left, 64 rows of which left(depth) gives 16 columns, times the transpose of a strip.
 template <class Element, int HEAD_DIM, class Left>

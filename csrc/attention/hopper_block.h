@@ -72,6 +72,43 @@ struct Ring {
   if (++ring.place == count) ring.place = 0, ring.parity ^= 1;
 }
 
+// ---- Tiles of heads of any width: of all rows the first 64 columns, then the next ones.
+
+// Asks for a box of rows of a tile, which has `rows`, at a corner of which [0] is left to this.
+template <int HEAD_DIM>
+__device__ void copy_tile(uint32_t to, int rows, const CUtensorMap& map, int (&corner)[5], uint32_t barrier) {
+#pragma unroll
+  for (int column = 0; column < HEAD_DIM; column += TILE_COLUMNS) {
+    corner[0] = column;
+    copy_box(to, &map, corner, barrier);
+    to += rows * TILE_ROW_BYTES;
+  }
+}
+
+// Sets corner[1] and [2], of rows in an operand's map, to those that begin at a place.
+[[maybe_unused]] __device__ void set_rows(const HopperPlan& plan, bool image, int place, int (&corner)[5]) {
+  const bool columns = image && plan.kind == PatternKind::column;
+  corner[1] = columns ? place & (plan.segment - 1) : place;
+  corner[2] = columns ? place >> plan.segment_bits : 0;
+}
+
+// Of 16 columns at a time, where they begin in a tile of ROWS rows.
+template <int ROWS>
+__device__ constexpr uint32_t depth_offset(int depth) {
+  return depth / 4 * ROWS * TILE_ROW_BYTES + depth % 4 * 32;
+}
+
+// The left operand of a product, a tile's 64 rows, as a thread has them.
+template <int WORDS>
+__device__ void load_tile(uint32_t tile, uint32_t (&blocks)[WORDS]) {
+  const uint32_t lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int depth = 0; depth < WORDS / 4; ++depth) {
+    const uint32_t columns = tile + depth / 4 * TILE * TILE_ROW_BYTES;
+    load_blocks(columns + swizzled_offset(row, depth % 4 * 2 + lane / 16), blocks + 4 * depth);
+  }
+}
+
 // A block's share of all heads' tiles, and the heads they belong to.
 struct Share {
   int first, last, tiles;

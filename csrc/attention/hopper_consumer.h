@@ -70,12 +70,7 @@ struct Consumer {
     const uint32_t barrier = shared.query_barrier(group);
     barrier_wait(barrier, query_parity);
     query_parity ^= 1;
-    const uint32_t rows = threadIdx.x % 128 / 32 * 16 + lane() % 16;
-#pragma unroll
-    for (int depth = 0; depth < HEAD_DIM / 16; ++depth) {
-      const uint32_t tile = shared.queries(group) + depth / 4 * TILE * TILE_ROW_BYTES;
-      load_blocks(tile + swizzled_offset(rows, depth % 4 * 2 + lane() / 16), queries + 4 * depth);
-    }
+    load_tile(shared.queries(group), queries);
     __syncwarp();
     arrive(barrier + FREE);
     if (launch.sign != 1) {
@@ -90,8 +85,8 @@ struct Consumer {
     const uint64_t tile = tile_descriptor(keys);
 #pragma unroll
     for (int depth = 0; depth < HEAD_DIM / 16; ++depth) {
-      const uint32_t offset = depth / 4 * KEYS * TILE_ROW_BYTES + depth % 4 * 32;
-      multiply<Right::columns, KEYS>(Element{}, scores, queries + 4 * depth, moved(tile, offset), depth > 0);
+      const uint64_t columns = moved(tile, depth_offset<KEYS>(depth));
+      multiply<Right::columns, KEYS>(Element{}, scores, queries + 4 * depth, columns, depth > 0);
     }
   }
 

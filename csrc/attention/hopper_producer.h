@@ -8,16 +8,6 @@
 namespace dalle::cuda {
 namespace {
 
-template <int HEAD_DIM>
-__device__ void copy_tile(uint32_t to, int rows, const CUtensorMap& map, int (&corner)[5], uint32_t barrier) {
-#pragma unroll
-  for (int column = 0; column < HEAD_DIM; column += TILE_COLUMNS) {
-    corner[0] = column;
-    copy_box(to, &map, corner, barrier);
-    to += rows * TILE_ROW_BYTES;
-  }
-}
-
 template <int HEAD_DIM, int STEP, int GROUPS>
 struct Producer {
   const Launch& launch;
@@ -55,9 +45,7 @@ struct Producer {
   __device__ int local_tile() const { return tile - head * share.tiles; }
 
   __device__ void corner_of(bool image, int place, int (&corner)[5]) const {
-    const bool columns = image && launch.plan.kind == PatternKind::column;
-    corner[1] = columns ? place & (launch.plan.segment - 1) : place;
-    corner[2] = columns ? place >> launch.plan.segment_bits : 0;
+    set_rows(launch.plan, image, place, corner);
     corner[3] = head % launch.heads;
     corner[4] = head / launch.heads;
   }
