@@ -8,9 +8,12 @@ place. Steps of what has a state go on from where the last one ended. Without gr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
+from fuzz import flat
+from fuzz_calls import as_tuple
+from test_decode_layers import draw_layers
 from torch import Tensor, nn
 
 import dalle_kernels
@@ -27,7 +30,7 @@ NOISY = ("gumbel_softmax", "gumbel_softmax_kl", "gumbel_codebook")
 """Draw other noise in each step."""
 
 PATTERN = AttentionPattern("conv", 7, (6, 6), 3)
-HEADS, HEAD_DIM, LAYERS = 2, 64, 2
+HEADS, HEAD_DIM = 2, 64
 STEPS: dict[str, Callable[[torch.device | str], Step]] = {}
 
 
@@ -46,17 +49,12 @@ def randn(*shape: int, device, dtype=torch.float32) -> Tensor:
     return torch.randn(shape, dtype=dtype, device=device)
 
 
-def flat(results) -> Iterator[Tensor]:
-    for result in results if isinstance(results, (list, tuple)) else [results]:
-        yield from [result] if isinstance(result, Tensor) else flat(result)
-
-
 def differentiated(function: Callable, leaves: list[Tensor], *settings) -> Step:
     """The outputs and the gradients of their squares."""
     leaves = [leaf.requires_grad_() for leaf in leaves]
 
     def step() -> list[Tensor]:
-        outputs = list(flat(function(*leaves, *settings)))
+        outputs = flat(as_tuple(function(*leaves, *settings)))
         if not torch.is_grad_enabled():
             return outputs
         total = sum(output.float().square().sum() for output in outputs)
@@ -66,7 +64,7 @@ def differentiated(function: Callable, leaves: list[Tensor], *settings) -> Step:
 
 
 def repeated(function: Callable, *arguments) -> Step:
-    return lambda: list(flat(function(*arguments)))
+    return lambda: flat(as_tuple(function(*arguments)))
 
 
 @step_of("sparse_attention")
@@ -111,10 +109,9 @@ def decode_step(name: str, device) -> Step:
 @step_of("decode_layers")
 def layers_step(name: str, device) -> Step:
     caches = [filled_cache(kind, device, torch.bfloat16) for kind in ("row", "column")]
-    dim, hidden, width = 64, 96, HEADS * HEAD_DIM
-    norm, attention = [(dim,), (dim,)], [(3 * width, dim), (3 * width,), (dim, width), (dim,)]
-    shapes = [*norm, *attention, *norm, (hidden, dim), (hidden,), (dim, hidden), (dim,)]
-    layers = [LayerWeights(*(randn(*shape, device=device, dtype=torch.bfloat16) for shape in shapes)) for _ in caches]
+    dim = 64
+    drawn = draw_layers(dim, HEADS, HEAD_DIM, 96, torch.bfloat16, len(caches))
+    layers = [LayerWeights(*(tensor.to(device) for tensor in layer)) for layer in drawn]
     x, position = randn(2, dim, device=device, dtype=torch.bfloat16), torch.full((1,), PATTERN.text_len, device=device)
 
     def step() -> list[Tensor]:

@@ -81,34 +81,23 @@ def test_every_step_of_samples(cuda_on_cpu, kind, shape):
 # Four warps take a head where there are many, else 16, in rounds of 160 and 320 keys; of shared text 16 warps take
 # tiles of 16 keys, two at once, and of a sample's image 32 keys.
 @pytest.mark.parametrize(
-    ("prompts", "samples", "heads", "text_len", "kind", "dtype"),
+    ("prompts", "samples", "heads", "head_dim", "text_len", "grid", "kind", "dtype"),
     [
-        (1, 1, 134, 170, "row", torch.bfloat16),
-        (2, 1, 1, 700, "conv", torch.float16),
-        (2, 17, 2, 257, "conv", torch.bfloat16),
-        (1, 3, 1, 800, "causal", torch.float16),
+        (1, 1, 134, 64, 170, (8, 16), "row", torch.bfloat16),
+        (2, 1, 1, 64, 700, (8, 16), "conv", torch.float16),
+        (2, 17, 2, 64, 257, (8, 16), "conv", torch.bfloat16),
+        (1, 3, 1, 64, 800, (8, 16), "causal", torch.float16),
+        # Of heads of 128 a warp takes half as many keys at once, and of shared text one tile at a time.
+        (1, 1, 134, 128, 5, (3, 16), "column", torch.bfloat16),
+        (1, 1, 2, 128, 170, (3, 16), "row", torch.float16),
+        (1, 3, 1, 128, 300, (3, 16), "conv", torch.bfloat16),
+        (2, 17, 1, 128, 5, (3, 16), "row", torch.float16),
     ],
 )
-def test_many_keys_heads_and_samples(cuda_on_cpu, prompts, samples, heads, text_len, kind, dtype):
-    pattern = AttentionPattern(kind, text_len, (8, 16))
+def test_many_keys_heads_and_samples(cuda_on_cpu, prompts, samples, heads, head_dim, text_len, grid, kind, dtype):
+    pattern = AttentionPattern(kind, text_len, grid)
     last = pattern.seq_len - 1
-    check(cuda_on_cpu, pattern, prompts, samples, heads, range(last, last + 1), dtype)
-
-
-# Then a warp takes half as many keys at once, and of shared text one tile at a time.
-@pytest.mark.parametrize(
-    ("prompts", "samples", "heads", "text_len", "kind", "dtype"),
-    [
-        (1, 1, 134, 5, "column", torch.bfloat16),
-        (1, 1, 2, 170, "row", torch.float16),
-        (1, 3, 1, 300, "conv", torch.bfloat16),
-        (2, 17, 1, 5, "row", torch.float16),
-    ],
-)
-def test_heads_of_128(cuda_on_cpu, prompts, samples, heads, text_len, kind, dtype):
-    pattern = AttentionPattern(kind, text_len, (3, 16))
-    last = pattern.seq_len - 1
-    check(cuda_on_cpu, pattern, prompts, samples, heads, range(last, last + 1), dtype, head_dim=128)
+    check(cuda_on_cpu, pattern, prompts, samples, heads, range(last, last + 1), dtype, head_dim=head_dim)
 
 
 @pytest.mark.parametrize("samples", [1, 2])
