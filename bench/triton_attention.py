@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from itertools import starmap
 
@@ -9,7 +10,14 @@ import torch
 from triton_cases import Case
 
 from dalle_kernels import AttentionPattern, KVCache
-from dalle_kernels._triton_configurations import DEFAULT, key_blocks, query_blocks, row_blocks, sample_blocks
+from dalle_kernels._triton_configurations import (
+    DEFAULT,
+    key_blocks,
+    query_blocks,
+    row_blocks,
+    sample_blocks,
+    use_configuration,
+)
 from dalle_kernels.attention import triton_kernels
 from dalle_kernels.attention.pattern import KINDS
 
@@ -87,25 +95,60 @@ def one_head(kind, device):
     return call
 
 
+def by_hopper_forms(kind, text_len, run, descriptors, device):
+    """Forward and backward as a row of the table for Hopper may have them run."""
+    pattern = AttentionPattern(kind, text_len, GRID)
+    q, k, v, grad_out = torch.randn(4, BATCH, 62, pattern.seq_len, 64, dtype=torch.bfloat16, device=device).unbind()
+    options = arguments(pattern, 64)
+    of_queries = query_blocks(64, 64, 32, 4, 3, run=run, descriptors=descriptors)
+    rows = {
+        ("sparse_attention", "16-bit 64"): of_queries,
+        ("sparse_attention_backward", "dq 16-bit 64"): of_queries,
+        ("sparse_attention_backward", "dk 16-bit 64"): key_blocks(64, 32, 4, 3, descriptors=descriptors),
+    }
+
+    def call():
+        with ExitStack() as stack:
+            for row, blocks in rows.items():
+                stack.enter_context(use_configuration(*row, blocks))
+            out, lse = triton_kernels.sparse_attention(q, k, v, *options)
+            triton_kernels.sparse_attention_backward(grad_out, q, k, v, out, lse, *options)
+
+    return call
+
+
 def listed(blocks):
     """A function that makes a list of configurations by ``blocks`` from tuples of its arguments."""
     return lambda *cuts: list(starmap(blocks, cuts))
 
 
 queries, keys, decoded_rows, decoded_text = map(listed, (query_blocks, key_blocks, row_blocks, sample_blocks))
+described, kept, described_keys = (
+    listed(partial(blocks, **form))
+    for blocks, form in (
+        (query_blocks, {"descriptors": True}),
+        (query_blocks, {"descriptors": True, "run": 4}),
+        (key_blocks, {"descriptors": True}),
+    )
+)
+kept_by_pointers = listed(partial(query_blocks, run=4))
 
 CANDIDATES = {
     ("sparse_attention", "16-bit 64"): {
         DEFAULT: queries((32, 32, 32, 4, 2), (64, 32, 32, 4, 2), (64, 32, 32, 4, 3), (64, 64, 32, 4, 2),
                          (64, 64, 64, 4, 2), (128, 32, 32, 8, 2), (128, 64, 32, 8, 2), (128, 64, 64, 8, 2)),
         90: queries((64, 32, 32, 4, 3), (64, 64, 32, 4, 3), (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (64, 128, 32, 4, 2),
-                    (128, 64, 32, 8, 2), (128, 64, 32, 8, 3), (128, 64, 64, 8, 3), (128, 128, 32, 8, 2)),
+                    (128, 64, 32, 8, 2), (128, 64, 32, 8, 3), (128, 64, 64, 8, 3), (128, 128, 32, 8, 2))
+        + described((64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 64, 32, 8, 3), (128, 64, 64, 8, 3))
+        + kept((64, 64, 32, 4, 3), (64, 128, 32, 4, 2), (128, 64, 32, 8, 3), (128, 64, 64, 8, 2))
+        + kept_by_pointers((64, 64, 32, 4, 3), (128, 64, 32, 8, 3)),
     },
     ("sparse_attention", "16-bit 128"): {
         DEFAULT: queries((32, 32, 32, 4, 2), (64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2),
                          (128, 32, 32, 8, 2)),
         90: queries((64, 32, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 4, 2), (64, 64, 32, 4, 3), (128, 64, 32, 8, 2),
-                    (128, 64, 64, 8, 2), (128, 128, 32, 8, 2)),
+                    (128, 64, 64, 8, 2), (128, 128, 32, 8, 2))
+        + described((64, 32, 32, 4, 2), (64, 64, 32, 4, 3), (128, 64, 32, 8, 2)),
     },
     ("sparse_attention", "16-bit 256"): {
         DEFAULT: queries((32, 32, 32, 8, 1), (64, 32, 32, 8, 1), (32, 32, 32, 8, 2)),
@@ -125,11 +168,14 @@ CANDIDATES = {
         DEFAULT: queries((32, 32, 32, 4, 2), (64, 32, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 64, 8, 2),
                          (128, 32, 32, 8, 2), (128, 64, 32, 8, 2)),
         90: queries((64, 32, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 3), (64, 64, 64, 4, 2), (128, 32, 32, 8, 2),
-                    (128, 64, 32, 8, 2), (128, 64, 64, 8, 2)),
+                    (128, 64, 32, 8, 2), (128, 64, 64, 8, 2))
+        + described((64, 64, 32, 4, 3), (64, 64, 64, 4, 2), (128, 64, 64, 8, 2))
+        + kept((64, 64, 32, 4, 3), (128, 64, 32, 8, 2)),
     },
     ("sparse_attention_backward", "dq 16-bit 128"): {
         DEFAULT: queries((32, 32, 32, 4, 2), (32, 32, 32, 8, 1), (64, 32, 32, 8, 1), (64, 32, 32, 8, 2)),
-        90: queries((64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2), (128, 32, 32, 8, 2)),
+        90: queries((64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2), (128, 32, 32, 8, 2))
+        + described((64, 32, 32, 4, 2), (128, 32, 32, 8, 2)),
     },
     ("sparse_attention_backward", "dq 16-bit 256"): {
         DEFAULT: queries((32, 32, 32, 8, 1), (32, 16, 16, 8, 1)),
@@ -146,11 +192,12 @@ CANDIDATES = {
     },
     ("sparse_attention_backward", "dk 16-bit 64"): {
         DEFAULT: keys((32, 32, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2)),
-        90: keys((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
+        90: keys((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2))
+        + described_keys((64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
     },
     ("sparse_attention_backward", "dk 16-bit 128"): {
         DEFAULT: keys((64, 32, 8, 1), (64, 32, 8, 2)),
-        90: keys((64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2)),
+        90: keys((64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2)) + described_keys((128, 32, 8, 2)),
     },
     ("sparse_attention_backward", "dk 16-bit 256"): {
         DEFAULT: keys((16, 32, 8, 1), (32, 32, 8, 1)),
@@ -247,5 +294,18 @@ CASES += [
         ("row", 64, torch.float32),
         ("conv", 128, torch.bfloat16),
         ("conv", 129, torch.bfloat16),
+    )
+]
+CASES += [
+    Case(
+        f"{kind}, text {text_len}{', kept' * (run > 0)}{', by descriptors' * descriptors}",
+        partial(by_hopper_forms, kind, text_len, run, descriptors),
+        architectures=(90,),
+    )
+    for kind, text_len, run, descriptors in (
+        ("row", 256, 0, True),
+        ("row", 256, 4, False),
+        ("column", 256, 4, True),
+        ("conv", 257, 4, True),
     )
 ]

@@ -7,7 +7,7 @@ gates, which launch nothing, or "cuda", so its function of ``triton_kernels.py``
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class Case:
 
     ``rows`` are the configurations that the call is to choose, if any: for the key of each row of the table the
     candidates by architecture, as the row itself is kept. ``bytes_moved`` and ``operations`` are the least that it
-    needs, for the figure.
+    needs, for the figure. ``architectures``: those that the gates compile it for.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Case:
     rows: Mapping[tuple[str, str], Mapping[int, Sequence[Configuration]]] = field(default_factory=dict)
     bytes_moved: float | None = None
     operations: float | None = None
+    architectures: Collection[int] = (80, 90)
 
     def candidates(self, row: tuple[str, str], architecture: int) -> Sequence[Configuration]:
         """What the row is chosen among on such a chip."""

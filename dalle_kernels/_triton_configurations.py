@@ -23,7 +23,7 @@ DEFAULT = 0
 
 @dataclass(frozen=True)
 class Configuration:
-    """Block sizes by the names that the kernel's constexpr parameters have, and how a program runs.
+    """Block sizes and other settings by the names of the kernel's constexpr parameters, and how a program runs.
 
     ``figure`` is the measurement that chose it, such as "H100: 3.9 TB/s, 2025-01-31"; None: no GPU has measured it.
     """
@@ -45,16 +45,24 @@ class Configuration:
 
 
 def query_blocks(
-    queries: int, text: int, keys: int, warps: int, stages: int, figure: str | None = None
+    queries: int, text: int, keys: int, warps: int, stages: int, figure: str | None = None, *,
+    run: int = 0, descriptors: bool = False,
+) -> Configuration:  # fmt: skip
+    """Attention's kernels that own queries.
+
+    ``run``: for how many tiles of queries a program keeps the text in shared memory, where it fits; 0: it does not.
+    ``descriptors``: whether tiles of keys and values are loaded by tensor descriptors, where these serve.
+    """
+    blocks = {"BLOCK_QUERIES": queries, "BLOCK_TEXT": text, "BLOCK_KEYS": keys, "RUN": run}
+    return Configuration({**blocks, "DESCRIPTORS": int(descriptors)}, warps, stages, figure=figure)
+
+
+def key_blocks(
+    keys: int, queries: int, warps: int, stages: int, figure: str | None = None, *, descriptors: bool = False
 ) -> Configuration:
-    """Attention's kernels that own queries."""
-    blocks = {"BLOCK_QUERIES": queries, "BLOCK_TEXT": text, "BLOCK_KEYS": keys}
-    return Configuration(blocks, warps, stages, figure=figure)
-
-
-def key_blocks(keys: int, queries: int, warps: int, stages: int, figure: str | None = None) -> Configuration:
     """Attention's kernel that owns keys."""
-    return Configuration({"BLOCK_KEYS": keys, "BLOCK_QUERIES": queries}, warps, stages, figure=figure)
+    blocks = {"BLOCK_KEYS": keys, "BLOCK_QUERIES": queries, "DESCRIPTORS": int(descriptors)}
+    return Configuration(blocks, warps, stages, figure=figure)
 
 
 def row_blocks(keys: int, warps: int, stages: int, figure: str | None = None) -> Configuration:

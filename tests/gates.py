@@ -191,7 +191,8 @@ def compile_families(families: list[str]) -> dict[str, dict[str, Code]]:
             (family, pool.submit(compile_case, family, number, architecture))
             for architecture in CHIPS
             for family in families
-            for number in range(len(cases(family)))
+            for number, case in enumerate(cases(family))
+            if architecture in case.architectures
         ]
         for family, job in jobs:
             codes[family].update(job.result())

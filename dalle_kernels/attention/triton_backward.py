@@ -19,15 +19,20 @@ from ..triton_math import exponential
 from .triton_tiles import (
     dots,
     head_of,
+    kept_text,
     key_tile,
     load_real_rows,
-    load_rows,
     product,
     query_tile,
+    rows_of,
+    run_of_tiles,
     sees,
     signed,
     store_rows,
+    text_tile,
     tokens_of,
+    window_tile,
+    without_tail,
 )
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -70,62 +75,102 @@ def _query_gradient(scores, grad_scores, keys, shift, delta, dq, total, excess, 
     return dq, total, excess, mean
 
 
-@triton.jit(do_not_specialize=["seq", "text_len", "places", "rows", "width", "kernel_size", "tiles"])
-def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, v_strides, out, out_strides,
-                          dq, dq_strides, lse, deltas, totals, heads, seq,
-                          text_len, places, rows, width, kernel_size, tiles, scale, exponent,
+@triton.jit(do_not_specialize=["seq", "text_len", "places", "rows", "width", "kernel_size", "first_tile", "tiles"])
+def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k_text, k_window, k_strides, v_text, v_window,
+                          v_strides, out, out_strides, dq, dq_strides, lse, deltas, totals, heads, seq,
+                          text_len, places, rows, width, kernel_size, first_tile, tiles, scale, exponent,
                           KIND: tl.constexpr, SIGN: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr,
-                          EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                          EXACT: tl.constexpr, KEPT: tl.constexpr, RUN: tl.constexpr, DESCRIPTORS: tl.constexpr,
+                          HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                           BLOCK_QUERIES: tl.constexpr, BLOCK_TEXT: tl.constexpr,
                           BLOCK_KEYS: tl.constexpr):  # fmt: skip
     """The forward kernel's way through the keys, once more; see there."""
-    program = tl.program_id(0)
-    head, tile = program // tiles, tiles - 1 - program % tiles
+    head, tile, stop = run_of_tiles(first_tile, tiles, KEPT, RUN)
+    grad_out, q = head_of(grad_out, head, heads, grad_strides), head_of(q, head, heads, q_strides)
+    out, dq = head_of(out, head, heads, out_strides), head_of(dq, head, heads, dq_strides)
+    k = rows_of(k_text, k_window, head, heads, k_strides, DESCRIPTORS)
+    v = rows_of(v_text, v_window, head, heads, v_strides, DESCRIPTORS)
+    own, own_strides = (grad_out, q, out, dq), (grad_strides[2], q_strides[2], out_strides[2], dq_strides[2])
+    statistics = head.to(tl.int64) * seq
+    statistics = lse + statistics, deltas + statistics, totals + statistics
+    part = seq, text_len, places, rows, width, kernel_size
+    if KEPT:
+        k_kept = kept_text(k, text_len, KEPT, BLOCK_TEXT, HEAD_DIM, BLOCK_D)
+        v_kept = kept_text(v, text_len, KEPT, BLOCK_TEXT, HEAD_DIM, BLOCK_D)
+        for t in tl.range(tile, stop, num_stages=1):
+            _query_gradient_tile(
+                t, own, own_strides, k, v, k_kept, v_kept, statistics, part, scale, exponent,
+                KIND, SIGN, TAIL, FULL, EXACT, HEAD_DIM, BLOCK_D, BLOCK_QUERIES, BLOCK_TEXT, BLOCK_KEYS,
+            )  # fmt: skip
+    else:
+        _query_gradient_tile(
+            tile, own, own_strides, k, v, (), (), statistics, part, scale, exponent,
+            KIND, SIGN, TAIL, FULL, EXACT, HEAD_DIM, BLOCK_D, BLOCK_QUERIES, BLOCK_TEXT, BLOCK_KEYS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _query_gradient_tile(tile, own, own_strides, k, v, k_kept, v_kept, statistics, part, scale, exponent,
+                         KIND: tl.constexpr, SIGN: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr,
+                         EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                         BLOCK_QUERIES: tl.constexpr, BLOCK_TEXT: tl.constexpr,
+                         BLOCK_KEYS: tl.constexpr):  # fmt: skip
+    """One tile of a head's queries.
+
+    ``own``: where the head's rows of grad_out, q, out and dq begin; ``statistics``: where lse, deltas and totals do.
+    """
+    grad_out, q, out, dq = own
+    grad_stride, q_stride, out_stride, dq_stride = own_strides
+    lse, deltas, totals = statistics
+    seq, text_len, places, rows, width, kernel_size = part
     image, first, text_tiles, begin, window, ahead, full = query_tile(
         tile, text_len, places, rows, width, kernel_size, KIND, BLOCK_QUERIES, BLOCK_TEXT, BLOCK_KEYS
     )
-    k = head_of(k, head, heads, k_strides)
-    v = head_of(v, head, heads, v_strides)
     place = first + tl.arange(0, BLOCK_QUERIES)
     token = tokens_of(place, image, text_len, rows, width, KIND)
-    real = (place < tl.where(image, places, text_len)) & (token < seq)
-    statistic = head.to(tl.int64) * seq + token
-    shift = _shift_of(tl.load(lse + statistic, mask=real, other=0.0), EXACT)
-    grads = load_real_rows(
-        head_of(grad_out, head, heads, grad_strides), token, real, grad_strides[2], HEAD_DIM, BLOCK_D
-    )
-    outs = load_real_rows(head_of(out, head, heads, out_strides), token, real, out_strides[2], HEAD_DIM, BLOCK_D)
+    limit = tl.where(image, places, text_len)
+    real = (place < limit) & (token < seq)
+    shift = _shift_of(tl.load(lse + token, mask=real, other=0.0), EXACT)
+    grads = load_real_rows(grad_out, token, real, grad_stride, HEAD_DIM, BLOCK_D)
+    outs = load_real_rows(out, token, real, out_stride, HEAD_DIM, BLOCK_D)
     delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), axis=1)
-    queries = load_real_rows(head_of(q, head, heads, q_strides), token, real, q_strides[2], HEAD_DIM, BLOCK_D)
-    queries = signed(queries, SIGN)
+    queries = signed(load_real_rows(q, token, real, q_stride, HEAD_DIM, BLOCK_D), SIGN)
     gradient = tl.zeros([BLOCK_QUERIES, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     excess = tl.zeros([BLOCK_QUERIES], tl.float32)
     mean = gradient
 
-    for t in range(text_tiles):
-        key = t * BLOCK_TEXT + tl.arange(0, BLOCK_TEXT)
-        keys = load_rows(k, key, k_strides[2], HEAD_DIM, BLOCK_D)
-        values = load_rows(v, key, v_strides[2], HEAD_DIM, BLOCK_D)
-        scores, grad_scores = dots(queries, keys), _grad_dots(grads, values)
-        gradient, total, excess, mean = _query_gradient(
-            scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
-        )
-    if TAIL:
-        for t in tl.range(text_tiles, text_tiles + tl.where(image, 1, 0), num_stages=1):
-            key = t * BLOCK_TEXT + tl.arange(0, BLOCK_TEXT)
-            keys = load_real_rows(k, key, key < text_len, k_strides[2], HEAD_DIM, BLOCK_D)
-            values = load_real_rows(v, key, key < text_len, v_strides[2], HEAD_DIM, BLOCK_D)
-            scores = tl.where((key < text_len)[None, :], dots(queries, keys), -float("inf"))
-            grad_scores = _grad_dots(grads, values)
+    if len(k_kept) > 0:
+        for i in tl.static_range(len(k_kept)):
+            text_scores = dots(queries, k_kept[i])
+            if TAIL and i == len(k_kept) - 1:
+                text_scores = without_tail(text_scores, i * BLOCK_TEXT, text_len)
+            gradient, total, excess, mean = _query_gradient(
+                text_scores, _grad_dots(grads, v_kept[i]), k_kept[i], shift, delta, gradient, total, excess, mean,
+                exponent, EXACT,
+            )  # fmt: skip
+    else:
+        for t in range(text_tiles):
+            keys = text_tile(k, t * BLOCK_TEXT, text_len, True, BLOCK_TEXT, HEAD_DIM, BLOCK_D)
+            values = text_tile(v, t * BLOCK_TEXT, text_len, True, BLOCK_TEXT, HEAD_DIM, BLOCK_D)
+            scores, grad_scores = dots(queries, keys), _grad_dots(grads, values)
             gradient, total, excess, mean = _query_gradient(
                 scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
             )
+        if TAIL:
+            for t in tl.range(text_tiles, text_tiles + tl.where(image, 1, 0), num_stages=1):
+                keys = text_tile(k, t * BLOCK_TEXT, text_len, False, BLOCK_TEXT, HEAD_DIM, BLOCK_D)
+                values = text_tile(v, t * BLOCK_TEXT, text_len, False, BLOCK_TEXT, HEAD_DIM, BLOCK_D)
+                scores = without_tail(dots(queries, keys), t * BLOCK_TEXT, text_len)
+                grad_scores = _grad_dots(grads, values)
+                gradient, total, excess, mean = _query_gradient(
+                    scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
+                )
     if FULL:
         for t in range(ahead, ahead + full):
-            key = tokens_of(begin + t * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS), True, text_len, rows, width, KIND)
-            keys = load_rows(k, key, k_strides[2], HEAD_DIM, BLOCK_D)
-            values = load_rows(v, key, v_strides[2], HEAD_DIM, BLOCK_D)
+            at = begin + t * BLOCK_KEYS
+            keys = window_tile(k, at, True, limit, part, KIND, True, BLOCK_KEYS, HEAD_DIM, BLOCK_D)
+            values = window_tile(v, at, True, limit, part, KIND, True, BLOCK_KEYS, HEAD_DIM, BLOCK_D)
             scores, grad_scores = dots(queries, keys), _grad_dots(grads, values)
             gradient, total, excess, mean = _query_gradient(
                 scores, grad_scores, keys, shift, delta, gradient, total, excess, mean, exponent, EXACT
@@ -133,11 +178,10 @@ def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v,
     else:
         full = 0
     for t in range(window - full):
-        key_place = begin + (t + tl.where(t >= ahead, full, 0)) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-        key = tokens_of(key_place, image, text_len, rows, width, KIND)
-        exists = (key_place < tl.where(image, places, text_len)) & (key < seq)
-        keys = load_real_rows(k, key, exists, k_strides[2], HEAD_DIM, BLOCK_D)
-        values = load_real_rows(v, key, exists, v_strides[2], HEAD_DIM, BLOCK_D)
+        at = begin + (t + tl.where(t >= ahead, full, 0)) * BLOCK_KEYS
+        keys = window_tile(k, at, image, limit, part, KIND, False, BLOCK_KEYS, HEAD_DIM, BLOCK_D)
+        values = window_tile(v, at, image, limit, part, KIND, False, BLOCK_KEYS, HEAD_DIM, BLOCK_D)
+        key_place = at + tl.arange(0, BLOCK_KEYS)
         visible = sees(place[:, None], key_place[None, :], image, rows, width, kernel_size, KIND)
         scores = tl.where(visible, dots(queries, keys), -float("inf"))
         grad_scores = _grad_dots(grads, values)
@@ -149,11 +193,9 @@ def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v,
         excess /= total
         delta += excess
         gradient = (gradient - excess[:, None] * mean) / total[:, None]
-        tl.store(totals + statistic, total, mask=real)
-    tl.store(deltas + statistic, delta, mask=real)
-    gradient *= scale
-    dq = head_of(dq, head, heads, dq_strides)
-    store_rows(dq, token, real, dq_strides[2], gradient, HEAD_DIM, BLOCK_D)
+        tl.store(totals + token, total, mask=real)
+    tl.store(deltas + token, delta, mask=real)
+    store_rows(dq, token, real, dq_stride, gradient * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -172,12 +214,13 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
                          dv, dv_strides, parts, lse, deltas, totals, all_heads, heads, seq,
                          text_len, places, rows, width, kernel_size, tiles, segments, scale, exponent,
                          KIND: tl.constexpr, SIGN: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr,
-                         SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                         SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                          BLOCK_KEYS: tl.constexpr, BLOCK_QUERIES: tl.constexpr):  # fmt: skip
     """A program takes a tile of keys through the queries that see it.
 
     The text's tiles are seen by far more queries than the image's, and start first; with ``SPLIT`` each is cut into
     ``segments`` of its queries, whose sums go to ``parts``, float32 ``[2, segments, all_heads, text_len, HEAD_DIM]``.
+    With DESCRIPTORS ``q`` and ``grad_out`` are tensor descriptors of tokens in their own order.
     """
     program = tl.program_id(0)
     text_tiles = tl.cdiv(text_len, BLOCK_KEYS)
@@ -193,9 +236,11 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
     image, first, begin, count, ahead, full = key_tile(
         tile, seq, text_len, places, rows, width, kernel_size, KIND, BLOCK_KEYS, BLOCK_QUERIES
     )
-    q = head_of(q, head, heads, q_strides)
-    grad_out = head_of(grad_out, head, heads, grad_strides)
+    q = rows_of(q, q, head, heads, q_strides, DESCRIPTORS)
+    grad_out = rows_of(grad_out, grad_out, head, heads, grad_strides, DESCRIPTORS)
     statistics = head.to(tl.int64) * seq
+    part = seq, text_len, places, rows, width, kernel_size
+    limit = tl.where(image, places, seq)
     place = first + tl.arange(0, BLOCK_KEYS)
     token = tokens_of(place, image, text_len, rows, width, KIND)
     real = (place < tl.where(image, places, text_len)) & (token < seq)
@@ -212,11 +257,12 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
         if program < text_programs:
             start, stop = count * segment // segments, count * (segment + 1) // segments
     for t in range(start, min(stop, masked)):
-        query_place = begin + (t + tl.where(t >= ahead, full, 0)) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+        at = begin + (t + tl.where(t >= ahead, full, 0)) * BLOCK_QUERIES
+        query_place = at + tl.arange(0, BLOCK_QUERIES)
         query = tokens_of(query_place, image, text_len, rows, width, KIND)
-        exists = (query_place < tl.where(image, places, seq)) & (query < seq)
-        queries = load_real_rows(q, query, exists, q_strides[2], HEAD_DIM, BLOCK_D)
-        grads = load_real_rows(grad_out, query, exists, grad_strides[2], HEAD_DIM, BLOCK_D)
+        exists = (query_place < limit) & (query < seq)
+        queries = window_tile(q, at, image, limit, part, KIND, False, BLOCK_QUERIES, HEAD_DIM, BLOCK_D)
+        grads = window_tile(grad_out, at, image, limit, part, KIND, False, BLOCK_QUERIES, HEAD_DIM, BLOCK_D)
         shift = _shift_of(tl.load(lse + statistics + query, mask=exists, other=0.0), EXACT)
         delta = tl.load(deltas + statistics + query, mask=exists, other=0.0)
         total = tl.load(totals + statistics + query, mask=exists, other=1.0) if EXACT else delta
@@ -227,13 +273,15 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
             scores, grad_scores, queries, grads, key_gradient, value_gradient, shift, delta, total, exponent, EXACT
         )
     for t in range(max(start, masked), stop):
-        query_place = begin + (t - masked + ahead) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+        at = begin + (t - masked + ahead) * BLOCK_QUERIES
+        query_place = at + tl.arange(0, BLOCK_QUERIES)
         # Of an image tile this loop is empty, but where FULL; of a text tile it goes by tokens.
-        query = tokens_of(query_place, image, text_len, rows, width, KIND) if FULL else query_place
-        exists = (query_place < tl.where(image, places, seq)) & (query < seq)
+        in_image = image if FULL else False
+        query = tokens_of(query_place, in_image, text_len, rows, width, KIND)
+        exists = (query_place < limit) & (query < seq)
         # Queries that do not exist have neither rows nor gradients, and add nothing.
-        queries = load_real_rows(q, query, exists, q_strides[2], HEAD_DIM, BLOCK_D)
-        grads = load_real_rows(grad_out, query, exists, grad_strides[2], HEAD_DIM, BLOCK_D)
+        queries = window_tile(q, at, in_image, limit, part, KIND, False, BLOCK_QUERIES, HEAD_DIM, BLOCK_D)
+        grads = window_tile(grad_out, at, in_image, limit, part, KIND, False, BLOCK_QUERIES, HEAD_DIM, BLOCK_D)
         shift = _shift_of(tl.load(lse + statistics + query, mask=exists, other=0.0), EXACT)
         delta = tl.load(deltas + statistics + query, mask=exists, other=0.0)
         total = tl.load(totals + statistics + query, mask=exists, other=1.0) if EXACT else delta
@@ -245,10 +293,10 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
 
     if SPLIT:  # noqa: SIM102 (decided when compiling)
         if program < text_programs:
-            part = parts + (segment.to(tl.int64) * all_heads + head) * text_len * HEAD_DIM
-            store_rows(part, token, real, HEAD_DIM, key_gradient, HEAD_DIM, BLOCK_D)
-            part += segments.to(tl.int64) * all_heads * text_len * HEAD_DIM
-            store_rows(part, token, real, HEAD_DIM, value_gradient, HEAD_DIM, BLOCK_D)
+            sums = parts + (segment.to(tl.int64) * all_heads + head) * text_len * HEAD_DIM
+            store_rows(sums, token, real, HEAD_DIM, key_gradient, HEAD_DIM, BLOCK_D)
+            sums += segments.to(tl.int64) * all_heads * text_len * HEAD_DIM
+            store_rows(sums, token, real, HEAD_DIM, value_gradient, HEAD_DIM, BLOCK_D)
             real &= False
     dk = head_of(dk, head, heads, dk_strides)
     dv = head_of(dv, head, heads, dv_strides)

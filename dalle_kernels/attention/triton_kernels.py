@@ -17,6 +17,8 @@ attention; `column` and `conv` forward 206 and 352 µs. The products of `row` fo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,6 +28,7 @@ from dalle_kernels import _triton
 from dalle_kernels._strides import aligned
 from dalle_kernels._triton_configurations import Configuration, configuration
 from dalle_kernels.attention import reference
+from dalle_kernels.attention import triton_descriptors as descriptors
 from dalle_kernels.attention.tiles import Stream, has_full_key_tiles, has_full_query_tiles, most_visible, stream
 from dalle_kernels.attention.triton_backward import add_parts_kernel, key_gradients_kernel, query_gradient_kernel
 from dalle_kernels.attention.triton_decode import decode_rows_kernel, decode_text_kernel, join_parts_kernel
@@ -37,6 +40,10 @@ _MOST_SEGMENTS = 8
 _MOST_PARTS = 32
 _MOST_OF_A_PART = 4096
 """Elements that a program adds up of both gradients in registers."""
+_MOST_KEPT = 8
+"""Tiles of text that a program keeps: each has its own code."""
+_MOST_SHARED = 220 << 10
+"""Bytes of shared memory that two tensors' tiles may take where text is kept, as a Hopper GPU has them."""
 
 
 def shape_class(tensor: Tensor) -> str:
@@ -71,15 +78,54 @@ def _blocks(op: str, shapes: str, owned: str, *tensors: Tensor) -> Configuration
     return configuration(op, shapes, tensors[0].device, halved=(owned,) if odd else ())
 
 
-def _query_options(part: Stream, blocks) -> dict[str, object]:
-    """What the kernels that own queries are compiled for, beside the blocks."""
+class QueryLaunch(NamedTuple):
+    """A launch of a kernel that owns queries."""
+
+    grid: tuple[int]
+    keys: tuple
+    """What keys are loaded from, the text's and the window's: the tensor, twice, or descriptors. So for ``values``."""
+    values: tuple
+    numbers: tuple[int, ...]
+    """The kernel's arguments from ``text_len`` to ``tiles``."""
+    options: Mapping[str, object]
+    """What it is compiled for, beside what all launches of the kernel are."""
+
+
+def query_launches(k: Tensor, v: Tensor, part: Stream, blocks: Configuration) -> Iterator[QueryLaunch]:
+    """One launch for all queries; but where text is kept, or a permuted image has descriptors, the text's have their
+    own."""
     sizes = blocks["BLOCK_QUERIES"], blocks["BLOCK_TEXT"], blocks["BLOCK_KEYS"]
-    return {
-        "KIND": part.kind,
-        "TAIL": part.text_len % sizes[1] != 0,
-        "FULL": has_full_key_tiles(part, *sizes),
-        **blocks.options,
-    }
+    described = bool(blocks["DESCRIPTORS"]) and descriptors.serve(k, v)
+    described = described and descriptors.give_tiles(part, k.shape[2], sizes[2])
+    tiles, in_text = part.tiles(sizes[0]), part.text_tiles(sizes[0])
+    kept = _kept_tiles(part, tiles - in_text, blocks, k)
+    launches = [(part, 0, tiles, 0)]
+    if kept or (described and part.kind == "column"):
+        launches = [(part, in_text, tiles - in_text, kept)]
+        if in_text:
+            launches.append((stream("causal", part.text_len, 0, 1, 1), 0, in_text, 0))
+    for served, first, count, text_tiles in launches:
+        run = blocks["RUN"] if text_tiles else 1
+        sources = (descriptors.text_and_window(x, served, *sizes[1:]) if described else (x, x) for x in (k, v))
+        form = {
+            "KIND": served.kind,
+            "TAIL": served.text_len % sizes[1] != 0,
+            "FULL": has_full_key_tiles(served, *sizes),
+            "KEPT": text_tiles,
+            "RUN": run,
+            "DESCRIPTORS": described,
+        }
+        programs = k.shape[0] * k.shape[1] * triton.cdiv(count, run)
+        yield QueryLaunch((programs,), *sources, (*served[1:], first, count), {**blocks.options, **form})
+
+
+def _kept_tiles(part: Stream, image_tiles: int, blocks: Configuration, k: Tensor) -> int:
+    """Of how many tiles the text is, where programs keep it: if they are to, are enough, and it fits; else 0."""
+    run, tiles = blocks["RUN"], part.text_tiles(blocks["BLOCK_TEXT"])
+    if run == 0 or tiles > _MOST_KEPT or k.shape[0] * k.shape[1] * triton.cdiv(image_tiles, run) < _ENOUGH_PROGRAMS:
+        return 0
+    rows = tiles * blocks["BLOCK_TEXT"] + blocks.num_stages * blocks["BLOCK_KEYS"] + blocks["BLOCK_QUERIES"]
+    return tiles if 2 * rows * block_of_head(k.shape[-1]) * k.element_size() <= _MOST_SHARED else 0
 
 
 def sparse_attention(q, k, v, kind, text_len, height, width, kernel_size, scale):
@@ -90,11 +136,11 @@ def sparse_attention(q, k, v, kind, text_len, height, width, kernel_size, scale)
     part = stream(kind, seq, text_len, width, kernel_size)
     blocks = _blocks("sparse_attention", shape_class(q), "BLOCK_QUERIES", q, k, v)
     exponent, sign = _scale_arguments(scale, q.dtype)
-    tiles = part.tiles(blocks["BLOCK_QUERIES"])
-    forward_kernel[(batch * heads * tiles,)](
-        q, _strides(q), k, _strides(k), v, _strides(v), out, _strides(out), lse, heads, seq, *part[1:], tiles, exponent,
-        SIGN=sign, HEAD_DIM=head_dim, BLOCK_D=block_of_head(head_dim), **_query_options(part, blocks),
-    )  # fmt: skip
+    for launch in query_launches(k, v, part, blocks):
+        forward_kernel[launch.grid](
+            q, _strides(q), *launch.keys, _strides(k), *launch.values, _strides(v), out, _strides(out), lse, heads, seq,
+            *launch.numbers, exponent, SIGN=sign, HEAD_DIM=head_dim, BLOCK_D=block_of_head(head_dim), **launch.options,
+        )  # fmt: skip
     return out, lse
 
 
@@ -112,12 +158,12 @@ def sparse_attention_backward(grad_out, q, k, v, out, lse, kind, text_len, heigh
 
     tensors = q, k, v, out, grad_out
     blocks = _blocks("sparse_attention_backward", f"dq {shape_class(q)}", "BLOCK_QUERIES", *tensors)
-    tiles = part.tiles(blocks["BLOCK_QUERIES"])
-    query_gradient_kernel[(batch * heads * tiles,)](
-        grad_out, _strides(grad_out), q, _strides(q), k, _strides(k), v, _strides(v), out, _strides(out),
-        dq, _strides(dq), lse, deltas, totals, heads, seq, *part[1:], tiles, scale, exponent,
-        **common, **_query_options(part, blocks),
-    )  # fmt: skip
+    for launch in query_launches(k, v, part, blocks):
+        query_gradient_kernel[launch.grid](
+            grad_out, _strides(grad_out), q, _strides(q), *launch.keys, _strides(k), *launch.values, _strides(v),
+            out, _strides(out), dq, _strides(dq), lse, deltas, totals, heads, seq, *launch.numbers, scale, exponent,
+            **common, **launch.options,
+        )  # fmt: skip
 
     blocks = _blocks("sparse_attention_backward", f"dk {shape_class(q)}", "BLOCK_KEYS", *tensors)
     tiles, text_tiles = part.tiles(blocks["BLOCK_KEYS"]), part.text_tiles(blocks["BLOCK_KEYS"])
@@ -125,11 +171,14 @@ def sparse_attention_backward(grad_out, q, k, v, out, lse, kind, text_len, heigh
     parts = dk
     if segments > 1:
         parts = torch.empty((2, segments, batch * heads, part.text_len, head_dim), dtype=torch.float32, device=q.device)
+    # A tile of a permuted image's keys goes through queries in another order than one of the text's.
+    described = bool(blocks["DESCRIPTORS"]) and part.kind != "column" and descriptors.serve(q, grad_out)
+    queries, grads = (descriptors.tokens(x, blocks["BLOCK_QUERIES"]) if described else x for x in (q, grad_out))
     key_gradients_kernel[(batch * heads * (segments * text_tiles + tiles - text_tiles),)](
-        grad_out, _strides(grad_out), q, _strides(q), k, _strides(k), v, _strides(v), dk, _strides(dk),
+        grads, _strides(grad_out), queries, _strides(q), k, _strides(k), v, _strides(v), dk, _strides(dk),
         dv, _strides(dv), parts, lse, deltas, totals, batch * heads, heads, seq, *part[1:], tiles, segments, scale,
         exponent, KIND=part.kind, FULL=has_full_query_tiles(part, blocks["BLOCK_KEYS"], blocks["BLOCK_QUERIES"]),
-        SPLIT=segments > 1, **common, **blocks.options,
+        SPLIT=segments > 1, **common, **{**blocks.options, "DESCRIPTORS": described},
     )  # fmt: skip
     if segments > 1:
         keys = min(32, _MOST_OF_A_PART // common["BLOCK_D"])

@@ -87,6 +87,92 @@ def load_real_rows(start, token, real, token_stride, HEAD_DIM: tl.constexpr, BLO
 
 
 @triton.jit
+def run_of_tiles(first_tile, tiles, KEPT: tl.constexpr, RUN: tl.constexpr):
+    """A program's head, and the tiles of queries that it takes: a run of RUN of the ``tiles`` from ``first_tile`` on
+    where it has KEPT tiles of text, else one. Returns ``(head, tile, stop)``.
+
+    A head's tiles run together and share its keys; the last ones of a causal part are the longest and come first.
+    """
+    program = tl.program_id(0)
+    if KEPT:
+        runs = tl.cdiv(tiles, RUN)
+        start = program % runs * RUN
+        return program // runs, first_tile + start, first_tile + min(start + RUN, tiles)
+    else:
+        tile = first_tile + tiles - 1 - program % tiles
+        return program // tiles, tile, tile + 1
+
+
+@triton.jit
+def rows_of(text, window, number, heads, strides, DESCRIPTORS: tl.constexpr):
+    """The rows of head ``number`` of all samples' heads, for the functions below to take tiles of.
+
+    With DESCRIPTORS those of the text and of the window, the sample and the head; else where the rows begin and how far
+    apart they are, for which both tensors are the same.
+    """
+    if DESCRIPTORS:
+        return text, window, number // heads, number % heads
+    else:
+        return head_of(text, number, heads, strides), strides[2]
+
+
+@triton.jit
+def text_tile(source, first, text_len, WHOLE: tl.constexpr,
+              BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """BLOCK rows of the text from token ``first`` on; those after its end are zero, and WHOLE says there are none."""
+    if len(source) == 4:
+        return source[0].load([source[2], source[3], first, 0]).reshape(BLOCK, BLOCK_D)
+    else:
+        token = first + tl.arange(0, BLOCK)
+        if WHOLE:
+            return load_rows(source[0], token, source[1], HEAD_DIM, BLOCK_D)
+        else:
+            return load_real_rows(source[0], token, token < text_len, source[1], HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def window_tile(source, first, image, limit, part, KIND: tl.constexpr, WHOLE: tl.constexpr,
+                BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """BLOCK rows from place ``first`` on of the image, or of the text where ``image`` is false.
+
+    Places from ``limit`` on may be without a token: what is there instead is seen by no query that has one, and WHOLE
+    says that there are none. A descriptor of a permuted image gives rows of one column.
+    """
+    seq, text_len, _, rows, width, _ = part
+    if len(source) == 4:
+        if KIND == "column":
+            return source[1].load([source[2], source[3], first % rows, first // rows, 0]).reshape(BLOCK, BLOCK_D)
+        else:
+            token = first + tl.where(image, text_len, 0)
+            return source[1].load([source[2], source[3], token, 0]).reshape(BLOCK, BLOCK_D)
+    else:
+        place = first + tl.arange(0, BLOCK)
+        token = tokens_of(place, image, text_len, rows, width, KIND)
+        if WHOLE:
+            return load_rows(source[0], token, source[1], HEAD_DIM, BLOCK_D)
+        else:
+            return load_real_rows(source[0], token, (place < limit) & (token < seq), source[1], HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def kept_text(source, text_len, KEPT: tl.constexpr,
+              BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """All of the text, as KEPT tiles: operands of products, which stay in shared memory for as long as they serve."""
+    tiles = ()
+    for t in tl.static_range(KEPT):
+        tile = text_tile(source, t * BLOCK, text_len, False, BLOCK, HEAD_DIM, BLOCK_D)
+        tiles = tiles + (tile,)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def without_tail(scores, first, text_len):
+    """Scores with the keys from token ``first`` on, those after the text's end hidden."""
+    key = first + tl.arange(0, scores.shape[1])
+    return tl.where((key < text_len)[None, :], scores, -float("inf"))
+
+
+@triton.jit
 def store_rows(start, token, real, token_stride, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     mask = real[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(row_pointers(start, token, token_stride, BLOCK_D), rows.to(start.dtype.element_ty), mask=mask)
