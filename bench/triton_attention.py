@@ -197,7 +197,7 @@ CANDIDATES = {
     },
     ("sparse_attention_backward", "dk 16-bit 128"): {
         DEFAULT: keys((64, 32, 8, 1), (64, 32, 8, 2)),
-        90: keys((64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2)) + described_keys((128, 32, 8, 2)),
+        90: keys((64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2)) + described_keys((64, 32, 8, 2)),
     },
     ("sparse_attention_backward", "dk 16-bit 256"): {
         DEFAULT: keys((16, 32, 8, 1), (32, 32, 8, 1)),

@@ -259,20 +259,31 @@ def test_kept_text_and_descriptors(kind, run, descriptors, triton_device):
 
 
 @pytest.mark.parametrize(
-    ("kind", "text_len", "seq", "head_dim", "expected"),
+    ("kind", "text_len", "grid", "missing", "head_dim", "expected"),
     [
-        ("row", 16, 64, 20, {(1, False)}),  # no descriptors of such a head
-        ("column", 16, 63, 16, {(1, False), (0, False)}),  # nor of an image whose last row is incomplete
-        ("conv", 145, 193, 16, {(0, True)}),  # text of too many tiles
-        ("row", 16, 16, 16, {(0, True)}),  # text alone
+        ("row", 16, (16, 3), 0, 20, {(1, False), (0, False)}),  # no descriptors of such a head
+        ("column", 16, (16, 3), 1, 16, {(1, False), (0, False)}),  # nor of an image whose last row is incomplete
+        ("column", 16, (24, 2), 0, 16, {(1, False), (0, False)}),  # nor of tiles of two columns
+        ("conv", 145, (16, 3), 0, 16, {(0, True)}),  # text of too many tiles
+        ("row", 16, (16, 3), 48, 16, {(0, True)}),  # text alone
     ],
 )
-def test_forms_that_do_not_serve(kind, text_len, seq, head_dim, expected, triton_device):
+def test_forms_that_do_not_serve(kind, text_len, grid, missing, head_dim, expected, triton_device):
+    pattern = AttentionPattern(kind, text_len, grid, 3)
+    shape = 1, 1, pattern.seq_len - missing, head_dim
     with hopper_forms(2, True) as launches:
-        check_random(
-            triton_device, AttentionPattern(kind, text_len, (16, 3), 3), 0.3, 1, 1, seq, head_dim, dtype=torch.float16
-        )
-    assert expected <= set(launches) <= expected | {(0, False)}
+        check_random(triton_device, pattern, 0.3, *shape, dtype=torch.float16)
+    assert set(launches) == expected
+
+
+def test_nothing_after_kept_text_has_influence(triton_device):
+    """Beside logits of -1e3 a key that is not there, of zeros, would have a weight of infinity."""
+    torch.manual_seed(5)
+    pattern = AttentionPattern("row", 17, (4, 4))
+    q, k, v, grad_out = random_inputs(triton_device, 1, 1, pattern.seq_len, 16, dtype=torch.bfloat16)
+    with hopper_forms(2, True) as launches:
+        check([(8 * q.abs(), -8 * k.abs(), v, grad_out)], pattern, 1.0)
+    assert (2, True) in launches
 
 
 def test_descriptors_of_strided_views_and_of_addresses_that_have_none(triton_device):
