@@ -75,7 +75,8 @@ def _query_gradient(scores, grad_scores, keys, shift, delta, dq, total, excess, 
     return dq, total, excess, mean
 
 
-@triton.jit(do_not_specialize=["seq", "text_len", "places", "rows", "width", "kernel_size", "first_tile", "tiles"])
+@triton.jit(do_not_specialize=["heads", "seq", "text_len", "places", "rows", "width", "kernel_size", "first_tile",
+                               "tiles"])  # fmt: skip
 def query_gradient_kernel(grad_out, grad_strides, q, q_strides, k_text, k_window, k_strides, v_text, v_window,
                           v_strides, out, out_strides, dq, dq_strides, lse, deltas, totals, heads, seq,
                           text_len, places, rows, width, kernel_size, first_tile, tiles, scale, exponent,
@@ -209,7 +210,8 @@ def _key_gradients(scores, grad_scores, queries, grads, dk, dv, shift, delta, to
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["seq", "text_len", "places", "rows", "width", "kernel_size", "tiles", "segments"])
+@triton.jit(do_not_specialize=["all_heads", "heads", "seq", "text_len", "places", "rows", "width", "kernel_size",
+                               "tiles", "segments"])  # fmt: skip
 def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, v_strides, dk, dk_strides,
                          dv, dv_strides, parts, lse, deltas, totals, all_heads, heads, seq,
                          text_len, places, rows, width, kernel_size, tiles, segments, scale, exponent,
@@ -304,7 +306,7 @@ def key_gradients_kernel(grad_out, grad_strides, q, q_strides, k, k_strides, v, 
     store_rows(dv, token, real, dv_strides[2], value_gradient, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["all_heads", "text_len", "segments"])
+@triton.jit(do_not_specialize=["all_heads", "heads", "text_len", "segments"])
 def add_parts_kernel(parts, dk, dk_strides, dv, dv_strides, all_heads, heads, text_len, segments, scale,
                      HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KEYS: tl.constexpr):  # fmt: skip
     """dk and dv of the text: the sums of its segments, added in their order."""

@@ -33,7 +33,8 @@ from .triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["seq", "text_len", "places", "rows", "width", "kernel_size", "first_tile", "tiles"])
+@triton.jit(do_not_specialize=["heads", "seq", "text_len", "places", "rows", "width", "kernel_size", "first_tile",
+                               "tiles"])  # fmt: skip
 def forward_kernel(q, q_strides, k_text, k_window, k_strides, v_text, v_window, v_strides, out, out_strides, lse,
                    heads, seq, text_len, places, rows, width, kernel_size, first_tile, tiles, exponent,
                    KIND: tl.constexpr, SIGN: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr,

@@ -64,7 +64,7 @@ def _gradient(x, column, wanted, largest, total, scale, classes, ignore_index):
     return tl.where(wanted == ignore_index, 0.0, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "ignore_index"])
 def losses(logits, bias, target, loss, first_row, classes, logits_stride, target_stride, ignore_index,
            HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The losses of the rows from ``first_row`` on, whose logits these are."""
@@ -75,7 +75,7 @@ def losses(logits, bias, target, loss, first_row, classes, logits_stride, target
     tl.store(loss + row, tl.where(wanted == ignore_index, 0.0, row_loss))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "ignore_index"])
 def losses_and_gradients(logits, gradient, stash, bias, target, loss, row_largest, row_sum, row_scale, first_row,
                          classes, logits_stride, gradient_stride, target_stride, row_scale_stride, ignore_index, kept,
                          width, step, HAS_BIAS: tl.constexpr, KEEPS: tl.constexpr,
@@ -113,7 +113,7 @@ def losses_and_gradients(logits, gradient, stash, bias, target, loss, row_larges
             tl.store(stash + place, value, (column < classes) & (row < kept))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "ignore_index"])
 def gradients(logits, gradient, bias, target, row_largest, row_sum, row_scale, first_row, first_class, columns, classes,
               logits_stride, gradient_stride, target_stride, row_scale_stride, ignore_index, HAS_BIAS: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip
