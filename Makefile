@@ -76,13 +76,15 @@ lint: build
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-# The minutes of `make gpu` begin before it builds.
+# The minutes of `make gpu` begin before it builds, for the GPU at hand alone.
 gpu: BEGAN := $(shell date +%s)
 gpu:
 ifeq ($(NVIDIA_DRIVER),)
 	@echo 'make gpu: no NVIDIA driver is loaded here, so there is nothing to build for, check on or measure; stopping.'
 else
-	@$(MAKE) --no-print-directory build DALLE_KERNELS_CUDA=on
+	@architecture=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d . | sed 's/^90$$/90a/'); \
+	  $(MAKE) --no-print-directory build DALLE_KERNELS_CUDA=on \
+	  DALLE_KERNELS_CUDA_ARCHITECTURES="$${DALLE_KERNELS_CUDA_ARCHITECTURES:-$${architecture:-80;90a}}"
 	@grep -v '^#' bench/rivals.txt | timeout 60 xargs -d '\n' -n 1 $(BIN)/python -m pip install -q --no-deps --upgrade --target $(RIVALS) 2>/dev/null \
 	  || echo 'make gpu: the rivals of bench/rivals.txt are not all to be had here; going on without'
 	@PYTHONPATH=$(abspath $(RIVALS)) $(BIN)/python bench/gpu.py --since $(BEGAN) $(GPU)

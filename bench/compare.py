@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import machine
@@ -23,18 +23,21 @@ from harness import BEST_RIVAL
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
-PASSED_ON = ("rounds", "threads", "seconds", "device")
+PASSED_ON = ("rounds", "threads", "seconds", "device", "turns")
 
 
 def families() -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py"))
 
 
-def measure(family: str, options: list[str], output: Path) -> bool:
-    """Run one family's benchmarks into ``output``; False when a check or a benchmark failed."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--benchmark-quiet"]
-    command += [f"--benchmark-json={output}", *options, str(BENCH / f"bench_{family}.py")]
-    return subprocess.run(command, cwd=BENCH.parent, check=False).returncode == 0
+def command(family: str, options: Sequence[str], output: Path) -> list[str]:
+    """What runs one family's benchmarks into ``output``; it ends well unless a check or a benchmark failed."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--benchmark-quiet"]
+    return [*pytest, f"--benchmark-json={output}", *options, str(BENCH / f"bench_{family}.py")]
+
+
+def measure(family: str, options: Sequence[str], output: Path) -> bool:
+    return subprocess.run(command(family, options, output), cwd=BENCH.parent, check=False).returncode == 0
 
 
 def best_rival(case: dict) -> str | None:
@@ -160,6 +163,20 @@ def write(family: str, content: dict, name: str) -> Path:
     return path
 
 
+def publish(reports: Iterable[dict], name: str | None = None, write_files: bool = True) -> None:
+    """Print everyone's figures and the goals that were missed, and write the results files of the machine ``name``."""
+    missed = []
+    for family, content in results(reports).items():
+        for case in content["cases"]:
+            print(ratio_table(case), end="\n\n")
+            failing = [goal for goal in case["goals"] if goal["met"] is False]
+            missed += [f"{describe(case)}: {describe_goal(goal, case['unit'])}" for goal in failing]
+        if write_files:
+            print(f"wrote {write(family, content, name or machine.slug(content['machine']))}\n")
+    if missed:
+        print("goals missed:", *missed, sep="\n  ")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
@@ -185,7 +202,7 @@ def main() -> None:
         parser.error(f"expected families among {', '.join(families())}, got {', '.join(unknown)}")
     values = {name: getattr(options, name) for name in PASSED_ON}
     passed = [f"--{name}={value}" for name, value in values.items() if value]
-    failed, missed, reports = [], [], [json.loads(path.read_text(encoding="utf-8")) for path in options.reports]
+    failed, reports = [], [json.loads(path.read_text(encoding="utf-8")) for path in options.reports]
     with tempfile.TemporaryDirectory() as folder:
         for family in () if reports else options.families or families():
             output = Path(folder) / f"{family}.json"
@@ -193,15 +210,7 @@ def main() -> None:
                 failed.append(family)
             if output.exists() and output.stat().st_size:
                 reports.append(json.loads(output.read_text(encoding="utf-8")))
-    for family, content in results(reports).items():
-        for case in content["cases"]:
-            print(ratio_table(case), end="\n\n")
-            failing = [goal for goal in case["goals"] if goal["met"] is False]
-            missed += [f"{describe(case)}: {describe_goal(goal, case['unit'])}" for goal in failing]
-        if not options.dry and not others:
-            print(f"wrote {write(family, content, options.machine or machine.slug(content['machine']))}\n")
-    if missed:
-        print("goals missed:", *missed, sep="\n  ")
+    publish(reports, options.machine, not options.dry and not others)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

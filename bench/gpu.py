@@ -7,9 +7,10 @@
 The tests that need a GPU come first, Triton's and those of captured graphs among them, in one process fewer than there
 are cores, since most of their time is Triton's compiler's. Beside them, for the same reason, run NVIDIA's sanitizers,
 where they are installed, over short tests of the CUDA kernels, and one round of every benchmark, which leaves what it
-compiles in caches, but for those that take tens of gigabytes. Then the benchmarks run alone, one after another, each
-for its share of the time that is left; the JSON is under ``bench/results/``. What a command prints goes to a file under
-``build/gpu/`` as it comes. The last lines are a table of what was measured, the tests that failed, and what else did.
+compiles in caches, but for those that take tens of gigabytes. Then the benchmarks have the GPU: several processes
+prepare side by side, which is work of the host, and take turns to measure, one alone at a time; those that take much of
+its memory come last. The JSON is under ``bench/results/``. What a command prints goes to a file under ``build/gpu/`` as
+it comes. The last lines are a table of what was measured, the tests that failed, and what else did.
 """
 
 from __future__ import annotations
@@ -51,15 +52,17 @@ OUR_KERNELS = "kernel_substring=5dalle"  # as names of csrc's namespace are mang
 FAMILIES = ("attention", "gumbel_softmax", "cross_entropy", "model", "adamw", "powersgd", "logit_laplace", "grad_scale")
 """In the order in which their figures matter; any others follow."""
 PARTS_OF = {"attention": [("-k", kind) for kind in ("row", "column", "conv")]}
-"""Of families that compile much: what to compile side by side."""
-WARMED_AT_ONCE = 4
-"""Parts of families; each takes some gigabytes of the GPU's memory, which the tests share."""
+"""Of families that compile much: what to do side by side."""
+WARMED_AT_ONCE, MEASURED_AT_ONCE = 4, 6
+"""Parts of families; each takes some gigabytes of the GPU's memory, which the tests share with those that warm up."""
 ALONE = ("model",)
-"""Families that take so much of the GPU's memory that beside them tests would find none."""
+"""Families that take so much of the GPU's memory that beside them there is none for others."""
 CPU_ONLY = ("linear", "mlp", "overhead")
 
-STARTED = 30
-"""Seconds beyond its share that a family may take: to begin, and for the case that it is at."""
+OF_ONE_ALONE = 1 / 4
+"""How much of the time for figures is kept for each of these."""
+OF_A_CASE = 20
+"""Seconds before its time is over in which a family begins no case, but ends the one that it is at."""
 
 
 class Budget:
@@ -149,16 +152,22 @@ def sanitize(budget: Budget) -> list[str]:
     return [tool for tool, good in zip(SANITIZERS, passed) if not good]
 
 
+Part = tuple[str, ...]
+"""A family, and the options of pytest that choose among its cases."""
+
+
+def parts_of(families: Sequence[str]) -> list[Part]:
+    return [(family, *part) for family in families for part in PARTS_OF.get(family, [()])]
+
+
 def warm_caches(budget: Budget, families: list[str]) -> None:
     """One round of every family but those ALONE, for what Triton and torch compile; nothing else of it counts."""
     command = (sys.executable, "bench/compare.py", "--device=cuda", "--rounds=1", "--dry")
-    warmed = [family for family in families if family not in ALONE]
-    parts = [(family, *part) for family in warmed for part in PARTS_OF.get(family, [()])]
 
-    def warm(part: tuple[str, ...]) -> bool:
+    def warm(part: Part) -> bool:
         return budget.run(f"warm {' '.join(part)}", *command, *part, seconds=budget.left / 2, quiet=True)
 
-    side_by_side(warm, parts, WARMED_AT_ONCE)
+    side_by_side(warm, parts_of([family for family in families if family not in ALONE]), WARMED_AT_ONCE)
 
 
 def side_by_side(do: Callable[[Any], Any], things: Sequence[Any], most: int | None = None) -> list[Any]:
@@ -167,19 +176,28 @@ def side_by_side(do: Callable[[Any], Any], things: Sequence[Any], most: int | No
         return list(pool.map(do, things))
 
 
-def measure(budget: Budget, families: list[str]) -> list[str]:
-    """Run the benchmarks; the families that failed or were not measured whole.
-
-    Each gets twice an equal share of what is left, so that none eats all and what one leaves over is the others'.
-    """
+def measure(budget: Budget, families: list[str], device: str = "cuda") -> list[str]:
+    """Run the benchmarks and write what they found; the parts of families that failed or were not measured whole."""
     print(f"{budget.left:.0f} s are left for the figures", flush=True)
-    unfinished = []
-    for number, family in enumerate(families):
-        share = budget.left * min(1, 2 / (len(families) - number))
-        command = (sys.executable, "bench/compare.py", family, "--device=cuda", f"--seconds={share:.0f}")
-        if not budget.run(family, *command, seconds=share + STARTED):
-            unfinished.append(family)
-    return unfinished
+    reports = LOGS / "reports"
+    shutil.rmtree(reports, ignore_errors=True)
+    (reports / "turns").mkdir(parents=True)
+
+    def measured(part: Part, seconds: float, *options: str) -> bool:
+        name = " ".join(part)
+        family, *chosen = part
+        options = (*chosen, f"--device={device}", f"--seconds={max(1, seconds - OF_A_CASE):.0f}", *options)
+        return budget.run(name, *compare.command(family, options, reports / f"{name}.json"), seconds=seconds)
+
+    together = parts_of([family for family in families if family not in ALONE])
+    alone = parts_of([family for family in families if family in ALONE])
+    kept = budget.left * OF_ONE_ALONE * len(alone)
+    turns = f"--turns={reports / 'turns' / 'gpu'}"
+    good = side_by_side(lambda part: measured(part, max(1.0, budget.left - kept), turns), together, MEASURED_AT_ONCE)
+    good += [measured(part, budget.left) for part in alone]
+    written = [path for path in sorted(reports.glob("*.json")) if path.stat().st_size]
+    compare.publish(json.loads(path.read_text(encoding="utf-8")) for path in written)
+    return [" ".join(part) for part, whole in zip([*together, *alone], good) if not whole]
 
 
 def table() -> str:

@@ -178,6 +178,13 @@ class Contest:
             self.host[candidate.name] = min(host_seconds(candidate) for _ in range(3))
         return self.clock(candidate) * candidate.units * self.case.calls
 
+    def call_all(self) -> None:
+        """Everyone's first call, for what it compiles."""
+        for candidate in (self.case.ours, *self.rivals):
+            if candidate.before is not None:
+                candidate.before()
+            candidate.run()
+
     def rounds(self, most: int) -> int:
         """How many rounds fit the case's time, at most ``most`` and at least LEAST_ROUNDS; who is slow takes fewer."""
         turns = {candidate.name: self.warm_up(candidate) for candidate in (self.case.ours, *self.rivals)}

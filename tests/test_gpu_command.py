@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import threading
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import gpu
 import pytest
+from turns import Turns
 
 FAILING = """
 import time
@@ -49,20 +54,69 @@ def test_time_counts_from_when_the_build_began(logs):
     assert gpu.log("fine").read_text() == "done\n" and gpu.failures("fine") == [] == gpu.failures("never run")
 
 
-def test_each_family_gets_its_share_of_the_time(monkeypatch):
-    taken = {}
+def test_families_share_the_gpu_and_the_largest_has_it_alone(logs, monkeypatch):
+    commands, published = {}, []
 
     class Budget:
-        left = 240.0
+        left = 200.0
 
         def run(self, name, *command, seconds):
-            share = float(command[-1].removeprefix("--seconds="))
-            taken[name] = share
-            self.left -= min(share, 1e9 if name == "a" else 10)
-            return name != "b"
+            options = {option.partition("=")[0]: option.partition("=")[2] for option in command if "=" in option}
+            commands[name] = {**options, "seconds": seconds}
+            if name != "attention -k row":
+                Path(options["--benchmark-json"]).write_text(json.dumps({"of": name}))
+            self.left = 90.0 if name == "float16" else self.left
+            return name != "attention -k row"
 
-    assert gpu.measure(Budget(), list("abcd")) == ["b"]
-    assert taken == {"a": 120, "b": 80, "c": 110, "d": 100}
+    monkeypatch.setattr(gpu, "MEASURED_AT_ONCE", 1)  # in order
+    monkeypatch.setattr(gpu.compare, "publish", lambda reports: published.extend(report["of"] for report in reports))
+    assert gpu.measure(Budget(), ["attention", "model", "float16"]) == ["attention -k row"]
+    together = ["attention -k row", "attention -k column", "attention -k conv", "float16"]
+    assert list(commands) == [*together, "model"]
+    assert published == ["attention -k column", "attention -k conv", "float16", "model"]
+    for name in together:
+        assert commands[name]["seconds"] == 150 and commands[name]["--seconds"] == str(150 - gpu.OF_A_CASE)
+    assert len({commands[name]["--turns"] for name in together}) == 1 and "--turns" not in commands["model"]
+    assert commands["model"]["seconds"] == 90
+
+
+def test_one_measures_while_nobody_prepares(tmp_path):
+    """Threads stand for processes: a lock belongs to the file that each has opened."""
+    active, faults, made, together = set(), [], [], threading.Barrier(4, timeout=30)
+
+    @contextmanager
+    def present(number):
+        active.add(number)
+        yield
+        time.sleep(0.002)
+        active.remove(number)
+
+    def take_turns(number):
+        turns = Turns(tmp_path / "gpu")
+        for round_ in range(5):
+            with turns.preparing():
+                with present(number):
+                    if round_ == 0:
+                        together.wait()  # all of them prepare at once
+                with turns.measuring(), present(number):
+                    made.append(turns.once("peak", lambda: number))
+                    faults.extend(active - {number})
+                with present(number):
+                    pass
+
+    threads = [threading.Thread(target=take_turns, args=(number,), daemon=True) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not faults and not together.broken and len(made) == 20 and len(set(made)) == 1
+
+
+def test_without_others_there_is_nothing_to_wait_for():
+    turns = Turns(None)
+    with turns.preparing(), turns.measuring():
+        assert not turns.shared and turns.once("peak", lambda: 3) == 3
 
 
 def test_a_missing_sanitizer_is_not_passed(monkeypatch):
