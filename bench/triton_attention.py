@@ -139,7 +139,8 @@ CANDIDATES = {
                          (64, 64, 64, 4, 2), (128, 32, 32, 8, 2), (128, 64, 32, 8, 2), (128, 64, 64, 8, 2)),
         90: queries((64, 32, 32, 4, 3), (64, 64, 32, 4, 3), (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (64, 128, 32, 4, 2),
                     (128, 64, 32, 8, 2), (128, 64, 32, 8, 3), (128, 64, 64, 8, 3), (128, 128, 32, 8, 2))
-        + described((64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 64, 32, 8, 3), (128, 64, 64, 8, 3))
+        + described((64, 64, 32, 4, 2), (64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 64, 32, 8, 3),
+                    (128, 64, 64, 8, 3))
         + kept((64, 64, 32, 4, 3), (64, 128, 32, 4, 2), (128, 64, 32, 8, 3), (128, 64, 64, 8, 2))
         + kept_by_pointers((64, 64, 32, 4, 3), (128, 64, 32, 8, 3)),
     },
@@ -298,13 +299,13 @@ CASES += [
 ]
 CASES += [
     Case(
-        f"{kind}, text {text_len}{', kept' * (run > 0)}{', by descriptors' * descriptors}",
+        f"{kind}, text {text_len}{' kept' * (run > 0)}{', descriptors' * descriptors}",
         partial(by_hopper_forms, kind, text_len, run, descriptors),
         architectures=(90,),
     )
     for kind, text_len, run, descriptors in (
         ("row", 256, 0, True),
-        ("row", 256, 4, False),
+        ("row", 256, 4, True),
         ("column", 256, 4, True),
         ("conv", 257, 4, True),
     )

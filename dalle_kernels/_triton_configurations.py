@@ -60,7 +60,8 @@ def query_blocks(
 def key_blocks(
     keys: int, queries: int, warps: int, stages: int, figure: str | None = None, *, descriptors: bool = False
 ) -> Configuration:
-    """Attention's kernel that owns keys."""
+    """Attention's kernel that owns keys. ``descriptors``: whether tiles of queries and their gradients are loaded by
+    tensor descriptors, where these serve, as they do not with ``column``."""
     blocks = {"BLOCK_KEYS": keys, "BLOCK_QUERIES": queries, "DESCRIPTORS": int(descriptors)}
     return Configuration(blocks, warps, stages, figure=figure)
 

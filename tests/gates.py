@@ -48,7 +48,8 @@ SHARED_SLACK = 1024
 
 @dataclass(frozen=True)
 class Code:
-    """What the machine code of one launch needs: ``hmma`` and ``hgmma`` count tensor-core instructions."""
+    """What the machine code of one launch needs: ``hmma`` and ``hgmma`` count tensor-core instructions, ``utmaldg``
+    loads by tensor descriptors."""
 
     registers: int
     shared: int
@@ -56,6 +57,7 @@ class Code:
     hgmma: int
     tf32: int
     spills: int
+    utmaldg: int = 0
 
     def own_faults(self, most_shared: int) -> Iterator[str]:
         """What no kernel may do; ``most_shared``: the bytes of shared memory that a block may have."""
@@ -77,6 +79,8 @@ class Code:
             yield f"{self.shared} bytes of shared memory instead of {known.shared}"
         if (self.hmma, self.hgmma) != (known.hmma, known.hgmma):
             yield f"{self.hmma} HMMA and {self.hgmma} HGMMA instead of {known.hmma} and {known.hgmma}"
+        if self.utmaldg != known.utmaldg:
+            yield f"{self.utmaldg} loads by tensor descriptors instead of {known.utmaldg}"
 
 
 class Driver:
@@ -109,6 +113,7 @@ def examine(kernel) -> Code:
         shared=kernel.metadata.shared,
         hmma=count(lines, "HMMA"),
         hgmma=count(lines, "HGMMA"),
+        utmaldg=count(lines, "UTMALDG"),
         tf32=sum("TF32" in line.split()[0] for line in lines),
         spills=machine_code.spills(lines),
     )
@@ -181,6 +186,8 @@ def write(family: str, codes: dict[str, Code]) -> None:
     kept = {name: asdict(code) for name, code in codes.items()}
     for code in kept.values():
         del code["tf32"], code["spills"]
+        if not code["utmaldg"]:  # as of most
+            del code["utmaldg"]
     machine_code.write_table(family, kept)
 
 

@@ -13,16 +13,8 @@ from test_decode import assert_no_step
 
 import dalle_kernels
 from dalle_kernels import AttentionPattern, KVCache, decode_attention, sparse_attention
-from dalle_kernels._triton_configurations import (
-    DEFAULT,
-    TABLE,
-    Configuration,
-    key_blocks,
-    query_blocks,
-    use_configuration,
-)
+from dalle_kernels._triton_configurations import DEFAULT, TABLE, Configuration, use_configuration
 from dalle_kernels.attention.pattern import KINDS
-from dalle_kernels.attention.tiles import stream
 from dalle_kernels.testing import assert_accurate, poisoned_allocations
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -215,100 +207,6 @@ def test_float64_is_not_served(triton_device):
     x = torch.zeros(1, 1, 4, 4, dtype=torch.float64, device=triton_device)
     with pytest.raises(dalle_kernels.ProviderError, match=r"'triton' was forced but .* got float64"):
         sparse_attention(x, x, x, AttentionPattern("row", 0, (2, 2)))
-
-
-# ---- What a table may ask for on Hopper: text that programs keep, and loads by tensor descriptors
-
-
-@contextmanager
-def hopper_forms(run, descriptors):
-    """Within the block 16-bit calls run so, by small blocks; gives the list that each launch of queries is noted in."""
-    from dalle_kernels.attention import triton_kernels
-
-    rows = {
-        ("sparse_attention", "16-bit 64"): query_blocks(16, 16, 16, 4, 1, run=run, descriptors=descriptors),
-        ("sparse_attention_backward", "dq 16-bit 64"): query_blocks(16, 16, 16, 4, 1, run=run, descriptors=descriptors),
-        ("sparse_attention_backward", "dk 16-bit 64"): key_blocks(16, 16, 4, 1, descriptors=descriptors),
-    }
-    launches, made = [], triton_kernels.query_launches
-
-    def noted(*arguments):
-        for launch in made(*arguments):
-            launches.append((launch.options["KEPT"], launch.options["DESCRIPTORS"]))
-            yield launch
-
-    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_kernels, "_ENOUGH_PROGRAMS", 1)
-        patch.setattr(triton_kernels, "query_launches", noted)
-        for row, blocks in rows.items():
-            stack.enter_context(use_configuration(*row, blocks))
-        yield launches
-
-
-@pytest.mark.parametrize(("run", "descriptors"), [(0, True), (2, False), (3, True)], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_kept_text_and_descriptors(kind, run, descriptors, triton_device):
-    # Whole columns of tiles; text that ends within a tile, and for other kinds a prefix that ends within a row.
-    pattern = AttentionPattern(kind, 17 if kind != "row" else 32, (16, 3), 3)
-    seq = pattern.seq_len - (0 if kind == "column" else 7)
-    with hopper_forms(run, descriptors) as launches:
-        check_random(triton_device, pattern, -0.25, 1, 1, seq, 16, dtype=torch.bfloat16)
-    kept = 2 if run and kind != "causal" else 0
-    assert (kept, descriptors) in launches
-    assert {form for form in launches if form[0]} <= {(kept, descriptors)}
-
-
-@pytest.mark.parametrize(
-    ("kind", "text_len", "grid", "missing", "head_dim", "expected"),
-    [
-        ("row", 16, (16, 3), 0, 20, {(1, False), (0, False)}),  # no descriptors of such a head
-        ("column", 16, (16, 3), 1, 16, {(1, False), (0, False)}),  # nor of an image whose last row is incomplete
-        ("column", 16, (24, 2), 0, 16, {(1, False), (0, False)}),  # nor of tiles of two columns
-        ("conv", 145, (16, 3), 0, 16, {(0, True)}),  # text of too many tiles
-        ("row", 16, (16, 3), 48, 16, {(0, True)}),  # text alone
-    ],
-)
-def test_forms_that_do_not_serve(kind, text_len, grid, missing, head_dim, expected, triton_device):
-    pattern = AttentionPattern(kind, text_len, grid, 3)
-    shape = 1, 1, pattern.seq_len - missing, head_dim
-    with hopper_forms(2, True) as launches:
-        check_random(triton_device, pattern, 0.3, *shape, dtype=torch.float16)
-    assert set(launches) == expected
-
-
-def test_nothing_after_kept_text_has_influence(triton_device):
-    """Beside logits of -1e3 a key that is not there, of zeros, would have a weight of infinity."""
-    torch.manual_seed(5)
-    pattern = AttentionPattern("row", 17, (4, 4))
-    q, k, v, grad_out = random_inputs(triton_device, 1, 1, pattern.seq_len, 16, dtype=torch.bfloat16)
-    with hopper_forms(2, True) as launches:
-        check([(8 * q.abs(), -8 * k.abs(), v, grad_out)], pattern, 1.0)
-    assert (2, True) in launches
-
-
-def test_descriptors_of_strided_views_and_of_addresses_that_have_none(triton_device):
-    torch.manual_seed(2)
-    pattern = AttentionPattern("column", 17, (16, 2))
-    joint = torch.randn(1, pattern.seq_len, 4, 2, 16).bfloat16().to(triton_device)
-    shifted = torch.randn(4, 1, 2, pattern.seq_len, 24).bfloat16().to(triton_device)[..., 1:17]
-    for draw, described in ((joint.permute(2, 0, 3, 1, 4), True), (shifted, False)):
-        with hopper_forms(0, True) as launches:
-            check([draw.unbind()], pattern, 0.3)
-        assert {form for _, form in launches} == {described}
-
-
-@pytest.mark.parametrize(("text_len", "heads", "kept"), [(256, 64, 4), (512, 64, 8), (513, 64, 0), (256, 8, 0)])
-def test_text_is_kept_where_it_fits_and_programs_are_enough(text_len, heads, kept, triton_device):
-    from dalle_kernels.attention.triton_kernels import query_launches
-
-    k = torch.empty(1, heads, text_len + 1024, 64, dtype=torch.bfloat16, device="meta")
-    part = stream("row", k.shape[2], text_len, 32, 11)
-    blocks = query_blocks(64, 64, 32, 4, 3, run=4)
-    image, *text = query_launches(k, k, part, blocks)
-    assert image.options["KEPT"] == kept and len(text) == (kept > 0)
-    # All tiles of queries are launched once.
-    assert sum(launch.numbers[-1] for launch in (image, *text)) == part.tiles(64)
-    assert image.grid == (heads * (4 if kept else part.tiles(64)),)
 
 
 # ---- Decoding

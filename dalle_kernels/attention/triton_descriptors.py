@@ -40,6 +40,7 @@ def tokens(tensor: Tensor, block: int) -> TensorDescriptor:
 
 def text_and_window(tensor: Tensor, part: Stream, text_block: int, block: int) -> tuple[TensorDescriptor, ...]:
     """Tiles of ``text_block`` tokens of the text and, for ``window_tile``, of ``block`` places of the window."""
+    # Of a part without text the first is given to kernels that never load by it.
     text = tokens(tensor[:, :, : part.text_len or part.places], text_block)
     if part.kind != "column":
         return text, tokens(tensor[:, :, : part.text_len + part.places], block)

@@ -107,8 +107,8 @@ def run_of_tiles(first_tile, tiles, KEPT: tl.constexpr, RUN: tl.constexpr):
 def rows_of(text, window, number, heads, strides, DESCRIPTORS: tl.constexpr):
     """The rows of head ``number`` of all samples' heads, for the functions below to take tiles of.
 
-    With DESCRIPTORS those of the text and of the window, the sample and the head; else where the rows begin and how far
-    apart they are, for which both tensors are the same.
+    With DESCRIPTORS these are four things, by which the functions tell: the descriptors of the text and of the window,
+    the sample and the head. Else two, of whichever tensor: where the rows begin and how far apart they are.
     """
     if DESCRIPTORS:
         return text, window, number // heads, number % heads
