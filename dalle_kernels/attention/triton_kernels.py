@@ -99,7 +99,7 @@ def query_launches(k: Tensor, v: Tensor, part: Stream, blocks: Configuration) ->
     described = described and descriptors.give_tiles(part, k.shape[2], sizes[2])
     tiles, in_text = part.tiles(sizes[0]), part.text_tiles(sizes[0])
     kept = _kept_tiles(part, tiles - in_text, blocks, k)
-    launches = [(part, 0, tiles, kept)]
+    launches = [(part, 0, tiles, 0)]
     if kept or described:
         launches = [(part, in_text, tiles - in_text, kept)]
         if in_text:
