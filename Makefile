@@ -45,8 +45,10 @@ help:
 demo: build
 	@$(BIN)/dalle demo
 
+# Files go in their own order: by how many tests they have, those that compile for minutes would come last.
 test: build
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile \
+	  --no-loadscope-reorder
 
 bench: build $(RIVALS)/.installed
 	@PYTHONPATH=$(abspath $(RIVALS)) $(BIN)/python bench/compare.py $(BENCH)
