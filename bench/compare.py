@@ -23,7 +23,7 @@ from harness import BEST_RIVAL
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
-PASSED_ON = ("rounds", "threads", "seconds", "device", "turns")
+PASSED_ON = ("rounds", "threads", "seconds", "device")
 
 
 def families() -> list[str]:
