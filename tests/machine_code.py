@@ -38,7 +38,9 @@ def resources(cubin: str) -> dict[str, Resources]:
 
 def instructions(cubin: str) -> dict[str, list[str]]:
     """The instructions, without predicates, of each kernel in the file ``cubin``, by its mangled name."""
-    parts = re.split(r"^\s*\.section\s+\.text\.", tool("nvdisasm", "-c", cubin), flags=re.MULTILINE)[1:]
+    # To follow the branches and name where they lead would take a third longer.
+    code = tool("nvdisasm", "--print-code", "--no-dataflow", cubin)
+    parts = re.split(r"^\s*\.section\s+\.text\.", code, flags=re.MULTILINE)[1:]
     line = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z].*)", re.MULTILINE)
     return {re.match(r"[\w$]+", part).group(): line.findall(part) for part in parts}
 

@@ -47,12 +47,15 @@ def instruction_sets() -> list[str]:
     return _native.instruction_sets()[1] if _native.unavailable("cpu") is None else []
 
 
-def build(folder: Path, instruction_sets: list[str]) -> None:
-    """Put a copy of ``dalle_kernels`` with a sanitized library into ``folder``."""
+def build(folder: Path, instruction_sets: list[str], optimization: str = "-O1") -> None:
+    """Put a copy of ``dalle_kernels`` with a sanitized library into ``folder``.
+
+    Without optimization, ``-O0``, it is built in half of the time and runs a few times slower.
+    """
     options = {
         "CMAKE_BUILD_TYPE": "None",  # whose flags are those below and no others
         "CMAKE_CXX_COMPILER": shutil.which("g++"),
-        "CMAKE_CXX_FLAGS": "-O1 -g1",
+        "CMAKE_CXX_FLAGS": f"{optimization} -g1",
         "DALLE_KERNELS_SANITIZE": "on",
         "DALLE_KERNELS_INSTRUCTION_SETS": ";".join(instruction_sets),
     }

@@ -25,7 +25,7 @@ FOLDER = sanitize.FOLDER / "short"
 @pytest.fixture(scope="module")
 def library():
     pytest.importorskip("pybind11")
-    sanitize.build(FOLDER, INSTRUCTION_SETS)
+    sanitize.build(FOLDER, INSTRUCTION_SETS, optimization="-O0")
     return FOLDER
 
 
