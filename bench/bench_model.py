@@ -286,10 +286,11 @@ def test_generation(side_by_side, device, size):
         except dalle_pytorch_rival.NotInstalled as error:
             others += [Unavailable(each, str(error)) for each in (name, cached_name)]
             continue
+        note = f"{parameters(model)} parameters"
         for each, cached in ((name, False), (cached_name, True)):
             drawing = RivalGeneration(model, text, image, cached)
-            units, note = RivalGeneration.COUNT * size.batch, f"{parameters(model)} parameters"
-            others.append(Candidate(each, drawing.run, drawing.before, units, same_function=False, note=note))
+            drawn = RivalGeneration.COUNT * size.batch
+            others.append(Candidate(each, drawing.run, drawing.before, drawn, same_function=False, note=note))
     side_by_side(
         Case(
             family="model",

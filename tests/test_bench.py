@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import attention_rivals
+import bench_model
 import compare
 import dalle_pytorch_rival
 import gpu
@@ -335,6 +336,26 @@ def test_a_benchmark_runs_under_pytest_and_wrong_work_has_no_time(tmp_path):
         assert told in done.stdout, done.stdout + done.stderr
     (toy,) = compare.results([json.loads(output.read_text())])["toy"]["cases"]
     assert {found["rounds"] for found in toy["candidates"].values()} == {3} and list(toy["candidates"]) == [OURS, "a"]
+
+
+@pytest.mark.parametrize("rivals_installed", (True, False))
+def test_generation_counts_the_tokens_that_each_draws(rivals_installed, monkeypatch):
+    """Ours all of its images, DALLE-pytorch's a few of each, whether or not it is there."""
+
+    def rival(*_):
+        if not rivals_installed:
+            raise dalle_pytorch_rival.NotInstalled
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(bench_model, "rival", rival)
+    monkeypatch.setattr(dalle_pytorch_rival, "load", lambda: None)
+    size = bench_model.Size("tiny", bench_model._config(5, 20, 4, 30, 64, 1, 3), 2, (), ())
+    cases = []
+    bench_model.test_generation(cases.append, "cpu", size)
+    (found,) = cases
+    assert found.ours.units == found.ours.run().numel() == 2 * 16
+    drawn = [rival.units for rival in found.rivals if isinstance(rival, Candidate)]
+    assert len(found.rivals) == 4 and drawn == [2 * bench_model.RivalGeneration.COUNT] * 4 * rivals_installed
 
 
 def test_the_sanitizers_see_every_family_of_cuda_kernels():
