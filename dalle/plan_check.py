@@ -20,6 +20,7 @@ from dalle.errors import UserError
 from dalle.plan import GPU, MACHINE, WORLD, Job, plan_traffic
 from dalle.train.collectives import Collective, CollectiveCounter
 from dalle.train.sharding import average_replicated, compress, mesh_of, replicated, shard, squares_of_matrices
+from dalle.train.team import Compression
 from dalle.transformer import DALLE
 
 Watch = TypeVar("Watch", bound=AbstractContextManager)
@@ -86,7 +87,7 @@ def step(job: Job, watch: Callable[[DALLE], Watch]) -> Watch:
             scales = torch.ones(2 * config.layers)
             model.set_precision(half, scales)
         shard(model, mesh, half, compressed=bool(job.rank))
-        powersgd = compress(model, mesh, job.rank, scales) if job.rank else None
+        powersgd = compress(model, mesh, Compression(job.rank), scales) if job.rank else None
         text = torch.zeros(job.images_per_gpu, config.text_len, dtype=torch.int64)
         image = torch.zeros(job.images_per_gpu, config.image_len, dtype=torch.int64)
         with watch(model) as watcher:

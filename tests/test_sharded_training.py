@@ -31,12 +31,14 @@ from dalle.config import DALLEConfig
 from dalle.errors import UserError
 from dalle.files import sha256_of_file
 from dalle.plan import Job, plan_traffic
-from dalle.train import shard_files
+from dalle.train import shard_files, sharding
 from dalle.train.checkpoints import latest_checkpoint, read_description
 from dalle.train.collectives import sent_bytes
+from dalle.train.dalle import DALLETraining
 from dalle.train.sampling import EpochOrder
-from dalle.train.team import ALONE, Alone
+from dalle.train.team import ALONE, Alone, Compression
 from dalle.train.torchrun import Team
+from dalle.transformer import DALLE
 
 TESTS = Path(__file__).parent
 UPDATES = 5
@@ -315,6 +317,24 @@ def test_what_does_not_fit_the_processes_is_one_sentence(team, rank, message):
     kind = Alone if team is ALONE else Team
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         kind.require_fitting(team, 4, rank)
+
+
+def test_powersgd_gets_the_settings_of_its_factors(monkeypatch):
+    given, made = {}, SimpleNamespace(attach=lambda block: None)
+    monkeypatch.setattr(sharding, "PowerSGD", lambda model, rank, **named: given.update(named, rank=rank) or made)
+    assert DALLETraining(p_divisor=8.0).compression is None
+    chosen = DALLETraining(compression_rank=6, p_divisor=8.0, q_divisor=0.5).compression
+    assert chosen == Compression(6, 8.0, 0.5)
+    model = DALLE(replace(DALLEConfig.preset("tiny"), layers=2))
+    assert sharding.compress(model, SimpleNamespace(get_group=lambda name: name), chosen) is made
+    assert (given["rank"], given["p_divisor"], given["q_divisor"]) == (6, 8.0, 0.5)
+
+
+@pytest.mark.parametrize("name", ["p_divisor", "q_divisor"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_factors_are_divided_by_positive_numbers(name, value):
+    with pytest.raises(UserError, match=f"DALLETraining.{name}: expected a finite number of at least 1e-12, got"):
+        DALLETraining(**{name: value})
 
 
 def test_the_leader_alone_builds_the_parameters():

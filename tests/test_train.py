@@ -207,7 +207,7 @@ def test_a_run_of_before_a_setting_resumes_at_its_default(pictures, trained_dvae
     shutil.rmtree(old / "checkpoints" / "update-00000004")
     path = latest_checkpoint(old) / "checkpoint.json"
     description = json.loads(path.read_text())
-    for name in ("precision", "optimizer", "stochastic_rounding", "compression_rank"):
+    for name in ("precision", "optimizer", "stochastic_rounding", "compression_rank", "p_divisor", "q_divisor"):
         del description["identity"]["training"][name]
     path.write_text(json.dumps(description))
     with pytest.raises(UserError, match=r"its training\.optimizer is 'adamw', this command's is 'adamw16'"):

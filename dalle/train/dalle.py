@@ -35,7 +35,7 @@ from dalle.train.precision import (
 from dalle.train.sampling import EpochOrder, derived_seed
 from dalle.train.schedules import PlateauHalving, cosine, warm_up
 from dalle.train.settings import STORED_DTYPES, require_choice, require_in_range
-from dalle.train.team import ALONE, Alone, Figures
+from dalle.train.team import ALONE, Alone, Compression, Figures
 from dalle.train.tokens import encode_dataset
 from dalle.train.transit import to_device
 from dalle.transformer import DALLE
@@ -63,7 +63,8 @@ class DALLETraining:
     precision add up; the noise is a function of the seed, the update and how many GPUs a machine has.
 
     ``compression_rank`` is the total rank at which PowerSGD sums the gradients of the resblocks' matrices between
-    machines (paper App. E); 0 sums them as they are. It needs a run under torchrun.
+    machines (paper App. E); 0 sums them as they are. It needs a run under torchrun. ``p_divisor`` and ``q_divisor`` are
+    the constants by which its factors P and Q are divided before they are summed in 1-6-9, whose numbers end at 16.
     """
 
     updates: int = 430_000
@@ -84,6 +85,8 @@ class DALLETraining:
     optimizer: str = "adamw"
     stochastic_rounding: bool = False
     compression_rank: int = 0
+    p_divisor: float = 1.0
+    q_divisor: float = 1.0
     stored_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -93,7 +96,8 @@ class DALLETraining:
         for name in ("warm_up_fraction", "plateau_fraction", "average_decay"):
             require_in_range(self, name, 0, 1)
         require_in_range(self, "bpe_dropout", 0, 0.99)
-        require_in_range(self, "learning_rate", 1e-12, math.inf)
+        for name in ("learning_rate", "p_divisor", "q_divisor"):
+            require_in_range(self, name, 1e-12, math.inf)
         require_in_range(self, "clip_norm", 1e-12, math.inf, finite=False)
         for name in ("final_learning_rate", "weight_decay"):
             require_in_range(self, name, 0, math.inf)
@@ -103,6 +107,10 @@ class DALLETraining:
         require_fitting(self)
         require_in_range(self, "compression_rank", 0, math.inf, whole=True)
         require_choice(self, "stored_dtype", STORED_DTYPES)
+
+    @property
+    def compression(self) -> Compression | None:
+        return Compression(self.compression_rank, self.p_divisor, self.q_divisor) if self.compression_rank else None
 
     @property
     def warm_up_updates(self) -> int:
@@ -162,7 +170,7 @@ class DALLEStage(Stage):
             self.scales = GradScales(2 * config.layers, device=team.device)
             model.set_precision(dtype, self.scales.scales)
         scales = None if self.scales is None else self.scales.scales
-        self.place(model, training.compression_rank, scales)
+        self.place(model, training.compression, scales)
         self.optimizer = make_optimizer(self.model, self.shards, training, team.gpu)
         self.average = IterateAverage(self.shards, training.average_decay, training.average_every)
         if isinstance(self.average.model, DALLE):

@@ -28,7 +28,7 @@ from dalle.pictures import loss_curve, read_log
 from dalle.train.averaging import IterateAverage
 from dalle.train.checkpoints import Checkpoints, clear_incomplete, latest_checkpoint, load
 from dalle.train.journal import Journal, Window, hold_back
-from dalle.train.team import ALONE, Alone, Figures
+from dalle.train.team import ALONE, Alone, Compression, Figures
 from dalle.train.telemetry import Telemetry
 from dalle_kernels import GradScales
 
@@ -89,9 +89,11 @@ class Stage(ABC):
     tokens_per_update: int = 0
     flops_per_update: int = 0
 
-    def place(self, model: nn.Module, compression_rank: int = 0, scales: torch.Tensor | None = None) -> None:
+    def place(
+        self, model: nn.Module, compression: Compression | None = None, scales: torch.Tensor | None = None
+    ) -> None:
         """Put ``model`` onto the team's devices, to be trained there, as :meth:`Alone.shard` says."""
-        self.model = self.team.shard(model, compression_rank, scales)
+        self.model = self.team.shard(model, compression, scales)
         self.shards = self.team.shards(self.model)
 
     @abstractmethod

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from dalle.errors import UserError
+from dalle.train.team import Compression
 from dalle.transformer import DALLE, MLPBlock
 from dalle_kernels import PowerSGD
 
@@ -83,11 +84,11 @@ def shard(model: DALLE, mesh: DeviceMesh, dtype: torch.dtype | None = None, comp
     return model
 
 
-def compress(model: DALLE, mesh: DeviceMesh, rank: int, scales: torch.Tensor | None = None) -> PowerSGD:
+def compress(model: DALLE, mesh: DeviceMesh, compression: Compression, scales: torch.Tensor | None = None) -> PowerSGD:
     """Let PowerSGD average the resblocks' matrices of a model, sharded as ``compressed``, between machines.
 
-    ``rank`` is the total of a matrix, shared out evenly to the GPUs' shards; the matrices of queries, keys and values
-    are compressed one by one. Matrices have no ``.grad``: PowerSGD's ``step`` makes what the optimizer needs of them.
+    The rank is shared out evenly to the GPUs' shards; the matrices of queries, keys and values are compressed one by
+    one. Matrices have no ``.grad``: PowerSGD's ``step`` makes what the optimizer needs of them.
     ``scales``, float32, one for each of ``model.resblocks()``, are what their gradients are multiplied by, before and
     after. Raises UserError where the mesh does not divide the rank or the matrices.
     """
@@ -96,12 +97,14 @@ def compress(model: DALLE, mesh: DeviceMesh, rank: int, scales: torch.Tensor | N
     try:
         powersgd = PowerSGD(
             model,
-            rank,
+            compression.rank,
             machines=mesh.get_group(MACHINE),
             gpus=mesh.get_group(GPU),
             exempt=("text_unembedding", "image_unembedding"),
             pieces={name: 3 for name in names.values() if name.endswith("query_key_value.weight")},
             scales={names[matrix]: scale for block, scale in scaled.items() for matrix in _matrices(block)},
+            p_divisor=compression.p_divisor,
+            q_divisor=compression.q_divisor,
             keep_scale=scales is not None,
             keep_gradients=False,
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,18 @@ from dalle.errors import UserError
 
 Item = TypeVar("Item")
 Figures = dict[str, "torch.Tensor | float"]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How PowerSGD sums the gradients of the resblocks' matrices between machines (paper App. E).
+
+    ``rank`` is the total of a matrix; its factors P and Q are divided by constants before they are summed in 1-6-9.
+    """
+
+    rank: int
+    p_divisor: float = 1.0
+    q_divisor: float = 1.0
 
 
 class Alone:
@@ -46,9 +59,11 @@ class Alone:
         """A model for :meth:`shard`, whose parameters are there in the leader alone."""
         return make()
 
-    def shard(self, model: nn.Module, compression_rank: int = 0, scales: torch.Tensor | None = None) -> nn.Module:
-        """Put ``model`` onto the team's devices. With a ``compression_rank`` PowerSGD sums its gradients between
-        machines, those of each resblock multiplied by one of ``scales``."""
+    def shard(
+        self, model: nn.Module, compression: Compression | None = None, scales: torch.Tensor | None = None
+    ) -> nn.Module:
+        """Put ``model`` onto the team's devices. With ``compression`` PowerSGD sums its gradients between machines,
+        those of each resblock multiplied by one of ``scales``."""
         return model.to(self.device)
 
     def shards(self, model: nn.Module) -> nn.Module:

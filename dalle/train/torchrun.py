@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dalle.errors import UserError
 from dalle.train.sharding import GPU, average_replicated, compress, mesh_of, shard, squares_of_matrices
-from dalle.train.team import Alone, Figures, Item
+from dalle.train.team import Alone, Compression, Figures, Item
 from dalle_kernels import PowerSGD
 
 # While the leader encodes a data set the others wait.
@@ -73,12 +73,14 @@ class Team(Alone):
         with torch.device("meta"):
             return make()
 
-    def shard(self, model: nn.Module, compression_rank: int = 0, scales: torch.Tensor | None = None) -> nn.Module:
+    def shard(
+        self, model: nn.Module, compression: Compression | None = None, scales: torch.Tensor | None = None
+    ) -> nn.Module:
         whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        shard(model.to("meta"), self.mesh, compressed=compression_rank > 0)
+        shard(model.to("meta"), self.mesh, compressed=compression is not None)
         self._fill(model.to_empty(device=self.device), whole)
-        if compression_rank:
-            self._powersgd = compress(model, self.mesh, compression_rank, scales)
+        if compression is not None:
+            self._powersgd = compress(model, self.mesh, compression, scales)
         self._model = model
         return model
 
