@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     import torch
 
 
-def usable_device(name: str, kinds: tuple[str, ...] | None = None) -> torch.device:
-    """The device called ``name``, of one of ``kinds`` where they are given; UserError unless torch can use it here."""
+def usable_device(name: str) -> torch.device:
+    """The CPU or GPU called ``name``; UserError unless torch can use it here."""
     import torch
 
     try:
         device = torch.device(name)
-        if kinds and device.type not in kinds:
+        if device.type not in ("cpu", "cuda"):
             raise RuntimeError("another kind of device")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):

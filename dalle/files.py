@@ -50,11 +50,16 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     part.
 
     A failure (no space, no permission, no such folder) is a UserError; it or an interruption removes the temporary
-    file.
+    file. A symbolic link stays one, and its file is written; a device or a pipe is written to as it is.
     """
     path = Path(path)
-    temporary = _temporary(path, "tmp")
+    _temporary(path, "tmp")
     with _failure_is_a_user_error(path):
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        path = Path(os.path.realpath(path))
+        temporary = _temporary(path, "tmp")
         try:
             write_synced(temporary, data)
             os.replace(temporary, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -113,6 +114,21 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch,
     with pytest.raises(UserError, match=r"cannot write .*file: No space left on device"):
         atomic_write(path, b"new")
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path):
+    target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
+    for wanted in (b"first", b"second"):  # the first time there is no such file
+        link.unlink(missing_ok=True)
+        link.symlink_to("target")
+        atomic_write(link, wanted)
+        assert link.is_symlink() and target.read_bytes() == wanted
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(pipe.read_bytes)
+        atomic_write(pipe, b"told")
+        assert read.result(30) == b"told" and pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
 
 
 def test_a_failed_folder_write_leaves_the_old_folder(tmp_path, monkeypatch):

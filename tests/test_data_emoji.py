@@ -287,7 +287,7 @@ def fake_npm(tmp_path, monkeypatch):
     return served
 
 
-def test_fetch_downloads_once_and_checks_the_digest(tmp_path, fake_npm):
+def test_fetch_downloads_once_and_checks_the_digest(tmp_path, fake_npm, monkeypatch):
     tarball(fake_npm, {"icons.json": {}})
     digest = hashlib.sha256(fake_npm.read_bytes()).hexdigest()
     path = npm.fetch("@scope/name", "1.2.3", tmp_path / "cache", digest)
@@ -295,7 +295,10 @@ def test_fetch_downloads_once_and_checks_the_digest(tmp_path, fake_npm):
     calls = (tmp_path / "calls").read_text()
     assert calls.startswith("pack @scope/name@1.2.3 --ignore-scripts")
     assert npm.fetch("@scope/name", "1.2.3", tmp_path / "cache", digest) == path
+    monkeypatch.chdir(tmp_path)
+    assert npm.fetch("@scope/name", "1.2.3", "cache", digest) == path
     assert (tmp_path / "calls").read_text() == calls
+    assert npm.fetch("@scope/name", "1.2.3", "other", digest).parent == tmp_path / "other"
 
     path.write_bytes(b"damaged")
     assert npm.fetch("@scope/name", "1.2.3", tmp_path / "cache", digest).read_bytes() == fake_npm.read_bytes()

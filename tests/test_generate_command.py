@@ -71,6 +71,7 @@ def test_given_rows_are_kept(folder, tmp_path):
         (["a", "--seed", "-1"], "seed"),
         (["a", "--scale", "0"], "scale"),
         (["a", "--device", "abacus"], "abacus"),
+        (["a", "--device", "meta"], "--device: expected cpu, cuda or cuda:N of a GPU that is there, got 'meta'"),
         (["a", "--prime-rows", "2"], "--prime IMAGE"),
         (["a", "--prime", "missing.png"], "missing.png"),
         (["a", "--prime", __file__], "not a PNG"),
@@ -85,6 +86,13 @@ def test_mistakes_end_in_one_sentence_and_no_file(folder, tmp_path, capsys, argu
     error = capsys.readouterr().err
     assert error.startswith("dalle: error: ") and message in error and error.count("\n") == 1
     assert not out.exists()
+
+
+def test_tokens_do_not_take_the_place_of_the_picture(folder, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("out")
+    command = ["generate", "a", "--checkpoint", str(folder), "-o", str(tmp_path / "out")]
+    assert main([*command, "--tokens-out", str(tmp_path / "link")]) == 2
+    assert "expected another file for --tokens-out than for the picture" in capsys.readouterr().err
 
 
 def test_a_full_disk_loses_nothing(folder, tmp_path, capsys, monkeypatch):

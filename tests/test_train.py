@@ -187,7 +187,7 @@ def test_a_full_disk_loses_nothing(pictures, tmp_path, monkeypatch):
     run(dvae_stage(pictures), tmp_path, QUIET, resume=True)
 
 
-def test_runs_are_neither_overwritten_nor_mixed(pictures, tmp_path):
+def test_runs_are_neither_overwritten_nor_mixed(pictures, trained_dvae, tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
         run(dvae_stage(pictures), tmp_path, QUIET, resume=True)
     run(dvae_stage(pictures, updates=3), tmp_path, QUIET)
@@ -195,6 +195,8 @@ def test_runs_are_neither_overwritten_nor_mixed(pictures, tmp_path):
         run(dvae_stage(pictures, updates=3), tmp_path, QUIET)
     with pytest.raises(UserError, match=r"its training.kl_weight is 6.6, this command's is 1.0"):
         run(dvae_stage(pictures, updates=3, kl_weight=1.0), tmp_path, QUIET, resume=True)
+    with pytest.raises(UserError, match="of another stage, a run of dvae, where this command trains dalle"):
+        run(dalle_stage(pictures, trained_dvae, tmp_path), tmp_path, QUIET, resume=True)
 
 
 def test_a_run_of_before_a_setting_resumes_at_its_default(pictures, trained_dvae, tmp_path):

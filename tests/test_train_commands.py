@@ -39,7 +39,8 @@ def test_both_stages_learn_from_the_command_line(pictures, tmp_path, capsys):
         (["--learning-rate", "-1"], "learning_rate: expected a finite number of at least"),
         (["--learning-rate", "inf"], "learning_rate: expected a finite number of at least"),
         (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N of a GPU that is there, got 'tpu'"),
-        (["--threads", "0"], "--threads: expected at least 1"),
+        (["--threads", "0"], "--threads: expected from 1 to 1024, got 0"),
+        (["--threads", "100000"], "--threads: expected from 1 to 1024, got 100000"),
         (["--log-every", "0"], "log_every: expected a whole number of at least 1"),
     ],
 )
@@ -55,6 +56,8 @@ def test_wrong_config_files_are_one_sentence(tmp_path, pictures, capsys):
     for content, message in [
         ("[dvae]\nwidth = 3\n", "unknown setting width; expected some of image_size"),
         ("[model]\n", "unknown section model"),
+        ('dvae = "tiny"\n', "expected dvae as a section, [dvae], got 'tiny'"),
+        ("[[dvae_training]]\n", "expected dvae_training as a section, [dvae_training], got [{}]"),
         ("[dvae\n", "is not valid TOML"),
         ('[dvae_training]\nstored_dtype = "int8"\n', "stored_dtype: expected one of float32"),
     ]:

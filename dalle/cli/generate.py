@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
         if not path.parent.is_dir():
             raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if args.tokens_out and args.tokens_out.resolve() == args.out.resolve():
+        raise UserError(f"expected another file for --tokens-out than for the picture, got {args.out} for both")
     device = usable_device(args.device)
     folder = args.checkpoint or shipped("emoji")
     model, tokenizer = load_dalle(folder)

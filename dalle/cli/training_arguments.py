@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from dalle.train.team import Alone
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+MOST_THREADS = 1024
+"""More than any machine has cores; a system that cannot start as many as it is asked for ends the process."""
 OVERRIDES = ("updates", "batch_size", "learning_rate", "seed", "compression_rank")
 
 
@@ -92,6 +94,9 @@ def _read_sections(args: argparse.Namespace, *names: str) -> tuple[str, list[dic
     unknown = sorted(set(content) - known)
     if unknown:
         raise UserError(f"{path}: unknown section {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+    wrong = [name for name in names if not isinstance(content.get(name, {}), dict)]
+    if wrong:
+        raise UserError(f"{path}: expected {wrong[0]} as a section, [{wrong[0]}], got {content[wrong[0]]!r}")
     sections = [dict(content.get(name, {})) for name in names]
     if args.preset:
         sections[0] = {"preset": args.preset}
@@ -127,14 +132,14 @@ def _prepare_device(args: argparse.Namespace) -> str:
     import torch
 
     if args.threads is not None:
-        if args.threads < 1:
-            raise UserError(f"--threads: expected at least 1, got {args.threads}")
+        if not 1 <= args.threads <= MOST_THREADS:
+            raise UserError(f"--threads: expected from 1 to {MOST_THREADS}, got {args.threads}")
         torch.set_num_threads(args.threads)
     _keep_freed_memory()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: no usable NVIDIA GPU was found; leave the flag out to train on the CPU")
-    usable_device(device, kinds=("cpu", "cuda"))
+    usable_device(device)
     return device
 
 

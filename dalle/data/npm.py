@@ -33,7 +33,7 @@ def fetch(package: str, version: str, cache: str | Path, sha256: str | None = No
     Raises:
         UserError: npm is missing or refuses, or the archive is not the expected one.
     """
-    cache = Path(cache)
+    cache = Path(cache).resolve()  # npm runs in another folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -59,7 +59,7 @@ def _npm_pack(specifier: str, folder: str) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise UserError("the npm client was not found on PATH: install Node.js (which brings npm) and run this again")
-    command = [npm, "pack", specifier, "--ignore-scripts", "--silent", "--pack-destination", folder]
+    command = [npm, "pack", specifier, "--ignore-scripts", "--loglevel=error", "--pack-destination", folder]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:

@@ -207,6 +207,11 @@ def _with_later_settings(identity: dict[str, Any], stage: Stage) -> dict[str, An
 
 
 def _require_same(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    if saved.get("stage") != current.get("stage"):
+        raise UserError(
+            f"cannot resume {folder}: it is of another stage, a run of {saved.get('stage')}, where this command trains "
+            f"{current.get('stage')}; give that run's own command"
+        )
     for section in saved.keys() | current.keys():
         old, new = saved.get(section), current.get(section)
         if old == new:
