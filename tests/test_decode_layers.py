@@ -234,6 +234,9 @@ def test_mistakes_get_one_clear_sentence():
     caches = new_caches(2, 2, 4, torch.float32, count=2)
     with pytest.raises(ValueError, match="expected one cache a layer, got 2 layers and 1 caches"):
         decode_layers(x, layers, caches[:1])
+    for epsilon in (-1e-5, float("nan")):
+        with pytest.raises(ValueError, match="expected epsilon at or above 0 and finite, got"):
+            decode_layers(x, layers, caches, epsilon=epsilon)
     with pytest.raises(ValueError, match=r"expected x of shape \[2, dim\], got \[3, 12\]"):
         decode_layers(torch.randn(3, 12), layers, caches)
     with pytest.raises(ValueError, match=r"expected weights of shapes .*'contraction_weight': \[20, 12\]"):

@@ -374,6 +374,8 @@ def test_results_are_laid_out_as_torch_would(sizes):
         (ValueError, "finite temperature tau above 0, got -1.0", {"tau": -1.0}),
         (ValueError, "finite temperature tau above 0, got nan", {"tau": math.nan}),
         (ValueError, "finite temperature tau above 0, got inf", {"tau": math.inf}),
+        (ValueError, "tau from 1.17549e-38 to 8.50706e.37, which float32 can hold .* got 1e-300", {"tau": 1e-300}),
+        (ValueError, "tau from 1.17549e-38 to 8.50706e.37, which float32 can hold .* got 1e.300", {"tau": 1e300}),
         (TypeError, "temperature tau as a number, got a tensor", {"tau": torch.tensor(1.0)}),
     ],
 )

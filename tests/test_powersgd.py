@@ -264,6 +264,9 @@ def test_mistakes_get_one_clear_sentence():
         orthogonalize(torch.ones(3, 2, dtype=torch.int64))
     with pytest.raises(TypeError, match="got list"):
         orthogonalize([[1.0]])
+    for eps in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="orthogonalize: expected eps at or above 0 and finite, got"):
+            orthogonalize(torch.ones(3, 2), eps)
     for shape in ((2, 3), (3, 0), (0, 0), (3,), (), (4, 2, 3)):
         with pytest.raises(ValueError, match=r"with rows >= columns >= 1, got \[") as found:
             orthogonalize(torch.ones(shape))

@@ -409,6 +409,7 @@ def test_mistakes_get_one_clear_sentence(alone):
         ("a rank that 1 GPUs divide evenly, got 0", {"rank": 0}),
         ("p_divisor above 0 and finite, got 0.0", {"p_divisor": 0.0}),
         ("q_divisor above 0 and finite, got inf", {"q_divisor": float("inf")}),
+        ("eps at or above 0 and finite, got -1", {"eps": -1}),
         ("names of the model's parameters, got 'fused'", {"pieces": {"fused": 3}}),
         ("names of the model's parameters, got 'x'", {"scales": {"x": torch.ones(1)}}),
         ("the 37 rows that are here of tall.weight to make 2 equal matrices", {"pieces": {"tall.weight": 2}}),

@@ -15,6 +15,8 @@ from dalle_kernels.adamw.ops import adamw16_step_op, share_layout
 MOMENTS = ("float16", "float32")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STATE = ("step", "first_moment", "second_moment")
+_SETTINGS = ("lr", "betas", "eps", "weight_decay", "max_variance", "moments", "rounding_seed")
+"""Of a parameter group; torch adds some of its own to the defaults of an optimizer that was copied."""
 
 
 class AdamW16(torch.optim.Optimizer):
@@ -98,7 +100,7 @@ class AdamW16(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
+        found_inf = _one_element("found_inf", getattr(self, "found_inf", None))
         numbers = itertools.count()
         for group, grad_scale in zip(self.param_groups, self._grad_scales(), strict=True):
             calls: dict[tuple, tuple[list, ...]] = {}
@@ -133,8 +135,8 @@ class AdamW16(torch.optim.Optimizer):
     def _grad_scales(self) -> Sequence[Tensor | None]:
         """By what the gradients of each group are divided."""
         grad_scale, count = getattr(self, "grad_scale", None), len(self.param_groups)
-        if grad_scale is None or isinstance(grad_scale, Tensor):
-            return [grad_scale] * count
+        if grad_scale is None or not isinstance(grad_scale, (list, tuple)):
+            return [_one_element("grad_scale", grad_scale)] * count
         if len(grad_scale) != count:
             raise ValueError(
                 f"AdamW16.grad_scale: expected one tensor, or one for each of {count} parameter groups, got "
@@ -185,11 +187,18 @@ class AdamW16(torch.optim.Optimizer):
                 self.state[param].update({name: loaded[name].to(param.device) for name in _STATE if name in loaded})
 
 
+def _one_element(name: str, tensor: Any) -> Tensor | None:
+    if tensor is None or (isinstance(tensor, Tensor) and tensor.numel() == 1):
+        return tensor
+    got = f"one of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+    raise ValueError(f"AdamW16.{name}: expected a tensor of one element, got {got}")
+
+
 def _check_state(state_dict: dict[str, Any], optimizer: AdamW16) -> None:
     """The step trusts its state: with moments of another size or dtype it would write out of their bounds."""
     pairs = list(zip(state_dict["param_groups"], optimizer.param_groups))
     for group, own in pairs:
-        missing = [name for name in optimizer.defaults if name not in group]
+        missing = [name for name in _SETTINGS if name not in group]
         if missing:
             raise ValueError(f"AdamW16: expected groups of an AdamW16's state dict, got one without {missing[0]!r}")
         if len(group["params"]) != len(own["params"]):
@@ -222,7 +231,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
     if isinstance(settings["lr"], Tensor):
         raise TypeError("AdamW16: expected lr as a number, got a tensor; keep the schedule on the host")
     require(0 <= settings["lr"] < math.inf, "lr", "at or above 0")
-    require(all(0 <= beta < 1 for beta in settings["betas"]), "betas", "from 0 to below 1")
+    betas = settings["betas"]
+    require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", "as two numbers from 0 to below 1")
     require(0 <= settings["eps"] < math.inf, "eps", "at or above 0")
     require(0 <= settings["weight_decay"] < math.inf, "weight_decay", "at or above 0")
     require(settings["max_variance"] > 0, "max_variance", "above 0")

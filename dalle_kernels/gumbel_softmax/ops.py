@@ -247,6 +247,9 @@ gumbel_softmax_kl_op.register_autograd(_sample_kl_gradient, _save_sample)
 gumbel_codebook_op.register_autograd(_codebook_gradient, _save_codebook)
 
 
+_LEAST_TAU = torch.finfo(torch.float32).tiny
+
+
 def _check(logits: Tensor, tau: float, dim: int) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
@@ -264,6 +267,11 @@ def _check(logits: Tensor, tau: float, dim: int) -> None:
         raise TypeError("expected the temperature tau as a number, got a tensor; keep the schedule on the host")
     if not 0 < tau < math.inf:
         raise ValueError(f"expected a finite temperature tau above 0, got {tau}; for a one-hot sample pass hard=True")
+    if not _LEAST_TAU <= tau <= 1 / _LEAST_TAU and logits.dtype != torch.float64:
+        raise ValueError(
+            f"expected a temperature tau from {_LEAST_TAU:g} to {1 / _LEAST_TAU:g}, which float32 can hold and divide "
+            f"by, got {tau}; for a one-hot sample pass hard=True"
+        )
 
 
 def _check_codebook(logits: Tensor, codebook: Tensor, dim: int) -> None:

@@ -72,7 +72,7 @@ def draw(path: Path) -> None:
     axes.set_title(f"Loss of orthogonality of {ROWS} × {COLUMNS} in float32")
     axes.legend(fontsize=8, loc="center right")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def main() -> None:

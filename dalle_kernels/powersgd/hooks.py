@@ -92,6 +92,8 @@ class PowerSGD:
         for name, divisor in divisors.items():
             if not 0 < divisor < math.inf:
                 raise ValueError(f"PowerSGD: expected {name} above 0 and finite, got {divisor}")
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"PowerSGD: expected eps at or above 0 and finite, got {eps}")
         kept = {"keep_scale": keep_scale, "keep_gradients": keep_gradients}
         self.settings = Settings(rank // gpu_count, machines, machine_count, **divisors, eps=eps, **kept)
         self.gpus, self.seed = gpus, seed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -150,5 +152,7 @@ def orthogonalize(P: Tensor, eps: float = 1e-6) -> Tensor:
             f"orthogonalize: expected P of shape [..., rows, columns] with rows >= columns >= 1, got {list(P.shape)}; "
             "a wide matrix can be transposed by P.mT"
         )
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"orthogonalize: expected eps at or above 0 and finite, got {eps}")
     with torch.no_grad():
         return orthogonalize_op(P, eps)

@@ -213,6 +213,8 @@ def decode_layers(
     """
     if not layers or len(layers) != len(caches):
         raise ValueError(f"expected one cache a layer, got {len(layers)} layers and {len(caches)} caches")
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"expected epsilon at or above 0 and finite, got {epsilon}")
     first = caches[0]
     if position is None:
         first.check_step()
