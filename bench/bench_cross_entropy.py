@@ -146,7 +146,7 @@ def test_text_and_image(side_by_side, device, dtype):
             check=check,
             goals=[Goal("speed", 1.15, against), Goal("memory", 1 / 8, against)]
             if device == "cpu"
-            else [Goal("speed", 1.1, LIGER)],
+            else [Goal("speed", 1.1, LIGER), Goal("extra bytes", 60e6)],
             operations=6 * dim * pairs,  # three matrix products
             bytes_moved=2 * sum(tensor.nbytes for tensor in tensors),
             seconds=20,

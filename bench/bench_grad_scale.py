@@ -42,9 +42,13 @@ def test_grad_scale(side_by_side, device, work, dtype):
         ours, plain, args = filter_cast_unscale, plain_unscale, ([x.to(dtype) for x in tensors], scale)
 
     def check() -> None:
-        got, found = ours(*args)
-        expected, wanted = plain(*args)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)) and torch.equal(found, wanted)
+        poisoned = [x.clone() for x in args[0]]
+        poisoned[0][:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+        poisoned[-1][-1] = torch.finfo(poisoned[-1].dtype).max  # which the scale makes infinite
+        for inputs in (args[0], poisoned):
+            got, found = ours(inputs, *args[1:])
+            expected, wanted = plain(inputs, *args[1:])
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)) and torch.equal(found, wanted)
         assert device != "cpu" or dalle_kernels.explain(ours.__name__, *args).runs == "native"
 
     half = ELEMENTS[device] * 6 // 2

@@ -203,6 +203,13 @@ def _column_order(column: tuple[str, str]) -> tuple[int, str]:
     return ["row", "column", "conv"].index(column[0]), column[1] != "fp32"
 
 
+def _eager(case: dict) -> str:
+    """Eager torch, which may have had to convert its inputs."""
+    name = find(case, "torch, eager")
+    note = "" if name is None else name.removeprefix("torch, eager").strip(", ")
+    return rival(case, name) + (f", {note}" if note else "")
+
+
 def losses(cases: list[dict]) -> str:
     """Ops with one work a row: ours, the floor, eager and compiled torch and whoever else is fastest."""
     header = ["op", "dtype", "ours", "of the floor", "torch, eager", "torch, compiled", "DALLE-pytorch's way", "MiB"]
@@ -212,7 +219,7 @@ def losses(cases: list[dict]) -> str:
             SHORT[case["dtype"]],
             ours(case),
             share(case),
-            rival(case, find(case, "torch, eager")),
+            _eager(case),
             rival(case, find(case, "torch, compiled")),
             rival(case, find(case, "DALLE-pytorch") or find(case, "as DALLE-pytorch")),
             memory(case),
@@ -342,7 +349,7 @@ def machine_section(contents: list[tuple[Path, dict]]) -> str:
     """All the tables of one machine."""
     found = contents[0][1]["machine"]
     by_family = {content["family"]: (path, content["cases"]) for path, content in contents}
-    parts = [_machine_line(found)]
+    parts = [_machine_line(found, [content["machine"]["peaks"] for _, content in contents])]
     figure = ROOT / "docs" / f"roofline-{slug(found)}.png"
     if figure.exists():
         parts.append(f"![How near each op comes to the machine's limits](docs/{figure.name})")
@@ -357,17 +364,20 @@ def machine_section(contents: list[tuple[Path, dict]]) -> str:
     return "\n\n".join(parts)
 
 
-def _machine_line(found: dict) -> str:
-    peaks = found["peaks"]
-    rates = (
-        f"GEMM {peaks['gemm_float32_per_s'] / 1e9:.0f} GFLOP/s in fp32, copy {peaks['copy_bytes_per_s'] / 1e9:.0f} GB/s"
-    )
+def _machine_line(found: dict, peaks: list[dict[str, float]]) -> str:
+    """The machine, and what its peaks were in the runs of the families: each run's own make its floors."""
+
+    def span(name: str, unit: float, decimals: int = 0) -> str:
+        ends = (f"{end / unit:.{decimals}f}" for end in (min(p[name] for p in peaks), max(p[name] for p in peaks)))
+        return " to ".join(dict.fromkeys(ends))
+
+    rates = f"GEMM {span('gemm_float32_per_s', 1e9)} GFLOP/s in fp32, copy {span('copy_bytes_per_s', 1e9)} GB/s"
     if "gpu" in found:
         rates = (
-            f"GEMM {peaks['gemm_bfloat16_per_s'] / 1e12:.0f} TFLOP/s in bf16, "
-            f"copy {peaks['copy_bytes_per_s'] / 1e12:.2f} TB/s"
+            f"GEMM {span('gemm_bfloat16_per_s', 1e12)} TFLOP/s in bf16, copy {span('copy_bytes_per_s', 1e12, 2)} TB/s"
         )
         return f"On {found['gpu']} (CUDA {found['cuda']}, torch {found['torch']}; {rates}):"
+    rates += ", as each family's run found them"
     details = f"{found['threads']} threads, {found['instruction_set']}, torch {found['torch']}; {rates}"
     return f"On {found['processor']} ({details}):"
 
