@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -256,7 +257,7 @@ def test_autograd_notices_that_parameters_change(provider):
     ("settings", "message"),
     [
         ({"lr": -1.0}, "expected lr at or above 0, got -1.0"),
-        ({"betas": (0.9, 1.0)}, "expected betas from 0 to below 1"),
+        ({"betas": (0.9, 1.0)}, "expected betas as two numbers from 0 to below 1"),
         ({"eps": -1e-8}, "expected eps at or above 0"),
         ({"weight_decay": math.nan}, "expected weight_decay at or above 0, got nan"),
         ({"max_variance": 0.0}, "expected max_variance above 0"),
@@ -281,3 +282,33 @@ def test_mistakes_get_one_clear_sentence():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match=r"expected dense gradients, got one of layout torch.sparse_coo"):
         optimizer.step()
+
+
+def test_settings_of_the_optimizer_that_cannot_be_are_one_sentence():
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    for betas in ((0.9,), (0.9, 0.96, 0.99), (0.9, 1.0)):
+        with pytest.raises(ValueError, match="expected betas as two numbers from 0 to below 1"):
+            AdamW16([param], lr=0.1, betas=betas)
+    for name in ("grad_scale", "found_inf"):
+        for wrong, got in ((torch.ones(2), r"one of shape \(2,\)"), (2.0, "float")):
+            optimizer = AdamW16([param], lr=0.1)
+            setattr(optimizer, name, wrong)
+            with pytest.raises(ValueError, match=f"AdamW16.{name}: expected a tensor of one element, got {got}"):
+                optimizer.step()
+
+
+@pytest.mark.parametrize("copied", (copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))))
+def test_a_copy_takes_up_the_state_of_its_original(copied):
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    optimizer = AdamW16([param], lr=0.1)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for other in (copied(optimizer), optimizer):
+        other.load_state_dict(state)
+        other.load_state_dict(other.state_dict())
+    missing = copy.deepcopy(state)
+    del missing["param_groups"][0]["moments"]
+    with pytest.raises(ValueError, match="got one without 'moments'"):
+        copied(optimizer).load_state_dict(missing)
