@@ -53,7 +53,7 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     file. A symbolic link stays one, and its file is written; a device or a pipe is written to as it is.
     """
     path = Path(path)
-    _temporary(path, "tmp")
+    _temporary(path, "tmp")  # refuses a path without a name, which that of its file may have
     with _failure_is_a_user_error(path):
         if path.exists() and not path.is_file():
             path.write_bytes(data)
