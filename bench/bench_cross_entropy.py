@@ -149,6 +149,6 @@ def test_text_and_image(side_by_side, device, dtype):
             else [Goal("speed", 1.1, LIGER), Goal("extra bytes", 60e6)],
             operations=6 * dim * pairs,  # three matrix products
             bytes_moved=2 * sum(tensor.nbytes for tensor in tensors),
-            seconds=20,
+            seconds=40,
         )
     )

@@ -1,6 +1,7 @@
-"""The linear layer for few rows, as in a step of generation, against torch's own.
+"""The linear layer against torch's own: of few rows, as in a step of generation, and of many rows of 16 bits.
 
-Eight weights take turns, so that they come from memory, as those of a model larger than the cache do.
+Of few rows eight weights take turns, so that they come from memory, as those of a model larger than the cache do. Many
+rows go forward and backward, as in training, also against torch's layer converted to float32.
 """
 
 from __future__ import annotations
@@ -53,3 +54,43 @@ def test_few_rows(side_by_side, device, rows, dtype):
                 seconds=2,
             )
         )
+
+
+def converted(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x.float(), weight.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+def test_many_rows_of_16_bits(side_by_side, device, dtype):
+    rows, inputs, outputs = 1280, 512, 2048
+    x, weight, grad_out = (
+        (torch.randn(shape, device=device) / inputs**0.5).to(dtype)
+        for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))
+    )
+
+    def with_gradients(function: Callable[[Tensor, Tensor], Tensor], to: torch.dtype = dtype) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().to(to).requires_grad_() for tensor in (x, weight)]
+        out = function(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(to))
+
+    def check() -> None:
+        results = with_gradients(linear), with_gradients(converted), with_gradients(F.linear, torch.float64)
+        for name, *found in zip(("out", "x", "weight"), *results, strict=True):
+            assert_accurate(*found, f"linear, {name}, {dtype}")
+
+    side_by_side(
+        Case(
+            family="linear",
+            work="forward + backward",
+            dtype=dtype,
+            settings={"rows": rows, "inputs": inputs, "outputs": outputs},
+            ours=Candidate(OURS, lambda: with_gradients(linear)),
+            rivals=[
+                Candidate("torch's own", lambda: with_gradients(F.linear)),
+                Candidate("torch's own, converted to float32", lambda: with_gradients(converted)),
+            ],
+            check=check,
+            operations=6 * rows * inputs * outputs,
+            seconds=4,
+        )
+    )

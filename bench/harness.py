@@ -32,7 +32,7 @@ import dalle_kernels
 OURS = "dalle_kernels"
 BEST_RIVAL = "the best rival of the same function"
 LEAST_ROUNDS = 5
-SLOW, SLOW_ROUNDS = 1.0, 3
+SLOW, SLOW_ROUNDS = 2.0, 3
 """A rival that takes more seconds than this takes part in so many rounds only; where we do, there are no more."""
 
 

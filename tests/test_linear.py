@@ -9,8 +9,8 @@ from torch.autograd import forward_ad
 
 import dalle_kernels
 from dalle_kernels import Linear, _native, linear
-from dalle_kernels.linear.mixed import mixed_linear
 from dalle_kernels.linear.ops import FEW_ROWS
+from dalle_kernels.linear.training import mixed_linear
 from dalle_kernels.testing import assert_accurate, poisoned_allocations, strided_views
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -256,7 +256,8 @@ DALLE_INLINE Vector exp2_of_product(Vector x, const Factor& factor) {
   return zero_where_less(times_power_of_two(y, whole), product, smallest);
 }
 
-// to[j][i] = from[i][j] for an 8 x 8 block of rows `from_stride` and `to_stride` floats apart.
+// to[j][i] = from[i][j] for an 8 x 8 block of rows `from_stride` and `to_stride` floats apart. Rows of `to` are written
+// in their order, after all of `from` is read: they may overlap.
 DALLE_INLINE void transpose_8x8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
 #if defined(__AVX2__)
   __m256 a[8], b[8];
@@ -271,10 +272,8 @@ DALLE_INLINE void transpose_8x8(const float* from, int64_t from_stride, float* t
     a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
     a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
   }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-  }
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
 #else
   for (int j = 0; j < 8; ++j) {
     for (int i = 0; i < 8; ++i) to[j * to_stride + i] = from[i * from_stride + j];

@@ -1,14 +1,14 @@
 // Family cross_entropy: what lies between the matrix products of a linear layer with cross-entropy (arXiv 2102.12092,
 // B.1), for one chunk of rows at a time. dalle_kernels/cross_entropy/native.py is the loop over chunks.
 //
-// The logits of a chunk come transposed, [classes, rows]: the matrix product is faster that way round, every lane of a
-// register belongs to a row of its own, and memory is read from front to back.
+// The logits of a chunk come transposed, [classes, rows]: every lane of a register belongs to a row of its own, and
+// memory is read from front to back.
 //
 // Floor of the whole, forward and backward: 6 * rows * classes * width operations in three matrix products. Rows of 512
 // against 16384 classes (1024 rows) and 8192 classes (4096 rows): 155 GFLOP, 754 ms at the 205 GFLOP/s that two Zen 3
-// cores at 3.2 GHz have in float32; torch's products reach 0.83 to 0.88 of that, which is 890 ms. Floor of what is
-// between them: each logit is read twice and written once, 12 bytes, 0.6 GB in all, out of the shared cache.
-// Reached there: 1010 ms (0.75 of the peak), 30 ms of it in cross_entropy_chunk; 1060 ms with bfloat16 inputs.
+// cores at 3.2 GHz have in float32, 831 ms at the 186 of 2.9 GHz. Floor of what is between them: each logit is read
+// twice and written once, 12 bytes, 0.6 GB in all, out of the shared cache.
+// Reached at 2.9 GHz: 1042 ms (0.80 of the peak), 47 ms of it in cross_entropy_chunk; 1059 ms with bfloat16 inputs.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,17 @@
 #include "common/module.h"
 #include "linear/linear.h"
+#include "linear/product.h"
 
 using namespace dalle;
 using namespace pybind11::literals;
+
+namespace {
+
+ProductOperand operand(const Tensor& matrix) {
+  return {matrix.data, matrix.dtype, matrix.strides[0], matrix.strides[1]};
+}
+
+}  // namespace
 
 DALLE_BINDINGS(linear, m) {
   m.def(
@@ -16,4 +25,21 @@ DALLE_BINDINGS(linear, m) {
       },
       "dtype"_a, "out_dtype"_a, "rows"_a, "inputs"_a, "outputs"_a, "x"_a, "x_stride"_a, "weight"_a, "weight_stride"_a,
       "bias"_a, "out"_a, "executor"_a);
+  m.def(
+      "product",
+      [](const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& out, bool accumulate, uintptr_t executor) {
+        const Product params{out.sizes[0],
+                             out.sizes[1],
+                             a.sizes[1],
+                             operand(a),
+                             operand(b),
+                             bias.as<const float>(),
+                             out.data,
+                             out.dtype,
+                             out.strides[0],
+                             accumulate,
+                             threads_of(executor)};
+        DALLE_RUN(product, params, executor);
+      },
+      "a"_a, "b"_a, "bias"_a, "out"_a, "accumulate"_a, "executor"_a);
 }

@@ -1,26 +1,27 @@
-"""Linear cross-entropy on the CPU: torch's matrix products with a compiled kernel between them, chunk after chunk.
+"""Linear cross-entropy on the CPU: matrix products with a compiled kernel between them, chunk after chunk.
 
-A chunk's logits are stored transposed, ``[classes, rows]``: torch's products are fastest that way round. Inputs of 16
-bits are widened to float32 a chunk of rows or a panel of classes at a time. Work space beside the results is about
+A chunk's logits are stored transposed, ``[classes, rows]``: a row of them belongs to one lane of the kernel's
+registers, and the product shares out the classes among threads. Work space beside the results is about
 ``4·_CHUNK_FLOATS`` bytes; with a weight of 16 bits a panel and one byte an element of its gradient come on top.
 
-Results are the same for any number of threads as far as ``torch.mm`` gives the same.
+Results are the same for any number of threads, as far as ``torch.mm`` gives the same where it makes the products.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dalle_kernels import _native
 from dalle_kernels.cross_entropy import reference
+from dalle_kernels.linear.products import DTYPES, product
 
 _CHUNK_FLOATS = 5 << 20  # of logits, and of the rows in float32; what lies between two products stays in cache
-_PANEL_FLOATS = 1 << 19  # of a 16-bit weight in float32
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64)  # the last one of targets
+_PANEL_FLOATS = 1 << 20  # of a 16-bit weight's gradient in float32
+_FEWEST_MULTIPLICATIONS = 1 << 20  # below as many, calling torch's product is faster than ours
 _ROW_COPIES = 3  # in float32 for the logits, the sums of their gradient, times a factor for the weight's gradient
 
 
@@ -42,20 +43,23 @@ def _most_rows(classes: int, width: int) -> int:
 class _GradientOfWeight:
     """Sums of a chunk's products into the weight's gradient, rounded to its dtype once."""
 
-    def __init__(self, weight: Tensor, panels: list[slice], product: Tensor | None):
+    def __init__(self, weight: Tensor):
         self.gradient = weight.new_empty(weight.shape)
-        self.panels, self.product = panels, product
-        self.low = None if product is None else weight.new_empty(weight.shape, dtype=torch.uint8)
+        self.narrow = weight.dtype != torch.float32
+        if self.narrow:
+            classes, width = weight.shape
+            self.panels = _balanced(classes, _PANEL_FLOATS // max(width, 1), 16)
+            self.term = _scratch(self.panels[0].stop, width)
+            self.low = torch.empty(weight.shape, dtype=torch.uint8)
 
     def add(self, logits: Tensor, rows: Tensor, *, first: bool, last: bool) -> None:
-        if self.product is None:
-            self.gradient.addmm_(logits, rows, beta=0 if first else 1)
+        if not self.narrow:
+            product(logits, rows, out=self.gradient, accumulate=not first)
             return
         for panel in self.panels:
             part = self.gradient[panel]
-            term = torch.mm(logits[panel], rows, out=self.product[: len(part)])
-            count, low = part.numel(), self.low[panel]
-            _native.call("gradient_sum", term.device, term, part, low, count, first, last)
+            term = product(logits[panel], rows, out=self.term[: len(part)])
+            _native.call("gradient_sum", term.device, term, part, self.low[panel], part.numel(), first, last)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -76,14 +80,7 @@ class _Chunks:
         self.bias = None if bias is None else _wide(bias).contiguous()
         self.total = 0.0  # of the losses
         self.chunks = _balanced(rows, _most_rows(classes, width), 16)
-        self.narrow = weight.dtype != torch.float32
-        self.panels = _balanced(classes, _PANEL_FLOATS // max(width, 1) if self.narrow else classes, 16)
-        self.panel = _scratch(self.panels[0].stop, width) if len(self.panels) > 1 else None
-        # A single product makes its own memory.
-        self.at_once = len(self.chunks) == len(self.panels) == 1
-        if not self.at_once:
-            step = self.chunks[0].stop if self.chunks else 0
-            self.logits = _scratch(classes, step)
+        self.logits = _scratch(classes, self.chunks[0].stop if self.chunks else 0)
 
     def _counted_rows(self, classes: int) -> int:
         """How many rows count; raises where one of them has a target that is no class."""
@@ -93,24 +90,11 @@ class _Chunks:
             reference.refuse_target(int(target[outside]), classes, ignore_index)
         return counted
 
-    def _wide_weight(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in float32, a panel of classes at a time; the next one overwrites it."""
-        for panel in self.panels:
-            if self.panel is None:
-                yield panel, _wide(self.weight)
-            else:
-                part = self.weight[panel]
-                yield panel, self.panel[: len(part)].copy_(part)
-
     def _products(self, chunk: slice) -> Tensor:
         """The logits ``[classes, rows]`` of a chunk, without their bias."""
-        if self.at_once:
-            return torch.nn.functional.linear(_wide(self.weight), _wide(self.hidden))
-        rows = _wide(self.hidden[chunk])
+        rows = self.hidden[chunk]
         logits = self.logits.view(-1)[: len(self.weight) * len(rows)].view(len(self.weight), len(rows))
-        for panel, weight in self._wide_weight():
-            torch.mm(weight, rows.t(), out=logits[panel])
-        return logits
+        return product(self.weight, rows.t(), out=logits)
 
     def _logits(
         self,
@@ -157,8 +141,7 @@ class _Chunks:
         grad_weight = None
         if output_mask[1]:
             kept = self.target != self.ignore_index
-            product = _scratch(self.panels[0].stop, self.weight.shape[1]) if self.narrow else None
-            grad_weight = _GradientOfWeight(self.weight, self.panels, product if self.panel is None else self.panel)
+            grad_weight = _GradientOfWeight(self.weight)
             if not self.chunks:
                 grad_weight.gradient.zero_()
         step = self.chunks[0].stop if self.chunks else 0
@@ -168,8 +151,7 @@ class _Chunks:
             rows = self.hidden[chunk]
             factor = row_factor[: len(rows), None]
             if output_mask[0]:
-                products = self._times_weight(logits, sums[: len(rows)])
-                torch.mul(products, factor, out=grad_hidden[chunk])
+                torch.mul(product(logits.t(), self.weight, out=sums[: len(rows)]), factor, out=grad_hidden[chunk])
             if grad_weight is not None:
                 # A NaN in an ignored row stays out of the sums.
                 scaled = torch.mul(rows, factor, out=sums[: len(rows)]).masked_fill_(~kept[chunk, None], 0.0)
@@ -179,11 +161,6 @@ class _Chunks:
             _nothing(self.weight) if grad_weight is None else grad_weight.gradient,
             _nothing(self.weight if bias is None else bias) if bias_sums is None else bias_sums.to(bias.dtype),
         )
-
-    def _times_weight(self, logits: Tensor, out: Tensor) -> Tensor:
-        for panel, weight in self._wide_weight():
-            out.addmm_(logits[panel].t(), weight, beta=0 if panel.start == 0 else 1)
-        return out
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -245,11 +222,12 @@ def prepare_reduced(
     if any(tensor is not None and tensor.dtype != torch.float32 for tensor in (hidden, weight, bias)):
         return None
     flat, kernel = target.dim() == 1, _native.cpu_kernel("cross_entropy_reduced")
+    is_small = rows * classes * width < _FEWEST_MULTIPLICATIONS
 
     def run(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
         if not flat:
             hidden, target = hidden.reshape(rows, width), target.reshape(rows)
-        logits = torch.nn.functional.linear(weight, hidden)
+        logits = torch.nn.functional.linear(weight, hidden) if is_small else product(weight, hidden.t())
         loss = torch.empty_strided((), (), dtype=torch.float32, device="cpu")
         outside = kernel(logits, target, bias, loss, mean, ignore_index, torch.get_num_threads())
         if outside >= 0:
@@ -279,6 +257,6 @@ def unsupported(*arguments) -> str | None:
             continue
         if not isinstance(argument, Tensor):
             break  # the settings follow
-        if argument.dtype not in _DTYPES:
+        if argument.dtype not in (*DTYPES, torch.int64):  # the last one of targets
             return f"the compiled kernel takes float32, float16 and bfloat16, got {argument.dtype}"
     return None

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from dalle_kernels import _native
 from dalle_kernels._dispatch import Op, any_autocast, has_transform
 from dalle_kernels.linear import reference
-from dalle_kernels.linear.mixed import mixed_linear
+from dalle_kernels.linear.products import DTYPES, is_compiled, product
+from dalle_kernels.linear.training import NARROW, NarrowLinear, is_ahead, mixed_linear
 
 FEW_ROWS = 64
-"""Up to as many rows the compiled kernel is faster than torch's matrix product."""
-
-
-_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Up to as many rows a compiled kernel that packs nothing is faster than a matrix product."""
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -26,6 +24,8 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) ->
 
 def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     outputs, inputs = weight.shape
+    if not _are_few_rows(x):
+        return product(x.reshape(-1, inputs), weight.t(), bias, dtype=dtype).view(*x.shape[:-1], outputs)
     # For a matrix not by torch.empty, which takes twice as long to read its arguments.
     if x.dim() == 2:
         out = torch.empty_strided((x.shape[0], outputs), (outputs, 1), dtype=dtype)
@@ -49,13 +49,21 @@ def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
     return out
 
 
+def _are_few_rows(x: Tensor) -> bool:
+    return x.numel() <= FEW_ROWS * x.shape[-1]
+
+
 def _native_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> str | None:
-    if x.dtype not in _NATIVE_DTYPES or dtype not in (x.dtype, torch.float32):
+    if x.dtype not in DTYPES or dtype not in (x.dtype, torch.float32):
         return (
             f"the compiled kernel takes float32, float16 and bfloat16 to the same or float32, not {x.dtype} to {dtype}"
         )
-    if not 0 < x.numel() <= FEW_ROWS * x.shape[-1] or weight.shape[0] == 0:
-        return f"the compiled kernel takes 1 to {FEW_ROWS} rows and no empty matrix, got {_sizes(x, weight)}"
+    if x.numel() == 0 or weight.shape[0] == 0:
+        return f"the compiled kernel takes no empty matrix, got {_sizes(x, weight)}"
+    if not _are_few_rows(x):
+        if x.dtype in NARROW and is_compiled(alike=dtype == x.dtype):
+            return None
+        return f"more than {FEW_ROWS} rows of {x.dtype} are torch's product here, got {_sizes(x, weight)}"
     if not x.is_contiguous() and not (x.dim() == 2 and x.stride()[1] == 1):
         return "the compiled kernel takes a contiguous x, or a matrix of rows that are"
     if (weight.stride()[1] != 1 and weight.shape[1] > 1) or (bias is not None and not bias.is_contiguous()):
@@ -77,7 +85,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
 
     Up to ``FEW_ROWS`` rows, on a CPU and without a gradient, a compiled kernel reads every weight once, at the speed of
     memory, which a general matrix product does not reach. Sums are taken in float32, and a row's result does not depend
-    on the rows beside it. Otherwise, and under autocast or a transform of ``torch.func``, it is torch's own.
+    on the rows beside it. More rows of 16 bits, and any in eager training, are a compiled product, likewise summed in
+    float32, on a CPU without AVX-512, where torch's is many times slower. Otherwise, and under autocast or a transform
+    of ``torch.func``, it is torch's own.
 
     Args:
         x: ``[..., inputs]``, floating.
@@ -97,6 +107,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
     tensors = check_linear(x, weight, bias)
     if (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) or has_transform():
         if dtype is None:
+            if not has_transform() and is_ahead(x, weight, bias):
+                return NarrowLinear.apply(x, weight, bias)
             return F.linear(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return reference.linear(x, weight, bias, dtype)
