@@ -314,7 +314,10 @@ SECTIONS: dict[tuple[str, ...], tuple[str, Callable[[list[dict]], str]]] = {
         "8192, hidden 512; 32 pictures of 256×256. MiB: peak memory beyond the results, ours of eager torch's.",
         losses,
     ),
-    ("linear",): ("**Linear layer for few rows**, 512 inputs, 8192 outputs, weights from memory.", generic),
+    ("linear",): (
+        "**Linear layer**, 512 inputs: few rows with weights from memory, and many of 16 bits in training.",
+        generic,
+    ),
     ("float16",): ("**16-bit formats**, 2^24 numbers, against a copy of as many bytes.", float16),
     ("model",): (
         "**Whole model**, fp32, against DALLE-pytorch of the same width, depth, heads, vocabularies and batch: *small* "

@@ -10,7 +10,6 @@ from dalle_kernels import _native
 from dalle_kernels._dispatch import Op, has_transform
 from dalle_kernels.linear.ops import check_linear, linear
 from dalle_kernels.linear.products import product
-from dalle_kernels.linear.training import NARROW
 from dalle_kernels.mlp import reference
 from dalle_kernels.mlp.reference import rows_of
 
@@ -25,38 +24,31 @@ def _backward_fake(grad_out, x, hidden, expansion, expansion_bias, contraction):
     return *(tensor.new_empty(tensor.shape) for tensor in gradients), x.new_empty(contraction.shape[:1])
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """By torch in float32, of which it is as fast as we are in these shapes."""
-    if a.dtype in NARROW:
-        return product(a, b, bias)
-    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
-
-
 def _sizes(hidden: Tensor) -> tuple[int, int, int]:
     """The first arguments of both kernels: dtype, width, rows."""
     return _native.DTYPES[hidden.dtype], *hidden.shape
 
 
 def _native_forward(x, expansion, expansion_bias, contraction, contraction_bias):
-    hidden = _product(expansion, rows_of(x).t())
+    hidden = product(expansion, rows_of(x).t())
     activation = torch.empty_like(hidden)
     addresses = (hidden.data_ptr(), expansion_bias.data_ptr(), activation.data_ptr())
     _native.call("bias_gelu", x.device, *_sizes(hidden), *addresses)
-    out = _product(activation.t(), contraction.t(), contraction_bias)
+    out = product(activation.t(), contraction.t(), contraction_bias)
     return out.view(*x.shape[:-1], len(contraction)), hidden
 
 
 def _native_backward(grad_out, x, hidden, expansion, expansion_bias, contraction):
     rows, grad_rows = rows_of(x), rows_of(grad_out)
-    grad_hidden = _product(contraction.t(), grad_rows.t())
+    grad_hidden = product(contraction.t(), grad_rows.t())
     activation, grad_expansion_bias = torch.empty_like(hidden), torch.empty_like(expansion_bias)
     tensors = (hidden, expansion_bias, grad_hidden, activation, grad_expansion_bias)
     _native.call("bias_gelu_backward", x.device, *_sizes(hidden), *(tensor.data_ptr() for tensor in tensors))
     return (
-        _product(grad_hidden.t(), expansion).view(x.shape),
-        _product(grad_hidden, rows),
+        product(grad_hidden.t(), expansion).view(x.shape),
+        product(grad_hidden, rows),
         grad_expansion_bias,
-        _product(grad_rows.t(), activation.t()),
+        product(grad_rows.t(), activation.t()),
         grad_rows.sum(0),
     )
 
