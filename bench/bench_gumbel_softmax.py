@@ -219,6 +219,7 @@ def test_codebook(side_by_side, device, dtype):
             check=check,
             # The product, and those of its two gradients.
             operations=6 * batch * side * side * CODES * WIDTH,
+            product_dtype=codebook.dtype,
             # Forward reads the logits, backward reads them and writes their gradient.
             bytes_moved=3 * logits.nbytes,
         )

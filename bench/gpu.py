@@ -200,12 +200,12 @@ def measure(budget: Budget, families: list[str], device: str = "cuda") -> list[s
     return [" ".join(part) for part, whole in zip([*together, *alone], good) if not whole]
 
 
-def table() -> str:
-    """One line a case: ours, the share of the floor, the best rival of the same function."""
+def table(since: float) -> str:
+    """One line a case measured after ``since``: ours, the share of the floor, the best rival of the same function."""
     rows = []
     for path in sorted(compare.RESULTS.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["machine"]["device"] != "cuda":
+        if content["machine"]["device"] != "cuda" or path.stat().st_mtime < since:
             continue
         for case in content["cases"]:
             took = case["candidates"][case["ours"]]["median_ms"]
@@ -247,7 +247,7 @@ def main() -> None:
     failed = [name for names in side_by_side(lambda part: parts[part](), options.parts) for name in names]
     if "benchmarks" in options.parts:
         failed += measure(budget, options.families)
-    print(table(), *failures("tests"), sep="\n")
+    print(table(options.since), *failures("tests"), sep="\n")
     if failed:
         sys.exit(f"failed or not finished: {', '.join(failed)}")
 

@@ -97,9 +97,10 @@ class Case:
     """One row of the results: a work of a family with its settings, who does it, and what it is held to.
 
     ``check`` raises unless the work passed the error rule on these inputs. ``operations`` (floating point, ideal) and
-    ``bytes_moved`` (ideal), of one unit, make the floor; ``unit`` is a unit's name where a call makes several.
-    ``in_cache`` says that those bytes come from the processor's cache. ``calls`` is how many calls one round times, for
-    work too short for a clock. ``seconds`` is about how long the rounds take in all.
+    ``bytes_moved`` (ideal), of one unit, make the floor; ``unit`` is a unit's name where a call makes several. The
+    operations are of ``dtype``, or of ``product_dtype``; ``in_cache`` says that the bytes come from the processor's
+    cache. ``calls`` is how many calls one round times, for work too short for a clock. ``seconds`` is about how long
+    the rounds take in all.
     """
 
     family: str
@@ -111,6 +112,7 @@ class Case:
     check: Callable[[], object]
     goals: Sequence[Goal] = ()
     operations: float | None = None
+    product_dtype: torch.dtype | None = None
     bytes_moved: float | None = None
     in_cache: bool = False
     unit: str = ""
@@ -123,7 +125,8 @@ class Case:
         return {
             "family": self.family,
             "work": self.work,
-            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "dtype": _name(self.dtype),
+            "product_dtype": _name(self.product_dtype),
             "settings": self.settings,
             "operations": self.operations,
             "bytes_moved": self.bytes_moved,
@@ -131,6 +134,10 @@ class Case:
             "unit": self.unit,
             "goals": [asdict(goal) for goal in self.goals],
         }
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def run_in_turns(

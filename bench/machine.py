@@ -111,7 +111,7 @@ def floor_ms(case: dict, peaks: dict[str, float]) -> float | None:
     16-bit work may go at the float32 rate where that is the faster one: a processor without 16-bit products converts.
     """
     rate = peaks["gemm_float32_per_s"]
-    if case["dtype"] in ("bfloat16", "float16"):
+    if (case.get("product_dtype") or case["dtype"]) in ("bfloat16", "float16"):
         rate = max(rate, peaks["gemm_bfloat16_per_s"])
     parts = []
     if case.get("operations"):

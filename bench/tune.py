@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 
 import torch
-from harness import device_seconds
+from harness import Candidate, device_seconds, host_seconds
 from triton_cases import Case, cases, described, families
 
 from dalle_kernels import _triton
@@ -32,22 +32,22 @@ ROUNDS = 15
 
 
 def measure(call: Callable[[], object], row: tuple[str, str], candidates: Sequence[Configuration]) -> dict[int, float]:
-    """The median time of each candidate that runs, by its number."""
-    times = {}
-
-    def run(number: int) -> float:
-        with use_configuration(*row, candidates[number]):
-            return 1e3 * device_seconds(call)
-
-    for number in range(len(candidates)):
-        try:
-            run(number)
-            times[number] = []
-        except Exception as error:  # too much shared memory or too many registers for this chip
-            print(f"  {described(candidates[number])}: {str(error).splitlines()[0]}")
-    for _ in range(ROUNDS):
-        for number, taken in times.items():
-            taken.append(run(number))
+    """The median time of each candidate that runs, by its number; each round starts one further along than the last."""
+    times, hosts = {}, {}
+    for number, candidate in enumerate(candidates):
+        with use_configuration(*row, candidate):
+            try:
+                device_seconds(call)
+            except Exception as error:  # too much shared memory or too many registers for this chip
+                print(f"  {described(candidate)}: {str(error).splitlines()[0]}")
+                continue
+            hosts[number] = host_seconds(Candidate(described(candidate), call))
+        times[number] = []
+    for turn in range(ROUNDS):
+        order = list(times)
+        for number in order[turn % len(order) :] + order[: turn % len(order)] if order else ():
+            with use_configuration(*row, candidates[number]):
+                times[number].append(1e3 * device_seconds(call, host=hosts[number]))
     return {number: median(taken) for number, taken in times.items()}
 
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from dalle_kernels._arguments import names_wrong_types
+
 PROVIDERS = ("native", "triton", "reference")
 NAMESPACE = "dalle_kernels"
 ENVIRONMENT_VARIABLE = "DALLE_KERNELS_PROVIDER"
@@ -323,6 +325,7 @@ class Explanation:
         return (*self.rejected, *((name, opt_in.format(name)) for name in self.optional))
 
 
+@names_wrong_types
 def explain(op: str, *args, device_type: str = "cpu") -> Explanation:
     """Tell which provider runs an op and why not a faster one.
 

@@ -171,6 +171,8 @@ def test_floors():
     assert floor("float32", bytes_moved=2e4, in_cache=True) == 2
     assert floor("bfloat16", operations=5e6) == 5  # no slower than the float32 products that it may be made of
     assert floor("bfloat16", {**PEAKS, "gemm_bfloat16_per_s": 2e9}, operations=5e6) == 2.5
+    wide = {**PEAKS, "gemm_bfloat16_per_s": 2e9}
+    assert floor("bfloat16", wide, operations=5e6, product_dtype="float32") == 5
     assert floor("float32") is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from dalle.cli import data as command
 from dalle.data import Filters, Limits, load_arrays, open_dataset
 from dalle.data import images as image_decoding
 from dalle.data.images import ImageError, decode_image
@@ -314,6 +316,18 @@ def test_images_alone_are_enough_for_stage_1(tmp_path):
     assert len(open_dataset(tmp_path, captions=False)) == 1
     with pytest.raises(UserError, match=r"no usable captioned image .*1 no caption \(a\.png\)"):
         open_dataset(tmp_path)
+
+
+def test_the_command_lists_what_is_wrong_where_nothing_is_usable(tmp_path, capsys):
+    write_pair(tmp_path, "a.png", encoded(noise()), caption=None)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(UserError, match="no usable captioned image"):
+        command.run(parser.parse_args(["check", str(tmp_path), "--list"]))
+    assert json.loads(capsys.readouterr().out) == {"name": "a.png", "reason": "no caption"}
+    with pytest.raises(UserError, match="no usable captioned image"):
+        command.run(parser.parse_args(["check", str(tmp_path)]))
+    assert capsys.readouterr().out == ""
 
 
 def test_wrong_paths_and_manifests_are_one_clear_sentence(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import gpu
 import pytest
+import tune
 from turns import Turns
 
 FAILING = """
@@ -123,3 +125,46 @@ def test_a_missing_sanitizer_is_not_passed(monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     (missing,) = gpu.sanitize(gpu.Budget(1, time.time()))
     assert missing == "memcheck, racecheck, synccheck (compute-sanitizer is not installed)"
+
+
+def test_the_table_has_what_was_measured_since(tmp_path, monkeypatch):
+    case = {
+        "ours": "dalle_kernels", "family": "linear", "work": "forward", "dtype": "float32", "settings": {"rows": 3},
+        "unit": "", "floor_ms": 1.0, "share_of_floor": 0.5,
+        "candidates": {"dalle_kernels": {"median_ms": 2.0, "same_function": True}},
+    }  # fmt: skip
+    for name, device, written in (("old", "cuda", 100), ("new", "cuda", 300), ("processor", "cpu", 300)):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"machine": {"device": device}, "cases": [{**case, "work": name}]}))
+        os.utime(path, (written, written))
+    monkeypatch.setattr(gpu.compare, "RESULTS", tmp_path)
+    (line,) = gpu.table(200).splitlines()
+    assert "new" in line and "2 ms" in line and "50% of the floor" in line
+    assert gpu.table(400) == ""
+
+
+def test_tuning_takes_turns_and_leaves_out_who_cannot_run(monkeypatch, capsys):
+    calls, chosen = [], []
+
+    @contextmanager
+    def use_configuration(family, row, candidate):
+        chosen.append(candidate)
+        yield
+        chosen.pop()
+
+    def device_seconds(call, calls_at_once=1, host=0.0):
+        if chosen[-1] == "large":
+            raise RuntimeError("out of resource: shared memory\nand more")
+        calls.append((chosen[-1], host))
+        return {"slow": 2e-3, "fast": 1e-3}[chosen[-1]]
+
+    monkeypatch.setattr(tune, "use_configuration", use_configuration)
+    monkeypatch.setattr(tune, "device_seconds", device_seconds)
+    monkeypatch.setattr(tune, "host_seconds", lambda candidate: 0.25)
+    monkeypatch.setattr(tune, "described", str)
+    assert tune.measure(lambda: None, ("linear", "row"), ["slow", "large", "fast"]) == {0: 2.0, 2: 1.0}
+    assert "large: out of resource: shared memory\n" in capsys.readouterr().out
+    rounds = calls[2:]
+    assert rounds[:4] == [("slow", 0.25), ("fast", 0.25), ("fast", 0.25), ("slow", 0.25)]
+    assert len(rounds) == 2 * tune.ROUNDS
+    assert tune.measure(lambda: None, ("linear", "row"), ["large"]) == {}

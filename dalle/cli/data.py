@@ -81,10 +81,16 @@ def _make_emoji(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from dalle.data import open_dataset
+    from dalle.data import NothingUsable, open_dataset
 
-    dataset = open_dataset(args.path, args.split, progress=True)
-    if args.list:
-        for name, reason in dataset.skipped:
+    skipped = []
+    try:
+        dataset = open_dataset(args.path, args.split, progress=True)
+        skipped = dataset.skipped
+    except NothingUsable as error:
+        skipped = error.skipped
+        raise
+    finally:
+        for name, reason in skipped if args.list else ():
             print(json.dumps({"name": name, "reason": reason}, ensure_ascii=False))
     print(f"{args.path} ({args.split}): {dataset.summary()}")

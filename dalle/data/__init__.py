@@ -8,6 +8,7 @@ _HOMES = {
     "Filters": "dalle.data.filters",
     "ImageTextDataset": "dalle.data.dataset",
     "Limits": "dalle.data.images",
+    "NothingUsable": "dalle.data.dataset",
     "Skipped": "dalle.data.dataset",
     "augment": "dalle.data.augmentation",
     "load_arrays": "dalle.data.dataset",

@@ -29,6 +29,14 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class NothingUsable(UserError):
+    """A data set has no usable sample; ``skipped`` says what is wrong with each."""
+
+    def __init__(self, message: str, skipped: list[Skipped]):
+        super().__init__(message)
+        self.skipped = skipped
+
+
 @dataclass(frozen=True)
 class Sample:
     """A usable sample: where its image lies, its caption, and what its .json holds."""
@@ -134,7 +142,8 @@ def open_dataset(
         verify: decode every image now, so that none fails later; without it only headers are checked.
 
     Raises:
-        UserError: there is no such data set or split, a shard of the manifest is missing, or no usable sample is left.
+        UserError: there is no such data set or split, or a shard of the manifest is missing.
+        NothingUsable: no usable sample is left; a UserError.
     """
     _require_all_shards(Path(path))
     samples, skipped, digest = [], [], hashlib.sha256()
@@ -161,7 +170,7 @@ def open_dataset(
             digest.update(hashlib.sha256(part).digest())
     dataset = ImageTextDataset(samples, skipped, digest.hexdigest(), limits, kept)
     if not samples:
-        raise UserError(f"{path} holds no usable captioned image in split {split!r}: {dataset.summary()}")
+        raise NothingUsable(f"{path} holds no usable captioned image in split {split!r}: {dataset.summary()}", skipped)
     return dataset
 
 

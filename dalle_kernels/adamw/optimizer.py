@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels.adamw.ops import adamw16_step_op, share_layout
 
 MOMENTS = ("float16", "float32")
@@ -55,6 +56,7 @@ class AdamW16(torch.optim.Optimizer):
             gradient.
     """
 
+    @names_wrong_types
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],

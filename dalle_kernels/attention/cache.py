@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dalle_kernels._arguments import names_wrong_types
+
 from .ops import DTYPES, MAX_HEAD_DIM, check_heads, checked_pattern
 from .pattern import AttentionPattern
 from .slots import slot_count, slot_table
@@ -27,6 +29,7 @@ class KVCache:
     ``length`` is the number of tokens held so far. Not differentiable: nothing here records a gradient.
     """
 
+    @names_wrong_types
     def __init__(
         self,
         pattern: AttentionPattern,

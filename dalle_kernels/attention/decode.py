@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from dalle_kernels._arguments import names_wrong_types
+
 from .. import _native, _triton
 from .._dispatch import Op
 from . import reference
@@ -115,6 +117,7 @@ _decode_at.provide("triton", _launch, unavailable=_triton.unavailable, unsupport
 _decode_at.provide("reference", reference.decode_attention_at)
 
 
+@names_wrong_types
 def decode_attention(
     q: torch.Tensor,
     k_new: torch.Tensor,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dalle_kernels._arguments import names_wrong_types
+
 from .cache import KVCache
 from .decode import decode_attention
 from .ops import MAX_HEAD_DIM, checked_pattern, sparse_attention
@@ -27,6 +29,7 @@ class SparseSelfAttention(nn.Module):
     head) and ``out.weight`` ``[dim, heads * head_dim]``, with biases.
     """
 
+    @names_wrong_types
     def __init__(
         self,
         dim: int,

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from dalle_kernels._arguments import names_wrong_types
+
 from .. import _native, _triton
 from .._dispatch import Op
 from .._prepared import Prepared
@@ -217,6 +219,7 @@ def checked_pattern(pattern: AttentionPattern) -> AttentionPattern:
     return pattern
 
 
+@names_wrong_types
 def sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern, scale: float | None = None
 ) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels._dispatch import Op, dispatcher_is_needed, has_transform
 from dalle_kernels._prepared import Prepared
 from dalle_kernels.cross_entropy import native, reference
@@ -218,6 +219,7 @@ def _prepare(hidden, weight, target, bias, ignore_index: int, reduction: str) ->
 _prepared = Prepared(_prepare)
 
 
+@names_wrong_types
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

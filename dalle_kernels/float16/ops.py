@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from dalle_kernels import _native, _triton
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels._dispatch import Op
 from dalle_kernels.float16 import reference
 from dalle_kernels.float16.reference import FP0610, FP169, Format
@@ -118,6 +119,7 @@ def encode_fp169(x: torch.Tensor) -> torch.Tensor:
     return encode_fp169_checked(x)[0]
 
 
+@names_wrong_types
 def encode_fp169_checked(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`encode_fp169`, and reports whether ``x`` held an infinity or NaN.
 
@@ -126,6 +128,7 @@ def encode_fp169_checked(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _encode_fp169(_checked_input("encode_fp169", x))
 
 
+@names_wrong_types
 def decode_fp169(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Decode 1-6-9 codes (paper B.2 and E.2). Exact in float32 and float64; the code 0x8000 is -0.
 
@@ -151,6 +154,7 @@ def encode_fp0610(x: torch.Tensor) -> torch.Tensor:
     return encode_fp0610_checked(x)[0]
 
 
+@names_wrong_types
 def encode_fp0610_checked(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`encode_fp0610`, and reports whether ``x`` held an infinity or NaN.
 
@@ -159,6 +163,7 @@ def encode_fp0610_checked(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _encode_fp0610(_checked_input("encode_fp0610", x))
 
 
+@names_wrong_types
 def decode_fp0610(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Decode 0-6-10 codes (paper B.2). Exact in float32 and float64.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels.grad_scale.ops import filter_cast_unscale, scale_cast_filter
 
 
@@ -40,6 +41,7 @@ class _Leave(torch.autograd.Function):
         return grad_y, None, None
 
 
+@names_wrong_types
 def scaled_resblock(
     block: Callable[[Tensor], Tensor], x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float16
 ) -> Tensor:
@@ -73,6 +75,7 @@ class ScaledResBlock(nn.Module):
     changes and saves it, and stays on its device. Further arguments of the call are the block's.
     """
 
+    @names_wrong_types
     def __init__(self, block: nn.Module, scale: Tensor, dtype: torch.dtype = torch.float16):
         super().__init__()
         if dtype not in (torch.float16, torch.bfloat16):

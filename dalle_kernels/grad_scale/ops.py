@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels._dispatch import Op
 from dalle_kernels.adamw.ops import share_layout
 from dalle_kernels.grad_scale import reference
@@ -99,6 +100,7 @@ def _check(name: str, tensors: list[Tensor], scale: Tensor) -> None:
             raise ValueError(f"{name}: expected tensors on the scale's device {scale.device}, got {tensor.device}")
 
 
+@names_wrong_types
 def scale_cast_filter(
     tensors: list[Tensor], scale: Tensor, dtype: torch.dtype = torch.float16
 ) -> tuple[list[Tensor], Tensor]:
@@ -122,6 +124,7 @@ def scale_cast_filter(
         return scale_cast_filter_op(tensors, scale, dtype)
 
 
+@names_wrong_types
 def filter_cast_unscale(tensors: list[Tensor], scale: Tensor) -> tuple[list[Tensor], Tensor]:
     """``cast(filter(tensor)) / scale`` for many tensors at once, on the way out of a resblock (paper 2.4, Figure 4).
 

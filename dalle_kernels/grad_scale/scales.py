@@ -8,6 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from dalle_kernels._arguments import names_wrong_types
+
 # Both factors and both bounds are powers of two with exponents in thousandths, so that is what is counted.
 UNIT = 1000
 GROWTH = 1  # times 2^(1/1000)
@@ -35,6 +37,7 @@ class GradScales:
     ``replicas``, the number of data-parallel ones, is not part of the state: a run may be resumed on fewer or more.
     """
 
+    @names_wrong_types
     def __init__(self, n_blocks: int, replicas: int = 1, device: torch.device | str | None = None):
         if n_blocks < 0 or replicas < 1:
             raise ValueError(f"GradScales: expected n_blocks >= 0 and replicas >= 1, got {n_blocks} and {replicas}")
@@ -87,6 +90,7 @@ class GradScales:
 
 
 @torch.no_grad()
+@names_wrong_types
 def squared_norms(blocks: Sequence[Sequence[Tensor]]) -> Tensor:
     """The sum of squares of the gradients of each block, float32 ``[len(blocks)]``, in one pass and on the device.
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels._dispatch import Op, dispatcher_is_needed
 from dalle_kernels._prepared import Prepared
 from dalle_kernels._strides import contiguous_strides
@@ -396,6 +397,7 @@ _prepared_sample, _prepared_sample_kl = Prepared(_prepare_sample), Prepared(_pre
 _prepared_codebook = Prepared(_prepare_codebook)
 
 
+@names_wrong_types
 def gumbel_softmax(
     logits: Tensor, tau: float = 1.0, hard: bool = False, dim: int = -1, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -424,6 +426,7 @@ def gumbel_softmax(
     return _sample(gumbel_softmax_op, (logits,), tau, generator, hard, dim)
 
 
+@names_wrong_types
 def gumbel_softmax_kl(
     logits: Tensor, tau: float = 1.0, hard: bool = False, dim: int = -1, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -440,6 +443,7 @@ def gumbel_softmax_kl(
     return _sample(gumbel_softmax_kl_op, (logits,), tau, generator, hard, dim)
 
 
+@names_wrong_types
 def gumbel_codebook(
     logits: Tensor, codebook: Tensor, tau: float = 1.0, dim: int = -1, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:

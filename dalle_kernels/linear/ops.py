@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_kernels import _native
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels._dispatch import Op, any_autocast, has_transform
 from dalle_kernels.linear import reference
 from dalle_kernels.linear.products import DTYPES, is_compiled, product
@@ -80,6 +81,7 @@ linear_op.provide("native", _native_linear, unavailable=_native.unavailable_but_
 linear_op.provide("reference", reference.linear)
 
 
+@names_wrong_types
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """``x @ weight.T + bias``, as ``torch.nn.functional.linear``; fast for few rows, as in the steps of generation.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels._dispatch import Op
 from dalle_kernels.logit_laplace import reference
 
@@ -119,6 +120,7 @@ def _check(x, mu, log_b, reduction: str) -> None:
         raise ValueError("expected x without a gradient, since the loss has none for its pixels; pass x.detach()")
 
 
+@names_wrong_types
 def logit_laplace_loss(x: Tensor, mu: Tensor, log_b: Tensor, reduction: str = "mean") -> Tensor:
     """Negative log likelihood, in nats a value, of pixels under the logit-Laplace distribution (paper appendix A.3).
 
@@ -148,6 +150,7 @@ def _check_epsilon(epsilon: float) -> None:
         raise ValueError(f"expected epsilon strictly between 0 and 0.5, got {epsilon}; the paper's is 0.1")
 
 
+@names_wrong_types
 def map_pixels(images: Tensor, epsilon: float = 0.1) -> Tensor:
     """phi of the paper: images in [0, 1] to ``(1 - 2·epsilon)·image + epsilon``, inside (0, 1) (appendix A.3).
 
@@ -159,6 +162,7 @@ def map_pixels(images: Tensor, epsilon: float = 0.1) -> Tensor:
     return (1 - 2 * epsilon) * images + epsilon
 
 
+@names_wrong_types
 def unmap_pixels(x: Tensor, epsilon: float = 0.1) -> Tensor:
     """The inverse of :func:`map_pixels`, clamped to [0, 1]; a decoder's picture is ``unmap_pixels(sigmoid(mu))``."""
     _check_epsilon(epsilon)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_kernels import _native
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels._dispatch import Op, has_transform
 from dalle_kernels.linear.ops import check_linear, linear
 from dalle_kernels.linear.products import product
@@ -102,6 +103,7 @@ def _gradients(ctx, grad_out: Tensor | None, _grad_hidden):
 _forward.register_autograd(_gradients, _setup_context)
 
 
+@names_wrong_types
 def mlp(x: Tensor, expansion: Tensor, expansion_bias: Tensor, contraction: Tensor, contraction_bias: Tensor) -> Tensor:
     """``linear(gelu(linear(x, expansion, expansion_bias)), contraction, contraction_bias)``.
 

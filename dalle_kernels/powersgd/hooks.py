@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels.float16.ops import decode_fp169, encode_fp169
 from dalle_kernels.powersgd.group import Group, Settings
 from dalle_kernels.powersgd.shards import Exempt, LocalShard, like_parameter, local_part, local_shards, unit_layout
@@ -65,6 +66,7 @@ class PowerSGD:
         TypeError, ValueError: a setting out of range, a name the model does not have, a parameter of another dtype.
     """
 
+    @names_wrong_types
     def __init__(
         self,
         model: nn.Module,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels._dispatch import Op
 from dalle_kernels.powersgd import reference
 
@@ -126,6 +127,7 @@ orthogonalize_op.provide("native", _native_orthogonalize, unavailable=_unavailab
 orthogonalize_op.provide("reference", reference.orthogonalize)
 
 
+@names_wrong_types
 def orthogonalize(P: Tensor, eps: float = 1e-6) -> Tensor:
     """An orthonormal basis of the columns of ``P + eps*I``, by Householder's reflections (paper App. E, PowerSGD's P).
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dalle_kernels._arguments import names_wrong_types
+
 if TYPE_CHECKING:  # they take a second to import
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import Shard
@@ -99,6 +101,7 @@ def like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(local, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
 
 
+@names_wrong_types
 def shard_longer_axis(parameter: nn.Parameter) -> Shard:
     """A ``shard_placement_fn`` for ``fully_shard`` that keeps a matrix's parts near square, which compress best.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dalle_kernels import _native, _triton
+from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels._dispatch import Op
 from dalle_kernels.attention.cache import KVCache
 from dalle_kernels.attention.decode import check_position, device_place
@@ -182,6 +183,7 @@ def _shapes(dim: int, width: int, hidden: int) -> list[tuple[int, ...]]:
     return [*norm, *attention, *norm, (hidden, dim), (hidden,), (dim, hidden), (dim,)]
 
 
+@names_wrong_types
 def decode_layers(
     x: Tensor,
     layers: Sequence[LayerWeights],
