@@ -100,18 +100,18 @@ void pack(const Lines& lines, int64_t begin, int64_t end, int64_t first_step, in
   }
 }
 
-// Numbers for each row and column of an area: a stride of 0 has the same ones for all rows.
-struct Rows {
-  const float* data;  // nullptr: none
+// What is added to the products of rows and columns: sums of them before, or a bias, whose stride between rows is 0.
+struct Addend {
+  const float* data;  // nullptr: nothing
   int64_t stride;
 
-  Rows from(int64_t row, int64_t column) const {
+  Addend from(int64_t row, int64_t column) const {
     return {data == nullptr ? nullptr : data + row * stride + column, stride};
   }
 };
 
 // sums[r * stride + c] = the sum over all steps of a[step][r] * b[step][c], and what `before` has for it.
-DALLE_NOINLINE void multiply_panels(const float* a, const float* b, int64_t steps, const Rows& before, float* sums,
+DALLE_NOINLINE void multiply_panels(const float* a, const float* b, int64_t steps, const Addend& before, float* sums,
                                     int64_t stride) {
   Vector sum[PANEL_ROWS][VECTORS];
   for (int r = 0; r < PANEL_ROWS; ++r) {
@@ -220,14 +220,14 @@ class Multiplication {
     const int64_t steps = steps_of(piece), stride = cut_.summed ? cut_.width : p_.out_stride;
     float* sums = sums_.data();
     if (sizeof(Out) == sizeof(float)) sums = static_cast<float*>(p_.out) + area.left;
-    const Rows none{nullptr, 0}, bias{p_.bias == nullptr ? nullptr : p_.bias + area.left, 0}, summed{sums, stride};
-    const Rows& first = p_.accumulate ? summed : p_.bias == nullptr ? none : bias;
-    const Rows& before = piece == 0 ? first : summed;
+    const Addend none{nullptr, 0}, bias{p_.bias == nullptr ? nullptr : p_.bias + area.left, 0}, summed{sums, stride};
+    const Addend& first = p_.accumulate ? summed : p_.bias == nullptr ? none : bias;
+    const Addend& before = piece == 0 ? first : summed;
     const bool rounded = sizeof(Out) < sizeof(float) && piece == cut_.pieces - 1;
     for (int64_t column = area.left; column < area.right; column += PANEL_COLUMNS) {
       for (int64_t row = area.top; row < area.bottom; row += PANEL_ROWS) {
         const float *rows = a + (row - area.top) * steps, *columns = b + (column - area.left) * steps;
-        const Rows term = before.from(row, column - area.left);
+        const Addend term = before.from(row, column - area.left);
         const bool whole = area.bottom - row >= PANEL_ROWS && area.right - column >= PANEL_COLUMNS;
         if (whole && !rounded) {
           multiply_panels(rows, columns, steps, term, sums + row * stride + column - area.left, stride);
@@ -247,7 +247,8 @@ class Multiplication {
 
   // The part of a block that lies within the result.
   template <class To>
-  void store_block(const float* block, int64_t row, int64_t column, const Rows& before, To* to, int64_t stride) const {
+  void store_block(const float* block, int64_t row, int64_t column, const Addend& before, To* to,
+                   int64_t stride) const {
     const int64_t rows = smaller(PANEL_ROWS, p_.rows - row), columns = smaller(PANEL_COLUMNS, p_.columns - column);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; c += WIDTH) {
