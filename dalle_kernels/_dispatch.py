@@ -95,11 +95,22 @@ class Op:
             # torch would take the tangents of an operator for zero.
             raise RuntimeError(f"{self.name} has no forward-mode derivative: use reverse mode or plain PyTorch")
         if dispatcher_is_needed(tensors):
-            return self.overload(*args)
+            return self.overload(*args) if _transform() is None else self._transformed(*args)
         if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*tensors):
             return self.run(*args)
         # Without a gradient of its own the op is torch's to warn of.
         return self._function.apply(*args) if self._function else self.overload(*args)
+
+    def _transformed(self, *args):
+        """The call under a transform of torch.func, of which vmap can go through the operator."""
+        try:
+            return self.overload(*args)
+        except RuntimeError as error:
+            if "setup_context" not in str(error):  # of the Function that torch makes of a registered gradient
+                raise
+            raise RuntimeError(
+                f"{self.name} has no derivative in torch.func (grad, vjp, jacrev): use torch.autograd or plain PyTorch"
+            ) from error
 
     def provide(
         self,

@@ -182,6 +182,13 @@ def test_forward_mode_is_refused_and_not_zero(scaled, transform):
         assert torch.equal(scaled(x, 3.0), 3 * x)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
+def test_derivatives_in_torch_func_are_refused_in_one_sentence(transform):
+    logits = torch.randn(2, 3)
+    with pytest.raises(RuntimeError, match=r"^logit_laplace_loss has no derivative in torch\.func"):
+        transform(lambda mu: dalle_kernels.logit_laplace_loss(torch.full((2, 3), 0.5), mu, logits))(logits)
+
+
 def test_values_that_the_dispatcher_makes_are_made(scaled):
     negative = torch.complex(X, X).conj().imag
     assert negative.is_neg()
