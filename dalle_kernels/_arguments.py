@@ -17,11 +17,18 @@ import torch
 
 F = TypeVar("F", bound=Callable)
 
+_OF_TYPES = (AttributeError, IndexError, KeyError, TypeError)
+"""What Python and torch raise at values of other types, beside torch's RuntimeError."""
+
+
+class _WrongType(TypeError):
+    """So that of calls within each other the outermost one names its own argument."""
+
 
 def names_wrong_types(function: F) -> F:
     """``function``, whose errors name an argument that is not of its annotated type, in place of Python's own.
 
-    An error that says in one line what was expected passes as it is, as does every other one.
+    An error that says in one line what was expected passes as it is, as does every one that is not of types.
     """
 
     @functools.wraps(function)
@@ -31,15 +38,20 @@ def names_wrong_types(function: F) -> F:
             return function(*args, **named)
         try:
             return function(*args, **named)
-        except Exception as error:
-            message = str(error)
-            is_clear = "expected " in message and "\n" not in message
-            complaint = None if is_clear else _wrong_type(function, args, named)
+        except (RuntimeError, *_OF_TYPES) as error:
+            complaint = _wrong_type(function, args, named) if _may_be_of_types(error) else None
             if complaint is None:
                 raise
-            raise TypeError(complaint) from error
+            raise _WrongType(complaint) from error
 
     return call
+
+
+def _may_be_of_types(error: Exception) -> bool:
+    if isinstance(error, RuntimeError) and type(error) is not RuntimeError:  # ours, and out of memory
+        return False
+    message = str(error)
+    return isinstance(error, _WrongType) or "expected " not in message or "\n" in message
 
 
 def _wrong_type(function: Callable, args: tuple, named: Mapping[str, Any]) -> str | None:
@@ -62,25 +74,27 @@ def _hint(function: Callable, name: str) -> Any:
     """The annotation of an argument; object where there is none, or one that only type checkers can read."""
     try:
         return eval(function.__annotations__[name], function.__globals__)
-    except (KeyError, NameError):
+    except (KeyError, NameError, TypeError):
         return object
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` may be of the type; for a type that is not understood it may."""
+    """Whether ``value`` may be of the type, or does in its place; for a type that is not understood it does."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
     if hint is None or hint is type(None):
         return value is None
-    if hint is float:
-        return isinstance(value, Real)
-    if hint is int:
-        return isinstance(value, Integral)
+    if hint in (float, int):
+        scalar = isinstance(value, torch.Tensor) and value.dim() == 0
+        return scalar or isinstance(value, Real if hint is float else Integral)
+    if hint is torch.device:
+        return isinstance(value, (torch.device, int))
     kind = origin or hint
     if not isinstance(kind, type) or kind is Any:
         return True
-    return isinstance(value, kind) and _first_misfit(value, hint) is None
+    kinds = (list, tuple) if kind in (list, tuple) else kind
+    return isinstance(value, kinds) and _first_misfit(value, hint) is None
 
 
 def _first_misfit(value: Any, hint: Any) -> Any:

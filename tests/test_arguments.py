@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import pickle
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -17,6 +19,14 @@ PATTERN = AttentionPattern("row", 3, (4, 4), 3)
 WRONG = (None, "a", 1.5, [1.5], {}, object())
 CHECKED_WITHIN = {"AttentionPattern", "encode_fp0610", "encode_fp169", "use"}
 """They check every argument themselves, or are one call of another public function."""
+BY_TORCH = ("optimizer can only optimize Tensors", "optimizer got an empty parameter list", "Expected one of cpu")
+BY_MEANING = defaultdict(tuple)
+"""What sentences say that name no argument."""
+BY_MEANING |= {
+    ("explain", "op"): ("an op among",),
+    ("squared_norms", "blocks"): ("expected Tensor as element 0",),
+    ("AdamW16", "params"): BY_TORCH,
+}
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -89,11 +99,11 @@ def test_a_wrong_type_gets_one_sentence(name):
             try:
                 function(**{**calls()[name], argument: value})
             except Exception as error:
-                message = str(error)
-                # torch's own sentences say "Expected" and "must be".
-                assert any(word in message for word in ("xpected", "must be", "optimizer")), (argument, value, message)
-                assert isinstance(error, (TypeError, ValueError)) or argument == "device", (argument, value, message)
-                assert "\n" not in message and "incompatible" not in message, (argument, value, message)
+                message, told = str(error), (argument, value, str(error))
+                assert argument in message or any(said in message for said in BY_MEANING[name, argument]), told
+                assert "xpected" in message or any(said in message for said in BY_TORCH), told
+                assert isinstance(error, (TypeError, ValueError)) or argument == "device", told
+                assert "\n" not in message and "incompatible" not in message, told
 
 
 def test_every_public_function_names_them():
@@ -146,6 +156,36 @@ def test_other_errors_pass_as_they_are():
         clear("a")
 
 
+def test_errors_of_other_kinds_pass_beside_a_type_that_does():
+    """What is no matter of types keeps its class and its words, whatever the arguments."""
+
+    class Ours(RuntimeError):
+        pass
+
+    @names_wrong_types
+    def raising(error: int):
+        raise error
+
+    for error in (Ours("it failed"), torch.OutOfMemoryError("no memory"), ValueError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught:
+            raising(error)
+        assert caught.value is error
+    for error in (RuntimeError("it failed"), AttributeError("no attribute"), TypeError("expected this,\nor that")):
+        with pytest.raises(TypeError, match="raising: expected error of type int, got "):
+            raising(error)
+    for value in ([0.9, 0.96], (0.9, 0.96)):
+        with pytest.raises(ValueError, match="empty parameter list"):
+            dalle_kernels.AdamW16([], lr=1e-3, betas=value)
+
+
+def test_of_calls_within_each_other_the_outermost_is_named():
+    arguments = calls()["mlp"]
+    for name in ("x", "expansion", "contraction"):
+        with pytest.raises(TypeError, match=f"^mlp: expected {name} of type Tensor, got NoneType$"):
+            dalle_kernels.mlp(**{**arguments, name: None})
+
+
 def test_it_looks_like_the_function():
     assert typed.__name__ == "typed" and typed.__doc__ == "Fails."
     assert list(inspect.signature(typed).parameters) == ["count", "ratio", "names", "pair"]
+    assert pickle.loads(pickle.dumps(typed)) is typed

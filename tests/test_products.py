@@ -151,10 +151,11 @@ def test_bits_depend_on_no_thread_and_on_no_other_row_or_column(dtype):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_product_by_either_way(alike, monkeypatch):
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_product_by_either_way(is_compiled, monkeypatch):
     """What :func:`product` returns, and where, is the same whoever computes it."""
-    monkeypatch.setattr(products, "is_compiled", lambda _alike: _alike is alike)
+    monkeypatch.setattr(products, "is_compiled", lambda: is_compiled)
+    monkeypatch.setattr(products, "_PANEL_FLOATS", 70)
     for a_dtype, b_dtype, dtype in itertools.product(DTYPES, DTYPES, DTYPES):
         a, b = draw(9, 30, 11, a_dtype, b_dtype)
         bias, exact = torch.randn(11).to(dtype), a.double() @ b.double()
@@ -186,6 +187,9 @@ def test_many_rows_of_16_bits(dtype):
     arguments = [tensor.float() for tensor in arguments]
     found = dalle_kernels.explain("linear", *arguments, torch.float32)
     assert found.runs == "reference" and "more than 64 rows of torch.float32 are torch's product here" in str(found)
+    with dalle_kernels.use("reference"):
+        arguments = [tensor.to(dtype) for tensor in (x, weight, bias)]
+        assert torch.equal(linear(*arguments), F.linear(*arguments))
 
 
 @pytest.mark.skipif(not AVX2, reason="torch's own products serve other instruction sets")
@@ -205,11 +209,53 @@ def test_gradients_of_a_layer_of_16_bits(dtype, has_bias):
     wanted = tuple(range(len(tensors)))
     exact = results(F.linear, [tensor.double() for tensor in tensors], wanted)
     actual = results(linear, tensors, wanted)
-    assert "NarrowLinear" in repr(actual[0].grad_fn)
+    assert "NarrowLinear" in repr(actual[0].grad_fn.next_functions)
     for name, *found in zip(("out", "x", "weight", "bias"), actual, results(F.linear, tensors, wanted), exact):
         assert_accurate(*found, name)
     for i in wanted:
         assert torch.equal(results(linear, tensors, (i,))[1], actual[1 + i])
+    with dalle_kernels.use("reference"):
+        assert all(map(torch.equal, results(linear, tensors, wanted), results(F.linear, tensors, wanted)))
+
+
+@pytest.mark.parametrize("shape", [((0, 3), 4, 5), ((2,), 0, 5), ((2,), 4, 0), ((), 4, 5), ((2, 1, 3), 4, 5)])
+def test_shapes_of_a_layer_of_16_bits(shape):
+    leading, inputs, outputs = shape
+    tensors = [torch.randn(*leading, inputs), torch.randn(outputs, inputs), torch.randn(outputs)]
+    leaves = [tensor.bfloat16().requires_grad_() for tensor in tensors]
+    found, expected = ((out, *torch.autograd.grad(out.sum(), leaves)) for out in (linear(*leaves), F.linear(*leaves)))
+    for actual, wanted in zip(found, expected):
+        torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_a_layer_of_16_bits_in_place_and_in_batches():
+    x, weight, bias = (torch.randn(*shape).bfloat16().requires_grad_() for shape in ((6, 4), (5, 4), (5,)))
+    for change in (F.relu_, lambda out: out.add_(1)):
+        torch.testing.assert_close(change(linear(x, weight, bias)), change(F.linear(x, weight, bias)))
+    hidden = x * 1
+    out = linear(hidden, weight.detach(), bias)
+    hidden.add_(1)  # which the gradient of a frozen weight would need, and no other
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(6, 4), rtol=2e-2, atol=2e-2)
+    grads = torch.randn(3, 6, 5).bfloat16()
+    found, expected = (
+        torch.autograd.grad(function(x, weight, bias), (x, weight, bias), grads, is_grads_batched=True)
+        for function in (linear, F.linear)
+    )
+    for actual, wanted in zip(found, expected):
+        torch.testing.assert_close(actual, wanted, rtol=5e-2, atol=5e-2)
+
+
+def test_a_frozen_layer_of_16_bits_keeps_no_input():
+    x, weight = torch.randn(50, 4).bfloat16().requires_grad_(), torch.randn(5, 4).bfloat16()
+
+    def kept(*leaves):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()), lambda _: None):
+            linear(*leaves)
+        return sizes
+
+    assert kept(x, weight) == [20] and kept(x.detach(), weight.clone().requires_grad_()) == [200]
 
 
 @pytest.mark.skipif(not AVX2, reason="torch's own products serve other instruction sets")
@@ -224,18 +270,39 @@ def test_second_derivatives_of_a_layer_of_16_bits_are_torchs():
         torch.testing.assert_close(actual, expected, rtol=5e-2, atol=5e-2 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_sums_on_their_way_to_16_bits_take_their_turns(dtype):
+    """More rows than are summed at a time, and more columns than there is room for beside them."""
+    a, b = draw(4100, 300, 600)
+    actual = compiled(a, b, poisoned(4100, 600, dtype))
+    assert_accurate(actual, (a @ b).to(dtype), a.double() @ b.double(), f"{dtype}")
+    few = compiled(a[4090:], b[:, 500:], poisoned(10, 100, dtype))
+    assert torch.equal(actual[4090:, 500:], few)
+
+
+def test_sums_of_16_bits_are_not_added_to():
+    with pytest.raises(RuntimeError, match="product: expected float32 to add to"):
+        compiled(*draw(2, 3, 4), torch.zeros(2, 4).half(), accumulate=True)
+
+
 CHECK_ONE_INSTRUCTION_SET = """
 from test_products import *
 from dalle_kernels import _native
 assert _native.instruction_sets()[2] == {isa!r}
 for shape in SHAPES:
     assert_meets_the_error_rule(shape, ("columns", "columns"), bias=True)
+    test_sums_are_added_to_what_is_there(shape)
+for dtype in DTYPES:
+    test_nothing_is_written_between_the_rows(dtype)
+    test_bits_depend_on_no_thread_and_on_no_other_row_or_column(dtype)
+test_no_depth_no_rows_no_columns()
+test_sums_on_their_way_to_16_bits_take_their_turns(torch.bfloat16)
 for layouts in itertools.product(LAYOUTS, LAYOUTS):
     assert_meets_the_error_rule((37, 290, 45), layouts)
 for dtypes in itertools.product(DTYPES, DTYPES, DTYPES):
     for layout in ("rows", "columns"):
         assert_meets_the_error_rule((37, 290, 45), (layout, layout), dtypes)
-assert products.is_compiled(True) == ({isa!r} == "avx2") and products.is_compiled(False) == ({isa!r} != "portable")
+assert products.is_compiled() == ({isa!r} == "avx2")
 """
 
 

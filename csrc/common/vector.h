@@ -257,7 +257,7 @@ DALLE_INLINE Vector exp2_of_product(Vector x, const Factor& factor) {
 }
 
 // to[j][i] = from[i][j] for an 8 x 8 block of rows `from_stride` and `to_stride` floats apart. Rows of `to` are written
-// in their order, after all of `from` is read: they may overlap.
+// in their order and may overlap one another, but not `from`.
 DALLE_INLINE void transpose_8x8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
 #if defined(__AVX2__)
   __m256 a[8], b[8];

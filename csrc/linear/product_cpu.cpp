@@ -18,7 +18,8 @@ constexpr int64_t VECTORS = 2, PANEL_COLUMNS = VECTORS * WIDTH, PANEL_ROWS = WID
 constexpr int64_t BLOCK_DEPTH = 256;      // a panel of B (AVX2: 16 KiB) stays in the first cache
 constexpr int64_t BLOCK_COLUMNS = 4096;   // 4 MiB of the shared cache
 constexpr int64_t BLOCK_ROWS = 192;       // 192 KiB of a thread's own cache
-constexpr int64_t SUMS_FLOATS = 2 << 20;  // 8 MiB of sums on their way to 16 bits
+constexpr int64_t SUMMED_ROWS = 4096;     // at a time, where sums of 32 bits are kept on their way to 16:
+constexpr int64_t SUMS_FLOATS = 2 << 20;  // 8 MiB of them
 constexpr int64_t GRAIN = 1 << 18;        // multiply-adds that are worth a thread
 constexpr int64_t COPY_GRAIN = 1 << 14;   // and copies
 constexpr int64_t STEPS_AHEAD = 8;        // fetched while a step is copied
@@ -29,6 +30,10 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t rounded_up(int64_t a, int64_t b) { return quotient_up(a, b) * b; }
+// Whole registers of a panel of rows may end in the place of the next step, of a panel of columns they must not: there
+// another thread may have written.
+static_assert(rounded_up(PANEL_ROWS, larger(WIDTH, 8)) - PANEL_ROWS <= SLACK, "what a panel of rows writes too much");
+static_assert(PANEL_COLUMNS % larger(WIDTH, 8) == 0, "a panel of columns is whole registers");
 
 // Memory for so many numbers, of none too.
 class Floats {
@@ -131,8 +136,8 @@ DALLE_NOINLINE void multiply_panels(const float* a, const float* b, int64_t step
   for (int r = 0; r < PANEL_ROWS; ++r) {
     for (int v = 0; v < VECTORS; ++v) {
       float* to = sums + r * stride + v * WIDTH;
-      const float* term = before.data + r * before.stride + v * WIDTH;
-      store(to, before.data != nullptr ? load(term) + sum[r][v] : sum[r][v]);
+      if (before.data != nullptr) sum[r][v] = load(before.data + r * before.stride + v * WIDTH) + sum[r][v];
+      store(to, sum[r][v]);
     }
   }
 }
@@ -265,15 +270,31 @@ class Multiplication {
   const Floats packed_columns_, packed_rows_, sums_;
 };
 
+// In parts of the rows where sums are kept: all of them at once would leave room for few columns at a time.
+template <class Out>
+const char* multiply_to(const Product& p) {
+  if (sizeof(Out) == sizeof(float) || p.depth <= BLOCK_DEPTH) return Multiplication<Out>(p).run();
+  const int64_t bytes = p.a.dtype == Dtype::float32 ? 4 : 2;
+  for (int64_t row = 0; row < p.rows; row += SUMMED_ROWS) {
+    Product part = p;
+    part.rows = smaller(SUMMED_ROWS, p.rows - row);
+    part.a.data = static_cast<const char*>(p.a.data) + row * p.a.row_stride * bytes;
+    part.out = static_cast<Out*>(p.out) + row * p.out_stride;
+    if (const char* status = Multiplication<Out>(part).run()) return status;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 const char* product(const Product& p) {
   if (p.a.dtype == Dtype::float64 || p.b.dtype == Dtype::float64) return "expected float32, float16 or bfloat16";
+  if (p.accumulate && p.out_dtype != Dtype::float32) return "expected float32 to add to";
   if (p.rows == 0 || p.columns == 0) return nullptr;
   switch (p.out_dtype) {
-    case Dtype::float32: return Multiplication<float>(p).run();
-    case Dtype::float16: return Multiplication<Half>(p).run();
-    case Dtype::bfloat16: return Multiplication<BFloat16>(p).run();
+    case Dtype::float32: return multiply_to<float>(p);
+    case Dtype::float16: return multiply_to<Half>(p);
+    case Dtype::bfloat16: return multiply_to<BFloat16>(p);
     default: return "expected float32, float16 or bfloat16";
   }
 }

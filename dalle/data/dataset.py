@@ -33,8 +33,11 @@ class NothingUsable(UserError):
     """A data set has no usable sample; ``skipped`` says what is wrong with each."""
 
     def __init__(self, message: str, skipped: list[Skipped]):
-        super().__init__(message)
+        super().__init__(message, skipped)  # both, so that it can be pickled
         self.skipped = skipped
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 @dataclass(frozen=True)

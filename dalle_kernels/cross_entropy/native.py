@@ -2,7 +2,7 @@
 
 A chunk's logits are stored transposed, ``[classes, rows]``: a row of them belongs to one lane of the kernel's
 registers, and the product shares out the classes among threads. Work space beside the results is about
-``4·_CHUNK_FLOATS`` bytes; with a weight of 16 bits a panel and one byte an element of its gradient come on top.
+``4·_CHUNK_FLOATS`` bytes; with a weight of 16 bits a panel or two and one byte an element of its gradient come on top.
 
 Results are the same for any number of threads, as far as ``torch.mm`` gives the same where it makes the products.
 """

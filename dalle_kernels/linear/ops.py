@@ -13,7 +13,7 @@ from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels._dispatch import Op, any_autocast, has_transform
 from dalle_kernels.linear import reference
 from dalle_kernels.linear.products import DTYPES, is_compiled, product
-from dalle_kernels.linear.training import NARROW, NarrowLinear, is_ahead, mixed_linear
+from dalle_kernels.linear.training import NARROW, is_ahead, mixed_linear, narrow_linear
 
 FEW_ROWS = 64
 """Up to as many rows a compiled kernel that packs nothing is faster than a matrix product."""
@@ -26,7 +26,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) ->
 def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     outputs, inputs = weight.shape
     if not _are_few_rows(x):
-        return product(x.reshape(-1, inputs), weight.t(), bias, dtype=dtype).view(*x.shape[:-1], outputs)
+        return product(reference.rows_of(x), weight.t(), bias, dtype=dtype).view(*x.shape[:-1], outputs)
     # For a matrix not by torch.empty, which takes twice as long to read its arguments.
     if x.dim() == 2:
         out = torch.empty_strided((x.shape[0], outputs), (outputs, 1), dtype=dtype)
@@ -62,7 +62,7 @@ def _native_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: t
     if x.numel() == 0 or weight.shape[0] == 0:
         return f"the compiled kernel takes no empty matrix, got {_sizes(x, weight)}"
     if not _are_few_rows(x):
-        if x.dtype in NARROW and is_compiled(alike=dtype == x.dtype):
+        if x.dtype in NARROW and is_compiled():
             return None
         return f"more than {FEW_ROWS} rows of {x.dtype} are torch's product here, got {_sizes(x, weight)}"
     if not x.is_contiguous() and not (x.dim() == 2 and x.stride()[1] == 1):
@@ -88,8 +88,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
     Up to ``FEW_ROWS`` rows, on a CPU and without a gradient, a compiled kernel reads every weight once, at the speed of
     memory, which a general matrix product does not reach. Sums are taken in float32, and a row's result does not depend
     on the rows beside it. More rows of 16 bits, and any in eager training, are a compiled product, likewise summed in
-    float32, on a CPU without AVX-512, where torch's is many times slower. Otherwise, and under autocast or a transform
-    of ``torch.func``, it is torch's own.
+    float32, on a CPU with AVX2 and no more, where torch's is many times slower. Otherwise, and under autocast or a
+    transform of ``torch.func``, it is torch's own.
 
     Args:
         x: ``[..., inputs]``, floating.
@@ -110,7 +110,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
     if (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) or has_transform():
         if dtype is None:
             if not has_transform() and is_ahead(x, weight, bias):
-                return NarrowLinear.apply(x, weight, bias)
+                return narrow_linear(x, weight, bias)
             return F.linear(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return reference.linear(x, weight, bias, dtype)

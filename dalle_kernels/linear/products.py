@@ -1,7 +1,6 @@
 """Matrix products on a CPU for the families that are made of them: by this family's kernel, or by torch's.
 
-Both sum in float32 and round once. torch's serve the portable build, and operands and results of one dtype on AVX-512,
-where torch has products for every dtype and ours have not been measured beside them.
+Both sum in float32 and round once. The kernel serves AVX2, where it has been measured; elsewhere torch's do.
 """
 
 from __future__ import annotations
@@ -14,15 +13,13 @@ from torch import Tensor
 from dalle_kernels import _native
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PANEL_FLOATS = 1 << 19  # of a 16-bit operand that torch multiplies in float32
 
 
 @cache
-def is_compiled(alike: bool) -> bool:
-    """Whether :func:`product` takes the compiled kernel, for tensors ``alike`` in dtype or for others."""
-    if _native.unavailable("cpu") is not None:
-        return False
-    instruction_set = _native.instruction_sets()[2]
-    return instruction_set == "avx2" or (not alike and instruction_set != "portable")
+def is_compiled() -> bool:
+    """Whether :func:`product` takes the compiled kernel."""
+    return _native.unavailable("cpu") is None and _native.instruction_sets()[2] == "avx2"
 
 
 def product(
@@ -44,16 +41,31 @@ def product(
         out: ``[rows, columns]``, which takes the result. Its columns lie side by side.
         accumulate: adds the product to ``out``, which is float32 then. Without a bias.
     """
-    if out is None:
-        out = torch.empty((a.shape[0], b.shape[1]), dtype=dtype or a.dtype)
-    alike = a.dtype == b.dtype == out.dtype
-    if is_compiled(alike):
+    dtype = out.dtype if out is not None else dtype or a.dtype
+    if is_compiled():
+        if out is None:
+            out = torch.empty((a.shape[0], b.shape[1]), dtype=dtype)
         wide = None if bias is None else bias.to(torch.float32).contiguous()
         _native.call("product", out.device, a, b, wide, out, accumulate)
         return out
-    if not alike:
-        a, b = a.to(torch.float32), b.to(torch.float32)
-    if accumulate:
-        return out.addmm_(a, b)
-    result = torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)
-    return out.copy_(result)
+    if a.dtype == b.dtype == dtype:
+        if accumulate:
+            return out.addmm_(a, b)
+        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias.to(dtype), a, b, out=out)
+    sums = out if dtype == torch.float32 and out is not None else torch.empty(a.shape[0], b.shape[1])
+    _add_widened(a, b, sums if accumulate else sums.zero_())
+    if bias is not None:
+        sums += bias
+    return sums.to(dtype) if out is None else out.copy_(sums)
+
+
+def _add_widened(a: Tensor, b: Tensor, sums: Tensor) -> None:
+    """Adds torch's product, converting a panel of ``a`` at a time, or of ``b`` where only that is of 16 bits."""
+    if a.dtype == torch.float32:
+        steps = max(1, _PANEL_FLOATS // max(1, b.shape[1]))
+        for part, other in zip(a.split(steps, 1), b.split(steps)):
+            sums.addmm_(part, other.to(torch.float32))
+    else:
+        rows, wide = max(1, _PANEL_FLOATS // max(1, a.shape[1])), b.to(torch.float32)
+        for part, to in zip(a.split(rows), sums.split(rows)):
+            to.addmm_(part.to(torch.float32), wide)

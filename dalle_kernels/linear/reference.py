@@ -7,6 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def rows_of(tensor: Tensor) -> Tensor:
+    """``[..., dim]`` as a matrix ``[rows, dim]``."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``x @ weight.T + bias``, with everything converted to ``dtype`` beforehand.
 

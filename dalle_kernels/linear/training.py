@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle_kernels._dispatch import dispatcher_is_needed
+from dalle_kernels._dispatch import dispatcher_is_needed, forced_provider
 from dalle_kernels.linear.products import is_compiled, product
+from dalle_kernels.linear.reference import rows_of
 
 NARROW = (torch.float16, torch.bfloat16)
 
@@ -32,37 +33,48 @@ def mixed_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             "mixed_linear: expected x and weight in float16 or bfloat16 and bias in float32, "
             f"got {x.dtype}, {weight.dtype} and {bias.dtype}"
         )
-    return NarrowLinear.apply(x, weight, bias)
+    return narrow_linear(x, weight, bias)
+
+
+def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``, x and weight in one of 16 bits, the bias and its gradient in that or in float32."""
+    # What a Function returns must be no view, or it could not be changed in place.
+    return _NarrowLinear.apply(rows_of(x), weight, bias).view(*x.shape[:-1], len(weight))
 
 
 def is_ahead(*tensors: Tensor | None) -> bool:
-    """Whether the compiled product of tensors in one dtype is many times faster than torch's, and can be called.
+    """Whether the compiled product of tensors in one dtype is many times faster than torch's, and may be called.
 
-    That is in 16 bits on a CPU without AVX-512, in eager calls.
+    That is in 16 bits on a CPU with AVX2 and no more, in eager calls for which no other provider is forced.
     """
-    narrow = not torch.compiler.is_compiling() and tensors[0].is_cpu and tensors[0].dtype in NARROW
-    return narrow and is_compiled(alike=True) and not dispatcher_is_needed(tensors)
+    first = tensors[0]
+    if torch.compiler.is_compiling() or not first.is_cpu or first.dtype not in NARROW or not is_compiled():
+        return False
+    if forced_provider() not in (None, "native"):
+        return False
+    return not dispatcher_is_needed(tensors) and not any(map(_is_batched, tensors))
 
 
-class NarrowLinear(torch.autograd.Function):
-    """``x @ weight.T + bias``, x and weight in one of 16 bits, the bias and its gradient in that or in float32."""
+def _is_batched(tensor: Tensor | None) -> bool:
+    """Whether it is of torch.autograd's own vectorization (``is_grads_batched``), which has no memory to read."""
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
+
+class _NarrowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows_wanted, weight_wanted, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if weight_wanted else None, weight if rows_wanted else None)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        out = _product(x.reshape(-1, x.shape[-1]), weight.t(), bias)
-        return out.view(*x.shape[:-1], len(weight))
+        return _product(rows, weight.t(), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        x_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad
-        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        rows, weight = ctx.saved_tensors
         return (
-            _product(grad_rows, weight).view(x.shape) if x_wanted else None,
-            _product(grad_rows.t(), rows) if weight_wanted else None,
-            grad_rows.sum(0, dtype=ctx.bias_dtype) if bias_wanted else None,
+            None if weight is None else _product(grad, weight),
+            None if rows is None else _product(grad.t(), rows),
+            grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
         )
 
 

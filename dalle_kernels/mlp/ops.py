@@ -11,8 +11,8 @@ from dalle_kernels._arguments import names_wrong_types
 from dalle_kernels._dispatch import Op, has_transform
 from dalle_kernels.linear.ops import check_linear, linear
 from dalle_kernels.linear.products import product
+from dalle_kernels.linear.reference import rows_of
 from dalle_kernels.mlp import reference
-from dalle_kernels.mlp.reference import rows_of
 
 
 def _fake(x, expansion, expansion_bias, contraction, contraction_bias):

@@ -6,10 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """``[..., dim]`` as a matrix ``[rows, dim]``."""
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+from dalle_kernels.linear.reference import rows_of
 
 
 def mlp(
