@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import pickle
 import struct
 import tarfile
 import zlib
@@ -16,7 +17,7 @@ import torch
 from PIL import Image, ImageFile
 
 from dalle.cli import data as command
-from dalle.data import Filters, Limits, load_arrays, open_dataset
+from dalle.data import Filters, Limits, NothingUsable, load_arrays, open_dataset
 from dalle.data import images as image_decoding
 from dalle.data.images import ImageError, decode_image
 from dalle.data.shards import EncodedSample, read_manifest, write_manifest, write_shards
@@ -325,9 +326,11 @@ def test_the_command_lists_what_is_wrong_where_nothing_is_usable(tmp_path, capsy
     with pytest.raises(UserError, match="no usable captioned image"):
         command.run(parser.parse_args(["check", str(tmp_path), "--list"]))
     assert json.loads(capsys.readouterr().out) == {"name": "a.png", "reason": "no caption"}
-    with pytest.raises(UserError, match="no usable captioned image"):
+    with pytest.raises(NothingUsable, match="no usable captioned image") as caught:
         command.run(parser.parse_args(["check", str(tmp_path)]))
     assert capsys.readouterr().out == ""
+    again = pickle.loads(pickle.dumps(caught.value))  # as it comes out of another process
+    assert str(again) == str(caught.value) and again.skipped == [("a.png", "no caption")]
 
 
 def test_wrong_paths_and_manifests_are_one_clear_sentence(tmp_path):
