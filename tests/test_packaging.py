@@ -56,7 +56,7 @@ def test_importing_the_kernels_is_light():
     imported = {name for name in result.stdout.split() if name.partition(".")[0] not in sys.stdlib_module_names}
     assert "dalle_kernels._dispatch" in imported
     assert not {name for name in imported if name.partition(".")[0] != "dalle_kernels"}
-    assert len(imported) < 60
+    assert len(imported) < 64
     assert not any(name.endswith(("triton_kernels", "_cpu", "_cuda", ".testing")) for name in imported)
 
 
