@@ -2,29 +2,15 @@
 // pack the keys of a few heads together, and then share out their tiles. No result depends on the number of threads.
 #include "attention/attention.h"
 
-#include <cstdlib>
-
 #include "attention/pairs.h"
 #include "attention/tile.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
 namespace {
 
 constexpr const char* OUT_OF_MEMORY = "not enough memory for the scratch space";
-
-// Scratch space: one allocation, handed out in pieces aligned to a cache line.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : data_(static_cast<float*>(aligned_alloc(64, floats * sizeof(float)))) {}
-  ~Scratch() { free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* data() const { return data_; }
-
- private:
-  float* data_;
-};
 
 class Pieces {
  public:
@@ -208,11 +194,11 @@ const char* forward(const SparseAttention& p) {
   const int64_t own_floats = ForwardScratch<T>(nullptr, c).floats;
   const int64_t floats = p.threads * (packed_floats + own_floats);
   if (p.workspace != nullptr) return *p.workspace = floats * sizeof(float), nullptr;
-  const Scratch scratch(floats);
-  if (scratch.data() == nullptr) return OUT_OF_MEMORY;
-  const auto packed = [&](int64_t i) { return ForwardHead<T>(scratch.data() + i * packed_floats, c); };
+  const Scratch scratch(1, floats);
+  if (scratch.failed()) return OUT_OF_MEMORY;
+  const auto packed = [&](int64_t i) { return ForwardHead<T>(scratch.of(0) + i * packed_floats, c); };
   const auto own = [&](int i) {
-    return ForwardScratch<T>(scratch.data() + p.threads * packed_floats + i * own_floats, c);
+    return ForwardScratch<T>(scratch.of(0) + p.threads * packed_floats + i * own_floats, c);
   };
   const auto pack = [&](int64_t head, int64_t i, int64_t first, int64_t count) {
     packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, first, count);
@@ -415,13 +401,13 @@ const char* backward(const SparseAttentionBackward& p) {
   const int64_t sums_floats = KeySums::floats(c);
   const int64_t floats = packed_count * packed_floats + p.threads * own_floats;
   if (p.workspace != nullptr) return *p.workspace = (floats + sums_count * sums_floats) * sizeof(float), nullptr;
-  const Scratch scratch(floats), sums(sums_count * sums_floats);
-  if (scratch.data() == nullptr || sums.data() == nullptr) return OUT_OF_MEMORY;
-  const auto packed = [&](int64_t i) { return BackwardHead<T>(scratch.data() + i * packed_floats, c); };
+  const Scratch scratch(1, floats), sums(1, sums_count * sums_floats);
+  if (scratch.failed() || sums.failed()) return OUT_OF_MEMORY;
+  const auto packed = [&](int64_t i) { return BackwardHead<T>(scratch.of(0) + i * packed_floats, c); };
   const auto own = [&](int i) {
-    return BackwardScratch<T>(scratch.data() + packed_count * packed_floats + i * own_floats, c);
+    return BackwardScratch<T>(scratch.of(0) + packed_count * packed_floats + i * own_floats, c);
   };
-  const auto sums_of = [&](int64_t i) { return KeySums(sums.data() + i * sums_floats, c); };
+  const auto sums_of = [&](int64_t i) { return KeySums(sums.of(0) + i * sums_floats, c); };
   const auto pack = [&](int64_t head, int64_t i, int64_t first, int64_t count) {
     packed(i).pack(head_of<const T>(p.k, p.heads, head), head_of<const T>(p.v, p.heads, head), c, first, count);
   };

@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 
+#include "common/integer.h"
 #include "common/parallel.h"
 #include "common/row_products.h"
 #include "common/vector_math.h"
@@ -18,9 +19,7 @@ constexpr int64_t KEY_BLOCK = 64;      // values summed at a time: a block of th
 constexpr int64_t TASKS_WANTED = 8;    // not the number of threads: the order of a sum must not depend on it
 constexpr int64_t SEGMENT_KEYS = 128;  // at least, to be worth a task
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t round_up(int64_t count) { return (count + WIDTH - 1) / WIDTH * WIDTH; }
+int64_t round_up(int64_t count) { return rounded_up(count, WIDTH); }
 
 // Some keys (or values) of a head, as rows of head_dim elements.
 template <class T>

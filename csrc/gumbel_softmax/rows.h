@@ -7,8 +7,7 @@
 // the first kind where they lie: as Columns.
 #pragma once
 
-#include <cstdlib>
-
+#include "common/scratch.h"
 #include "gumbel_softmax/four.h"
 #include "gumbel_softmax/gumbel_softmax.h"
 
@@ -89,23 +88,6 @@ inline int64_t run_of(const RowTensor& tensor) {
 
 // The same tensor with its rows in as few dimensions as possible.
 inline RowTensor merged(const RowTensor& tensor) { return {tensor.data, merged(tensor.rows), tensor.column_stride}; }
-
-// Scratch space for every thread: one allocation, handed out in pieces of whole cache lines.
-class Scratch {
- public:
-  Scratch(int threads, int64_t floats)
-      : floats_((floats + 15) / 16 * 16), data_(static_cast<float*>(aligned_alloc(64, 4 * (threads * floats_ + 16)))) {}
-  ~Scratch() { free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  bool failed() const { return data_ == nullptr; }
-  float* of(int thread) const { return data_ + thread * floats_; }
-
- private:
-  int64_t floats_;
-  float* data_;
-};
 
 constexpr const char* OUT_OF_MEMORY = "not enough memory for the scratch space of the threads";
 // Outputs from here on leave the caches before anybody reads them.

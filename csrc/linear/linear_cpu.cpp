@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 
+#include "common/integer.h"
 #include "common/parallel.h"
 #include "common/row_products.h"
 
@@ -15,8 +16,6 @@ constexpr int64_t BLOCK = TILE_PRODUCTS;  // outputs at a time: a multiple of ev
 constexpr int64_t MOST_ROWS = 64;         // at a time
 constexpr int64_t GRAIN = 16384;          // multiplications or copies that are worth a thread
 constexpr int64_t PADDING = 16;           // floats after each row of x, so that rows a power of two long spread out
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 void widen(const T* from, int64_t count, float* to) {

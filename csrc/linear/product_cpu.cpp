@@ -4,9 +4,9 @@
 // The operands' dtypes and strides end with the packing.
 #include "linear/product.h"
 
-#include <cstdlib>
-
+#include "common/integer.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/vector.h"
 
 namespace dalle::DALLE_ISA_NAMESPACE {
@@ -24,30 +24,12 @@ constexpr int64_t GRAIN = 1 << 18;        // multiply-adds that are worth a thre
 constexpr int64_t COPY_GRAIN = 1 << 14;   // and copies
 constexpr int64_t STEPS_AHEAD = 8;        // fetched while a step is copied
 constexpr int64_t TURNED_STEPS = WIDTH > 8 ? WIDTH : 8;  // transposed at a time
-constexpr int64_t ALIGNMENT = 64, SLACK = 16;
+constexpr int64_t SLACK = 16;
 
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t rounded_up(int64_t a, int64_t b) { return quotient_up(a, b) * b; }
 // Whole registers of a panel of rows may end in the place of the next step, of a panel of columns they must not: there
 // another thread may have written.
 static_assert(rounded_up(PANEL_ROWS, larger(WIDTH, 8)) - PANEL_ROWS <= SLACK, "what a panel of rows writes too much");
 static_assert(PANEL_COLUMNS % larger(WIDTH, 8) == 0, "a panel of columns is whole registers");
-
-// Memory for so many numbers, of none too.
-class Floats {
- public:
-  explicit Floats(int64_t count)
-      : data_(static_cast<float*>(aligned_alloc(ALIGNMENT, rounded_up(count * sizeof(float) + 1, ALIGNMENT)))) {}
-  ~Floats() { free(data_); }
-  Floats(const Floats&) = delete;
-  Floats& operator=(const Floats&) = delete;
-  float* data() const { return data_; }
-
- private:
-  float* data_;
-};
 
 // Rows of A, or columns of B: `count` lines `stride` apart, whose steps along the depth are `step` apart.
 struct Lines {
@@ -173,12 +155,12 @@ class Multiplication {
         cut_(p, sizeof(Out) < sizeof(float)),
         rows_{p.a.data, p.a.dtype, p.rows, p.a.row_stride, p.a.column_stride},
         columns_{p.b.data, p.b.dtype, p.columns, p.b.column_stride, p.b.row_stride},
-        packed_columns_(cut_.group * cut_.width * cut_.steps + SLACK),
-        packed_rows_(cut_.threads * (cut_.height * cut_.steps + SLACK)),
-        sums_(cut_.summed ? p.rows * cut_.width : 0) {}
+        packed_columns_(1, cut_.group * cut_.width * cut_.steps),
+        packed_rows_(cut_.threads, cut_.height * cut_.steps + SLACK),
+        sums_(1, cut_.summed ? p.rows * cut_.width : 0) {}
 
   const char* run() const {
-    if (packed_columns_.data() == nullptr || packed_rows_.data() == nullptr || sums_.data() == nullptr) {
+    if (packed_columns_.failed() || packed_rows_.failed() || sums_.failed()) {
       return "not enough memory for the packed operands";
     }
     for (int64_t left = 0; left < p_.columns; left += cut_.width) {
@@ -187,7 +169,7 @@ class Multiplication {
         const int64_t last = smaller(first + cut_.group, cut_.pieces);
         pack_columns(left, right, first, last);
         parallel_items(quotient_up(p_.rows, cut_.height), cut_.threads, [&](int64_t item, int thread) {
-          float* packed = packed_rows_.data() + thread * (cut_.height * cut_.steps + SLACK);
+          float* packed = packed_rows_.of(thread);
           const int64_t top = item * cut_.height, bottom = smaller(top + cut_.height, p_.rows);
           for (int64_t piece = first; piece < last; ++piece) {
             pack<PANEL_ROWS>(rows_, top, bottom, piece * cut_.steps, steps_of(piece), packed);
@@ -205,7 +187,7 @@ class Multiplication {
   };
 
   int64_t steps_of(int64_t piece) const { return smaller(cut_.steps, p_.depth - piece * cut_.steps); }
-  float* packed_piece(int64_t index) const { return packed_columns_.data() + index * cut_.width * cut_.steps; }
+  float* packed_piece(int64_t index) const { return packed_columns_.of(0) + index * cut_.width * cut_.steps; }
 
   // Of the pieces [first, last).
   void pack_columns(int64_t left, int64_t right, int64_t first, int64_t last) const {
@@ -223,7 +205,7 @@ class Multiplication {
   // Rows and columns of `area` by what is packed of them and of a piece of the depth.
   void multiply(const float* a, const float* b, const Area& area, int64_t piece) const {
     const int64_t steps = steps_of(piece), stride = cut_.summed ? cut_.width : p_.out_stride;
-    float* sums = sums_.data();
+    float* sums = sums_.of(0);
     if (sizeof(Out) == sizeof(float)) sums = static_cast<float*>(p_.out) + area.left;
     const Addend none{nullptr, 0}, bias{p_.bias == nullptr ? nullptr : p_.bias + area.left, 0}, summed{sums, stride};
     const Addend& first = p_.accumulate ? summed : p_.bias == nullptr ? none : bias;
@@ -267,7 +249,7 @@ class Multiplication {
   const Product& p_;
   const Cut cut_;
   const Lines rows_, columns_;
-  const Floats packed_columns_, packed_rows_, sums_;
+  const Scratch packed_columns_, packed_rows_, sums_;
 };
 
 // In parts of the rows where sums are kept: all of them at once would leave room for few columns at a time.
