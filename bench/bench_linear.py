@@ -7,12 +7,13 @@ rows go forward and backward, as in training, also against torch's layer convert
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import OURS, Candidate, Case
+from harness import OURS, Candidate, Case, with_gradients
 from torch import Tensor
 
 from dalle_kernels import linear
@@ -68,26 +69,25 @@ def test_many_rows_of_16_bits(side_by_side, device, dtype):
         for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))
     )
 
-    def with_gradients(function: Callable[[Tensor, Tensor], Tensor], to: torch.dtype = dtype) -> tuple[Tensor, ...]:
-        leaves = [tensor.detach().to(to).requires_grad_() for tensor in (x, weight)]
-        out = function(*leaves)
-        return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(to))
-
     def check() -> None:
-        results = with_gradients(linear), with_gradients(converted), with_gradients(F.linear, torch.float64)
+        results = [
+            with_gradients(function, grad_out.to(to), *(tensor.to(to).requires_grad_() for tensor in (x, weight)))
+            for function, to in ((linear, dtype), (converted, dtype), (F.linear, torch.float64))
+        ]
         for name, *found in zip(("out", "x", "weight"), *results, strict=True):
             assert_accurate(*found, f"linear, {name}, {dtype}")
 
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
     side_by_side(
         Case(
             family="linear",
             work="forward + backward",
             dtype=dtype,
             settings={"rows": rows, "inputs": inputs, "outputs": outputs},
-            ours=Candidate(OURS, lambda: with_gradients(linear)),
+            ours=Candidate(OURS, partial(with_gradients, linear, grad_out, *leaves)),
             rivals=[
-                Candidate("torch's own", lambda: with_gradients(F.linear)),
-                Candidate("torch's own, converted to float32", lambda: with_gradients(converted)),
+                Candidate("torch's own", partial(with_gradients, F.linear, grad_out, *leaves)),
+                Candidate("torch's own, converted to float32", partial(with_gradients, converted, grad_out, *leaves)),
             ],
             check=check,
             operations=6 * rows * inputs * outputs,

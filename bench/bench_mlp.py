@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import OURS, Candidate, Case, compiled
+from harness import OURS, Candidate, Case, compiled, with_gradients
 from torch import Tensor
 
 from dalle_kernels import mlp
@@ -19,11 +18,6 @@ NAMES = ("x", "expansion", "expansion_bias", "contraction", "contraction_bias")
 
 def plain(x: Tensor, expansion: Tensor, expansion_bias: Tensor, contraction: Tensor, contraction_bias: Tensor):
     return F.linear(F.gelu(F.linear(x, expansion, expansion_bias)), contraction, contraction_bias)
-
-
-def with_gradients(function: Callable[..., Tensor], grad_out: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    out = function(*tensors)
-    return out.detach(), *torch.autograd.grad(out, tensors, grad_out)
 
 
 @pytest.mark.parametrize("rows, dim", ((768, 256), (1280, 512)))

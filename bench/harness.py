@@ -314,6 +314,14 @@ def _resident(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
+def with_gradients(
+    function: Callable[..., torch.Tensor], grad_out: torch.Tensor, *tensors: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The result, and the gradient of every tensor."""
+    out = function(*tensors)
+    return out.detach(), *torch.autograd.grad(out, tensors, grad_out)
+
+
 def result_bytes(results: object) -> int:
     """Bytes of the tensors in what a call returned, each storage once."""
     storages: dict[int, int] = {}

@@ -171,10 +171,10 @@ def test_product_by_either_way(is_compiled, monkeypatch):
             torch.testing.assert_close(out.double(), 2 * exact + bias.double(), **tolerance)
 
 
-AVX2 = _native.unavailable("cpu") is None and _native.instruction_sets()[2] == "avx2"
+avx2_only = pytest.mark.skipif(not products.is_compiled(), reason="torch's own products serve other instruction sets")
 
 
-@pytest.mark.skipif(not AVX2, reason="torch's own products serve other instruction sets")
+@avx2_only
 @pytest.mark.parametrize("dtype", NARROW)
 def test_many_rows_of_16_bits(dtype):
     x, weight, bias = torch.randn(2, FEW_ROWS, 40), torch.randn(24, 40), torch.randn(24)
@@ -192,7 +192,7 @@ def test_many_rows_of_16_bits(dtype):
         assert torch.equal(linear(*arguments), F.linear(*arguments))
 
 
-@pytest.mark.skipif(not AVX2, reason="torch's own products serve other instruction sets")
+@avx2_only
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_gradients_of_a_layer_of_16_bits(dtype, has_bias):
@@ -258,7 +258,7 @@ def test_a_frozen_layer_of_16_bits_keeps_no_input():
     assert kept(x, weight) == [20] and kept(x.detach(), weight.clone().requires_grad_()) == [200]
 
 
-@pytest.mark.skipif(not AVX2, reason="torch's own products serve other instruction sets")
+@avx2_only
 def test_second_derivatives_of_a_layer_of_16_bits_are_torchs():
     x, weight = torch.randn(8, 6).bfloat16().requires_grad_(), torch.randn(5, 6).bfloat16().requires_grad_()
 
